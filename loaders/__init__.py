@@ -1,0 +1,15 @@
+"""Files to canonical state dicts. One file per published format; ``detect`` finds which one a path holds."""
+
+from .detect import (
+    Repository,
+    TextEncoder,
+    Transformer,
+    find_repository,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+)
+from .errors import PackError
+
+__all__ = ["PackError", "Repository", "TextEncoder", "Transformer", "find_repository", "load_text_encoder",
+           "load_transformer", "load_vae"]

@@ -1,0 +1,37 @@
+"""The checks that every state dict passes before a model is built from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..ops.packed import PackedLayout, is_packed
+from .errors import DOWNLOAD_AGAIN, PackError
+
+
+def _plain(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return PackedLayout.get_plain_tensors(tensor)[1:] if is_packed(tensor) else (tensor,)
+
+
+def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise PackError unless ``tensors`` has exactly the names and shapes of ``shapes``, and is finite throughout."""
+    missing = [name for name in shapes if name not in tensors]
+    if missing:
+        raise PackError(path, f"the tensor {missing[0]}", f"none ({len(missing)} of {len(shapes)} missing)",
+                        DOWNLOAD_AGAIN)
+    surplus = [name for name in tensors if name not in shapes]
+    if surplus:
+        raise PackError(path, "only the tensors of the model", f"{len(surplus)} more, such as {surplus[0]}",
+                        "choose an unmodified file")
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise PackError(path, f"{name} of shape {shape}", f"{tuple(tensor.shape)}", "choose another file")
+        for part in _plain(tensor):
+            if not part.is_floating_point():
+                raise PackError(path, f"{name} as floating-point numbers", str(part.dtype).removeprefix("torch."),
+                                "choose another file")
+            if not bool(torch.isfinite(part).all()):
+                raise PackError(path, f"finite numbers in {name}", "NaN or infinity", DOWNLOAD_AGAIN)

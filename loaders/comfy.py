@@ -1,0 +1,105 @@
+"""Our own format: one safetensors file with ComfyUI's names.
+
+Per packed layer: ``weight`` uint8, the canonical codes (see ``ops/packed.py``); ``weight_scale`` in its own dtype;
+``weight_shift`` where the form is not symmetric; ``comfy_quant``, uint8 JSON ``{"format": "bonsai_packed", "bits",
+"group_size", "form"}``. With ``"storage": "base3"`` the tag says that ``weight`` holds five ternary codes a byte
+(``ops/codecs.py``): 14 % smaller, expanded to 2 bits on loading.
+
+Metadata: ``modelspec.*`` and ``bonsai.source`` (the repository or path the weights came from).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+from safetensors import safe_open
+
+from ..ops import codecs
+from ..ops.packed import FORMAT_NAME, packed_weight, tag
+from . import names
+from .errors import DOWNLOAD_AGAIN, PackError
+from .files import TensorFile
+
+NAME = "comfy"
+_TAG = ".comfy_quant"
+
+
+def matches(file: TensorFile) -> bool:
+    return any(name.endswith(_TAG) for name in file.tensors)
+
+
+def decode(file: TensorFile) -> dict[str, torch.Tensor]:
+    stored = names.normalise(dict(file.tensors))
+    result = {}
+    for layer in [name.removesuffix(_TAG) for name in stored if name.endswith(_TAG)]:
+        conf = _conf(file.path, layer, stored.pop(f"{layer}{_TAG}"))
+        parts = [stored.pop(f"{layer}.weight{suffix}", None) for suffix in ("", "_scale", "_shift")]
+        if parts[0] is None or parts[1] is None:
+            raise PackError(file.path, f"weight and weight_scale of {layer}", "one of them missing", DOWNLOAD_AGAIN)
+        try:
+            result[f"{layer}.weight"] = _weight(file, layer, conf, *parts)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise PackError(file.path, f"{layer} packed as its tag says ({json.dumps(conf)})", str(error),
+                            DOWNLOAD_AGAIN) from error
+    return result | stored
+
+
+def _conf(path: Path, layer: str, stored: torch.Tensor) -> dict:
+    try:
+        conf = json.loads(bytes(stored.tolist()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise PackError(path, f"JSON in {layer}{_TAG}", "something else", DOWNLOAD_AGAIN) from error
+    if not isinstance(conf, dict) or conf.get("format") != FORMAT_NAME:
+        raise PackError(path, f"{layer} in the format {FORMAT_NAME}", json.dumps(conf)[:80],
+                        "load it with ComfyUI's Load Diffusion Model instead")
+    return conf
+
+
+def _weight(file: TensorFile, layer: str, conf: dict, codes, scale, shift) -> QuantizedTensor:
+    bits, group = conf["bits"] if conf.get("bits") in (1, 2, 4) else 0, conf.get("group_size")
+    if not bits or not isinstance(group, int) or group < 1:
+        raise ValueError(f"bits {conf.get('bits')} and group size {group}")
+    if codes.dtype != torch.uint8 or codes.ndim != 2 or scale.ndim != 2:
+        raise ValueError(f"weight {codes.dtype} {tuple(codes.shape)}, weight_scale {tuple(scale.shape)}")
+    if conf.get("storage") == "base3":
+        # The stored bytes are needed once: through a handle of its own the pages they fill are given back at once.
+        with safe_open(file.path, "pt") as own:
+            stored_name = next(name for name in own.keys() if name.endswith(f"{layer}.weight"))  # noqa: SIM118
+            codes = codecs.from_base3(own.get_tensor(stored_name), scale.shape[1] * group)
+    weight = packed_weight(codes, scale, bits, conf.get("form"), shift, dtype=scale.dtype)
+    if weight._params.group != group:
+        raise ValueError(f"groups of {weight._params.group}")
+    return weight
+
+
+def encode(tensors: dict[str, torch.Tensor], base3: bool) -> dict[str, torch.Tensor]:
+    """ComfyUI-named canonical tensors -> the tensors of our file. Raises ValueError where base 3 does not apply."""
+    result = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, QuantizedTensor):
+            result[name] = tensor.contiguous()
+            continue
+        params, layer = tensor._params, name.removesuffix(".weight")
+        if base3 and (params.bits != 2 or params.form != "symmetric"):
+            raise ValueError(f"base 3 stores ternary weights; {name} has {params.bits}-bit {params.form} ones")
+        result[name] = codecs.to_base3(tensor._qdata) if base3 else tensor._qdata.contiguous()
+        result[f"{name}_scale"] = params.scale.contiguous()
+        if params.shift is not None:
+            result[f"{name}_shift"] = params.shift.contiguous()
+        result[f"{layer}{_TAG}"] = tag(tensor, **({"storage": "base3"} if base3 else {}))
+    return result
+
+
+def metadata(variant: str, source: str) -> dict[str, str]:
+    """What a saved file says of itself."""
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "flux-2-klein-4b",
+        "modelspec.title": f"Bonsai Image 4B {variant}",
+        "modelspec.license": "apache-2.0",
+        "bonsai.source": source,
+    }

@@ -1,0 +1,159 @@
+"""Which format a path holds, by content; and loading it, whatever it is, into one canonical state dict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..ops.packed import is_packed
+from . import comfy, dense, gemlite, hqq, klein, mlx, names, qwen3
+from .check import check_tensors
+from .errors import DOWNLOAD_AGAIN, PackError
+from .files import TENSOR_SUFFIXES, TensorFile, open_tensors, read_json
+
+#: Every format that can be read, in the order they are tried. A format is a module with NAME, matches and decode.
+FORMATS = (gemlite, mlx, comfy, hqq, dense)
+
+_FAMILY_ACTION = "choose a file of PrismML's Bonsai Image 4B"
+
+
+@dataclass
+class Transformer:
+    """A diffusion model: canonical tensors in the file's own naming convention (see ``loaders/names.py``)."""
+
+    path: Path
+    format: str
+    tensors: dict[str, torch.Tensor]
+    config: klein.KleinConfig
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def variant(self) -> str:
+        """``ternary``, ``binary``, or ``N-bit`` for the commonest bits of its packed layers; ``dense`` without any."""
+        bits = Counter(tensor._params.bits for tensor in self.tensors.values() if is_packed(tensor))
+        if not bits:
+            return "dense"
+        return {1: "binary", 2: "ternary"}.get(commonest := bits.most_common(1)[0][0], f"{commonest}-bit")
+
+    @property
+    def source(self) -> str:
+        """Where the weights came from: what the file says, else the Hub repository and revision in its path, else
+        its name."""
+        if "bonsai.source" in self.metadata:
+            return self.metadata["bonsai.source"]
+        parts = self.path.parts
+        for part, marker, revision in zip(parts, parts[1:], parts[2:], strict=False):
+            if part.startswith("models--") and marker == "snapshots":
+                return f"{part.removeprefix('models--').replace('--', '/')}@{revision}"
+        return self.path.name
+
+
+@dataclass
+class TextEncoder:
+    """A Qwen3 text encoder: canonical tensors under Hugging Face names."""
+
+    path: Path
+    format: str
+    tensors: dict[str, torch.Tensor]
+    config: qwen3.Qwen3Config
+
+
+@dataclass
+class Repository:
+    """The parts of a downloaded repository; a path is None where the folder has no such part."""
+
+    path: Path
+    transformer: Path
+    text_encoder: Path | None
+    vae: Path | None
+    tokenizer: Path | None
+    scheduler: Path | None
+
+
+def detect(file: TensorFile):
+    """The format module that reads ``file``. Raises PackError if none does."""
+    for module in FORMATS:
+        if module.matches(file):
+            return module
+    sample = next(iter(file.tensors), "no tensors")
+    raise PackError(file.path, "a Bonsai Image model (GemLite, MLX, unpacked or our own format)",
+                    f"tensors such as {sample}", _FAMILY_ACTION)
+
+
+def _decode(file: TensorFile) -> tuple[str, dict[str, torch.Tensor]]:
+    """Format name and canonical tensors of ``file``. Raises PackError."""
+    module = detect(file)
+    try:
+        return module.NAME, module.decode(file)
+    except ValueError as error:
+        raise PackError(file.path, f"a consistent {module.NAME} pack", str(error), DOWNLOAD_AGAIN) from error
+
+
+def load_transformer(path: Path | str) -> Transformer:
+    """Load the diffusion model at ``path`` (a file or folder in any known format). Raises PackError."""
+    file = open_tensors(Path(path))
+    if not klein.is_klein(names.normalise(file.tensors)):
+        raise PackError(file.path, "the diffusion model of Bonsai Image (FLUX.2 Klein)",
+                        f"tensors such as {next(iter(file.tensors), 'none')}", _FAMILY_ACTION)
+    name, tensors = _decode(file)
+    config = klein.check_klein(file.path, tensors, file.config)
+    return Transformer(file.path, name, tensors, config, file.metadata)
+
+
+def load_text_encoder(path: Path | str) -> TextEncoder:
+    """Load the text encoder at ``path`` (HQQ, MLX 4-bit or dense; a file or folder). Raises PackError."""
+    file = open_tensors(Path(path))
+    if not qwen3.is_qwen3(file.tensors):
+        raise PackError(file.path, "the text encoder of Bonsai Image (Qwen3-4B)",
+                        f"tensors such as {next(iter(file.tensors), 'none')}", "choose a text encoder file")
+    name, tensors = _decode(file)
+    tensors = qwen3.normalise(tensors)
+    return TextEncoder(file.path, name, tensors, qwen3.check_qwen3(file.path, tensors, file.config))
+
+
+def load_vae(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors and the config of a diffusers AutoencoderKLFlux2 at ``path`` (a file or folder). Raises PackError."""
+    file = open_tensors(Path(path))
+    if not _is_vae(file):
+        raise PackError(file.path, "the VAE of FLUX.2 in diffusers' layout",
+                        f"tensors such as {next(iter(file.tensors), 'none')}", "choose the vae folder of the pack")
+    floating = {name: tensor for name, tensor in file.tensors.items() if tensor.is_floating_point()}
+    check_tensors(file.path, floating, {name: tuple(tensor.shape) for name, tensor in floating.items()})
+    return file.tensors, file.config
+
+
+def _is_vae(file: TensorFile) -> bool:
+    return "decoder.conv_in.weight" in file.tensors and "bn.running_mean" in file.tensors
+
+
+def find_repository(path: Path | str) -> Repository:
+    """Find the parts of a downloaded repository by what its folders contain. Raises PackError without a transformer."""
+    path = Path(path)
+    if not path.is_dir():
+        raise PackError(path, "the folder of a downloaded Bonsai Image repository", "no such folder",
+                        "download the whole repository, not one file of it")
+    parts: dict[str, Path] = {}
+    for folder in sorted(child for child in path.iterdir() if child.is_dir()):
+        if (folder / "scheduler_config.json").is_file():
+            parts.setdefault("scheduler", folder)
+        for candidate in (folder, folder / "tokenizer"):
+            if (candidate / "tokenizer_config.json").is_file() or (candidate / "tokenizer.json").is_file():
+                parts.setdefault("tokenizer", candidate)
+        if not any(child.suffix in TENSOR_SUFFIXES for child in folder.iterdir()):
+            continue
+        file = open_tensors(folder)
+        if qwen3.is_qwen3(file.tensors):
+            parts.setdefault("text_encoder", folder)
+        elif _is_vae(file):
+            parts.setdefault("vae", folder)
+        elif klein.is_klein(file.tensors):
+            parts.setdefault("transformer", folder)
+    if "transformer" not in parts:
+        class_name = read_json(path / "model_index.json").get("_class_name", "no diffusion model")
+        raise PackError(path, "a folder with the diffusion model of Bonsai Image", str(class_name),
+                        "download the whole repository again")
+    return Repository(path, parts["transformer"], *(parts.get(part) for part in
+                      ("text_encoder", "vae", "tokenizer", "scheduler")))

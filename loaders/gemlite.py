@@ -1,0 +1,118 @@
+"""GemLite packs: a pickle (``state_dict.pt``) of tensors, per packed layer
+
+``W_q``        uint8 ``(K * bits / 8, N)`` or int32 ``(K * bits / 32, N)``: packed along K, stored transposed
+``scales``     float32 ``(K / group, N)``; in published packs every value is a BF16 number
+``zeros``      like ``scales``, by ``W_group_mode``: 4 ``w = code * scale + zeros``; 3 ``w = (code - zeros) * scale``
+``metadata``   int32[12], see :data:`_META`
+``orig_shape`` (N, K)
+
+and optionally ``bias`` and ``meta_scale``. Ternary packs have ``zeros == -scales``, binary ones ``-scales / 2``.
+
+Source: GemLite 0.5 and 0.6, ``GemLiteLinearTriton.pack`` (``tests/test_formats.py`` loads what it writes and has it
+load what is written here).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ..ops import codecs
+from ..ops.packed import packed_weight
+from .errors import DOWNLOAD_AGAIN, PackError
+from .files import TensorFile, read_pickle
+
+NAME = "gemlite"
+
+#: Fields of ``metadata`` in order.
+_META = ("scaled_activations", "W_nbits", "group_size", "unpack_mask", "elements_per_sample", "input_dtype",
+         "output_dtype", "acc_dtype", "meta_dtype", "channel_scale_mode", "W_group_mode", "data_contiguous")
+_FP32, _FP16 = 0, 1
+_FORMS = {4: "affine", 3: "zeropoint"}
+_PARTS = ("W_q", "scales", "zeros", "metadata", "orig_shape")
+_OPTIONAL = ("meta_scale",)
+
+
+def matches(file: TensorFile) -> bool:
+    return any(name.endswith(".W_q") and isinstance(value, torch.Tensor) for name, value in file.tensors.items())
+
+
+def decode(file: TensorFile) -> dict[str, torch.Tensor]:
+    # Every byte is transposed on the way, so mapping the file would keep it in memory twice; read it, and drop each
+    # layer's tensors once they are converted.
+    stored = read_pickle(file.path, mmap=False)
+    file.tensors.clear()
+    for name, value in stored.items():
+        if not isinstance(value, torch.Tensor):
+            raise PackError(file.path, f"{name} to be a tensor", f"a {type(value).__name__}", DOWNLOAD_AGAIN)
+    result = {}
+    for layer in [name.removesuffix(".W_q") for name in stored if name.endswith(".W_q")]:
+        parts = {part: stored.pop(f"{layer}.{part}", None) for part in _PARTS}
+        missing = [part for part, tensor in parts.items() if tensor is None]
+        if missing:
+            raise PackError(file.path, f"{layer}.{missing[0]}", "none", DOWNLOAD_AGAIN)
+        for part in _OPTIONAL:
+            stored.pop(f"{layer}.{part}", None)
+        result[f"{layer}.weight"] = _weight(file.path, layer, **parts)
+    return result | stored
+
+
+def _weight(path: Path, layer: str, W_q, scales, zeros, metadata, orig_shape) -> QuantizedTensor:
+    if metadata.numel() != len(_META) or orig_shape.numel() != 2 or W_q.ndim != 2:
+        raise PackError(path, f"{len(_META)} metadata fields and a 2-D weight in {layer}",
+                        f"{metadata.numel()} and {W_q.ndim}-D", "use a pack made with GemLite 0.5 or newer")
+    meta = dict(zip(_META, metadata.tolist(), strict=True))
+    (n, k), bits, group = orig_shape.tolist(), meta["W_nbits"], meta["group_size"]
+    form = _FORMS.get(meta["W_group_mode"])
+    if bits not in (1, 2, 4) or form is None or meta["scaled_activations"] or meta["channel_scale_mode"]:
+        raise PackError(path, f"{layer} packed at 1, 2 or 4 bits with group scales and zeros",
+                        ", ".join(f"{key} {meta[key]}" for key in ("W_nbits", "W_group_mode", "channel_scale_mode")),
+                        "choose a Bonsai Image file")
+    width = {torch.uint8: 8, torch.int32: 32}.get(W_q.dtype)
+    words = None if width is None else (k * bits // width, n)
+    if (tuple(W_q.shape) != words or group < 1 or tuple(scales.shape) != (k // group, n) or scales.shape != zeros.shape
+            or k % group or meta["elements_per_sample"] != width // bits):
+        raise PackError(path, f"{layer} of {n} x {k} at {bits} bits in groups of {group}, as its metadata says",
+                        f"W_q {tuple(W_q.shape)} with scales {tuple(scales.shape)} and zeros {tuple(zeros.shape)}",
+                        DOWNLOAD_AGAIN)
+    if not scales.is_floating_point() or not zeros.is_floating_point():
+        raise PackError(path, f"floating-point scales and zeros in {layer}", f"{scales.dtype} and {zeros.dtype}",
+                        DOWNLOAD_AGAIN)
+    codes = codecs.from_gemlite(W_q)
+    scale, shift = (table.t().contiguous() for table in (scales, zeros))
+    symmetric = form == "affine" and bits <= 2 and torch.equal(scale, -shift if bits == 2 else -2 * shift)
+    if symmetric:
+        scale, shift = codecs.narrow_scales(-shift)[0], None
+        return packed_weight(codes, scale, bits, dtype=scale.dtype)
+    scale, shift = codecs.narrow_scales(scale, shift)
+    return packed_weight(codes, scale, bits, form, shift, dtype=scale.dtype)
+
+
+def encode(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Diffusers-named canonical tensors -> the tensors of a GemLite ``state_dict.pt`` with packing width 8."""
+    result = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, QuantizedTensor):
+            result[name] = tensor.contiguous()
+            continue
+        params, layer = tensor._params, name.removesuffix(".weight")
+        if params.form == "symmetric" and params.bits <= 2:
+            zeros = -params.scale.float()
+            scales = -zeros * (2 if params.bits == 1 else 1)
+        elif params.form == "symmetric":
+            raise ValueError(f"{name}: symmetric {params.bits}-bit weights have no GemLite form")
+        else:
+            scales, zeros = params.scale.float(), params.shift.float()
+        mode = {"symmetric": 4, "affine": 4, "zeropoint": 3}[params.form]
+        metadata = (0, params.bits, params.group, 2**params.bits - 1, 8 // params.bits, _FP16, _FP16, _FP32, _FP32, 0,
+                    mode, 1)
+        result |= {
+            f"{layer}.W_q": codecs.to_gemlite(tensor._qdata),
+            f"{layer}.scales": scales.t().contiguous(),
+            f"{layer}.zeros": zeros.t().contiguous(),
+            f"{layer}.metadata": torch.tensor(metadata, dtype=torch.int32),
+            f"{layer}.orig_shape": torch.tensor(params.orig_shape, dtype=torch.int32),
+        }
+    return result

@@ -1,0 +1,122 @@
+"""The architecture of the diffusion model: FLUX.2 Klein, its dimensions read off the tensors, and the check that a
+state dict is exactly one such model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .check import check_tensors
+from .errors import PackError
+from .names import count_blocks, is_comfyui, name_map
+
+HEAD_DIM = 128
+MLP_RATIO = 3
+TIMESTEP_CHANNELS = 256
+
+
+@dataclass(frozen=True)
+class KleinConfig:
+    """Dimensions of a FLUX.2 Klein transformer. The 4B release: 3072 wide, 5 + 20 blocks, text 7680, 128 channels."""
+
+    hidden: int
+    text_width: int
+    in_channels: int
+    out_channels: int
+    double_blocks: int
+    single_blocks: int
+
+    def diffusers(self) -> dict[str, Any]:
+        """The arguments of ``diffusers.Flux2Transformer2DModel``."""
+        return {
+            "patch_size": 1,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "num_layers": self.double_blocks,
+            "num_single_layers": self.single_blocks,
+            "attention_head_dim": HEAD_DIM,
+            "num_attention_heads": self.hidden // HEAD_DIM,
+            "joint_attention_dim": self.text_width,
+            "timestep_guidance_channels": TIMESTEP_CHANNELS,
+            "mlp_ratio": float(MLP_RATIO),
+            "axes_dims_rope": (32, 32, 32, 32),
+            "rope_theta": 2000,
+            "eps": 1e-6,
+            "guidance_embeds": False,
+        }
+
+
+def diffusers_shapes(config: KleinConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, by diffusers name."""
+    h, mlp = config.hidden, MLP_RATIO * config.hidden
+    shapes: dict[str, tuple[int, ...]] = {
+        "x_embedder": (h, config.in_channels),
+        "context_embedder": (h, config.text_width),
+        "time_guidance_embed.timestep_embedder.linear_1": (h, TIMESTEP_CHANNELS),
+        "time_guidance_embed.timestep_embedder.linear_2": (h, h),
+        "double_stream_modulation_img.linear": (6 * h, h),
+        "double_stream_modulation_txt.linear": (6 * h, h),
+        "single_stream_modulation.linear": (3 * h, h),
+        "norm_out.linear": (2 * h, h),
+        "proj_out": (config.out_channels, h),
+    }
+    for i in range(config.double_blocks):
+        block = f"transformer_blocks.{i}"
+        for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
+            shapes[f"{block}.attn.{name}"] = (h, h)
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            shapes[f"{block}.attn.{name}"] = (HEAD_DIM,)
+        for name in ("ff", "ff_context"):
+            shapes[f"{block}.{name}.linear_in"] = (2 * mlp, h)
+            shapes[f"{block}.{name}.linear_out"] = (h, mlp)
+    for i in range(config.single_blocks):
+        block = f"single_transformer_blocks.{i}.attn"
+        shapes[f"{block}.to_qkv_mlp_proj"] = (3 * h + 2 * mlp, h)
+        shapes[f"{block}.to_out"] = (h, h + mlp)
+        shapes[f"{block}.norm_q"] = shapes[f"{block}.norm_k"] = (HEAD_DIM,)
+    return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+
+def comfyui_shapes(config: KleinConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, by ComfyUI name."""
+    shapes = diffusers_shapes(config)
+    return {
+        name: (len(sources) * shapes[sources[0]][0], *shapes[sources[0]][1:])
+        for name, sources in name_map(config.double_blocks, config.single_blocks).items()
+    }
+
+
+def is_klein(names: Mapping[str, object]) -> bool:
+    """Whether these tensor names, of either convention, are those of a FLUX.2 transformer."""
+    modulation = "double_stream_modulation_img.lin"
+    return any(f"{modulation}{end}.weight" in names for end in ("", "ear"))
+
+
+def check_klein(path: Path, tensors: Mapping[str, torch.Tensor], config_json: Mapping[str, Any]) -> KleinConfig:
+    """Read the dimensions off ``tensors`` and check that they are one complete, finite FLUX.2 Klein model.
+
+    Raises PackError on a missing, surplus, misshapen or non-finite tensor, and where ``config.json`` contradicts.
+    """
+    comfyui = is_comfyui(tensors)
+    names = ("img_in", "txt_in", "final_layer.linear") if comfyui else ("x_embedder", "context_embedder", "proj_out")
+    ends = [tensors.get(f"{name}.weight") for name in names]
+    if any(end is None or end.ndim != 2 for end in ends):
+        raise PackError(path, f"the tensors {', '.join(names)} of FLUX.2 Klein", "one of them missing or not a matrix",
+                        "choose a Bonsai Image file")
+    (hidden, in_channels), (_, text_width), (out_channels, _) = (tuple(end.shape) for end in ends)
+    double, single = count_blocks(tensors)
+    config = KleinConfig(hidden, text_width, in_channels, out_channels, double, single)
+    check_tensors(path, tensors, comfyui_shapes(config) if comfyui else diffusers_shapes(config))
+    if hidden % HEAD_DIM or not double or not single:
+        raise PackError(path, f"a width that is a multiple of {HEAD_DIM} and blocks of both kinds",
+                        f"width {hidden}, {double} double and {single} single blocks", "choose a Bonsai Image file")
+    for key, value in config.diffusers().items():
+        stated = config_json.get(key)
+        if isinstance(value, int) and key not in ("out_channels", "guidance_embeds") and stated not in (None, value):
+            raise PackError(path, f"{key} {stated} as config.json says", f"{value} in the tensors",
+                            "download the whole folder again")
+    return config

@@ -1,0 +1,102 @@
+"""MLX packs: safetensors with, per packed layer, ``weight`` uint32 ``(N, K * bits / 32)`` and ``scales`` and
+``biases`` ``(N, K / group)``; ``w = scale * code + bias``.
+
+The diffusion model uses group 128 at 1 or 2 bits: ternary has bias ``-scale``; binary has scale ``2 s`` and bias
+``-s``. The text encoder (MLX affine, 4 bits, group 64) also packs its embedding.
+
+Source: the MLX quantisation documentation, and packs written with ``mlx.core.quantize`` (``tests/test_formats.py``).
+"""
+
+from __future__ import annotations
+
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ..ops import codecs
+from ..ops.packed import packed_weight
+from .errors import DOWNLOAD_AGAIN, PackError
+from .files import TensorFile
+from .klein import is_klein
+
+NAME = "mlx"
+
+#: Group size where no JSON file states one.
+_GROUP_TRANSFORMER, _GROUP_TEXT_ENCODER = 128, 64
+
+
+def matches(file: TensorFile) -> bool:
+    return any(name.endswith(".scales") for name in file.tensors) and any(
+        tensor.dtype == torch.uint32 for tensor in file.tensors.values() if isinstance(tensor, torch.Tensor))
+
+
+def _stated(file: TensorFile) -> tuple[int | None, int | None]:
+    """(bits, group size) as the JSON files state them; None where they are silent."""
+    for conf in (file.quantization, file.config.get("quantization"), file.config.get("quantization_config")):
+        if isinstance(conf, dict) and ("bits" in conf or "group_size" in conf):
+            return conf.get("bits"), conf.get("group_size")
+    return None, None
+
+
+def decode(file: TensorFile) -> dict[str, torch.Tensor]:
+    stated_bits, stated_group = _stated(file)
+    default = _GROUP_TRANSFORMER if is_klein(file.tensors) else _GROUP_TEXT_ENCODER
+    group = default if stated_group is None else stated_group
+    result = {}
+    for name, tensor in file.tensors.items():
+        layer, _, kind = name.rpartition(".")
+        if kind in ("scales", "biases"):
+            continue
+        if tensor.dtype != torch.uint32:
+            result[name] = tensor
+            continue
+        scales, biases = (file.tensors.get(f"{layer}.{part}") for part in ("scales", "biases"))
+        if scales is None or biases is None or scales.shape != biases.shape or scales.ndim != 2:
+            raise PackError(file.path, f"scales and biases of one shape beside {name}", "them missing or unequal",
+                            DOWNLOAD_AGAIN)
+        if not scales.is_floating_point() or scales.dtype != biases.dtype:
+            raise PackError(file.path, f"scales and biases of {layer} in one floating dtype",
+                            f"{scales.dtype} and {biases.dtype}", DOWNLOAD_AGAIN)
+        result[name] = _weight(file, name, tensor, scales, biases, stated_bits, group)
+    orphans = [n for n in file.tensors if n.endswith((".scales", ".biases")) and f"{n.rpartition('.')[0]}.weight"
+               not in file.tensors]
+    if orphans:
+        raise PackError(file.path, f"a weight beside {orphans[0]}", "none", DOWNLOAD_AGAIN)
+    return result
+
+
+def _weight(file, name, words, scales, biases, stated_bits, group) -> QuantizedTensor:
+    # words * 32 = K * bits and scales = K / group, so the shapes fix bits * group.
+    product = words.shape[1] * 32 / scales.shape[1] if words.ndim == 2 and scales.shape[1] else 0
+    bits = product / group if isinstance(group, int) and group > 0 else 0
+    if bits not in (1, 2, 4) or words.shape[0] != scales.shape[0]:
+        raise PackError(file.path, f"{name} packed at 1, 2 or 4 bits in groups of {group}",
+                        f"words {tuple(words.shape)} with scales {tuple(scales.shape)}", DOWNLOAD_AGAIN)
+    bits = int(bits)
+    if stated_bits not in (None, bits):
+        raise PackError(file.path, f"{stated_bits} bits as the configuration says", f"{bits} in the shapes of {name}",
+                        "download the whole folder again")
+    codes = codecs.from_mlx(words)
+    if bits == 2 and torch.equal(biases, -scales):
+        return packed_weight(codes, scales, bits, dtype=scales.dtype)
+    if bits == 1 and torch.equal(scales, -2 * biases):
+        return packed_weight(codes, -biases, bits, dtype=scales.dtype)
+    return packed_weight(codes, scales, bits, "affine", biases, dtype=scales.dtype)
+
+
+def encode(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Diffusers-named canonical tensors -> the tensors of an MLX pack. Raises ValueError for a form MLX lacks."""
+    result = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, QuantizedTensor):
+            result[name] = tensor.contiguous()
+            continue
+        params, layer = tensor._params, name.removesuffix(".weight")
+        if params.form == "affine":
+            scales, biases = params.scale, params.shift
+        elif params.form == "symmetric" and params.bits <= 2:
+            scales, biases = params.scale * (2 if params.bits == 1 else 1), -params.scale
+        else:
+            raise ValueError(f"{name}: MLX cannot hold {params.bits}-bit {params.form} weights without rounding")
+        result[name] = codecs.to_mlx(tensor._qdata)
+        result[f"{layer}.scales"], result[f"{layer}.biases"] = scales.contiguous(), biases.contiguous()
+    return result

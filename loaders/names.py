@@ -1,0 +1,147 @@
+"""Tensor names of FLUX.2 Klein: diffusers' and ComfyUI's, and the lossless way between them.
+
+Two things are more than a renaming: ComfyUI fuses the q, k and v projections of a double-stream block into one (rows
+concatenated, which works on packed rows), and stores the final modulation as (shift, scale) where diffusers has
+(scale, shift).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from ..ops.packed import is_packed, packed_weight
+
+_TOP = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+_DOUBLE = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+    "img_mlp.0": "ff.linear_in",
+    "img_mlp.2": "ff.linear_out",
+    "txt_mlp.0": "ff_context.linear_in",
+    "txt_mlp.2": "ff_context.linear_out",
+}
+_SINGLE = {
+    "linear1": "attn.to_qkv_mlp_proj",
+    "linear2": "attn.to_out",
+    "norm.query_norm": "attn.norm_q",
+    "norm.key_norm": "attn.norm_k",
+}
+_SWAPPED = "final_layer.adaLN_modulation.1.weight"
+#: Prefixes under which single-file checkpoints nest the diffusion model.
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+
+
+def count_blocks(names: Mapping[str, object]) -> tuple[int, int]:
+    """(double-stream, single-stream) blocks that the names, of either convention, speak of."""
+    double = {int(m[1]) for name in names if (m := re.match(r"(?:double|transformer)_blocks\.(\d{1,4})\.", name))}
+    single = {int(m[1]) for name in names if (m := re.match(r"single_(?:transformer_)?blocks\.(\d{1,4})\.", name))}
+    return len(double), len(single)
+
+
+def name_map(double: int, single: int) -> dict[str, tuple[str, ...]]:
+    """ComfyUI tensor name -> the one or three diffusers names it is made of, for so many blocks."""
+    pairs: list[tuple[str, str | tuple[str, ...]]] = list(_TOP.items())
+    for i in range(double):
+        for ours, theirs in _DOUBLE.items():
+            parts = (theirs,) if isinstance(theirs, str) else theirs
+            pairs.append((f"double_blocks.{i}.{ours}", tuple(f"transformer_blocks.{i}.{part}" for part in parts)))
+    for i in range(single):
+        pairs.extend((f"single_blocks.{i}.{ours}", f"single_transformer_blocks.{i}.{theirs}")
+                     for ours, theirs in _SINGLE.items())
+    return {
+        f"{ours}.weight": tuple(f"{name}.weight" for name in ((theirs,) if isinstance(theirs, str) else theirs))
+        for ours, theirs in pairs
+    }
+
+
+def is_packable(name: str) -> bool:
+    """Whether Bonsai packs the tensor of this name (either convention): the linears inside the blocks."""
+    return bool(re.match(r"(single_|double_)?(transformer_)?blocks\.", name)) and "norm" not in name
+
+
+def is_comfyui(names: Mapping[str, object]) -> bool:
+    return "img_in.weight" in names
+
+
+def normalise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Strip a checkpoint prefix, and bring the norm names of older ComfyUI files (``.scale``) to ``.weight``."""
+    for prefix in _PREFIXES:
+        if f"{prefix}img_in.weight" in tensors:
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return {re.sub(r"_norm\.scale$", "_norm.weight", name): tensor for name, tensor in tensors.items()}
+
+
+def cat_rows(weights: list[torch.Tensor]) -> torch.Tensor:
+    """Concatenate weights, all packed alike or all dense, along their rows."""
+    if not any(is_packed(weight) for weight in weights):
+        return torch.cat(weights)
+    params = [weight._params for weight in weights if is_packed(weight)]
+    if len(params) < len(weights) or len({(p.bits, p.form, p.group) for p in params}) > 1:
+        raise ValueError("q, k and v of one block are not packed alike")
+    first = params[0]
+    return packed_weight(
+        torch.cat([weight._qdata for weight in weights]),
+        torch.cat([p.scale for p in params]),
+        first.bits,
+        first.form,
+        None if first.shift is None else torch.cat([p.shift for p in params]),
+        first.orig_dtype,
+    )
+
+
+def split_rows(weight: torch.Tensor, parts: int) -> list[torch.Tensor]:
+    """Cut a packed or dense weight into ``parts`` equal runs of rows (views)."""
+    if not is_packed(weight):
+        return list(weight.chunk(parts))
+    params = weight._params
+    shifts = [None] * parts if params.shift is None else params.shift.chunk(parts)
+    return [packed_weight(codes, scale, params.bits, params.form, shift, params.orig_dtype) for codes, scale, shift
+            in zip(weight._qdata.chunk(parts), params.scale.chunk(parts), shifts, strict=True)]
+
+
+def _swap_halves(weight: torch.Tensor) -> torch.Tensor:
+    first, second = weight.chunk(2)
+    return torch.cat((second, first))
+
+
+def to_comfyui(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A complete set of diffusers tensors under ComfyUI's names; one already so named is returned as it is."""
+    if is_comfyui(tensors):
+        return tensors
+    result = {}
+    for name, sources in name_map(*count_blocks(tensors)).items():
+        parts = [tensors[source] for source in sources]
+        result[name] = parts[0] if len(parts) == 1 else cat_rows(parts)
+    result[_SWAPPED] = _swap_halves(result[_SWAPPED])
+    return result
+
+
+def to_diffusers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of :func:`to_comfyui`."""
+    if not is_comfyui(tensors):
+        return tensors
+    result = {}
+    for name, targets in name_map(*count_blocks(tensors)).items():
+        tensor = _swap_halves(tensors[name]) if name == _SWAPPED else tensors[name]
+        parts = [tensor] if len(targets) == 1 else split_rows(tensor, len(targets))
+        result.update(zip(targets, parts, strict=True))
+    return result

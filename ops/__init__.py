@@ -1,0 +1,1 @@
+"""Packed linear algebra: the canonical packed weight, its codecs, the layers that compute with it, the backends."""

@@ -1,0 +1,111 @@
+"""Lossless transcoding between the formats, verified before it counts as done.
+
+What is written goes to a temporary name beside the target, is flushed to disk, loaded back and compared tensor by
+tensor; only then it takes its name. An existing file is never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+
+from ..loaders import PackError, Transformer, comfy, dense, find_repository, gemlite, load_transformer, mlx
+from ..loaders.files import SAFETENSORS_SUFFIXES, tensor_files
+from ..loaders.names import to_comfyui, to_diffusers
+from ..ops.packed import equal, is_packed
+
+TARGETS = ("comfy", "mlx", "gemlite", "diffusers")
+_WEIGHTS = "diffusion_pytorch_model"
+_SHARD_SIZE = "1GB"
+
+
+def _write(model: Transformer, target: str, base3: bool, path: Path) -> None:
+    """Write ``model`` to ``path``: a file for ``comfy``, a folder for the others. Raises ValueError if it does not fit
+    the format."""
+    if target == "comfy":
+        save_file(comfy.encode(to_comfyui(model.tensors), base3), path, comfy.metadata(model.variant, model.source))
+        return
+    path.mkdir()
+    tensors = to_diffusers(model.tensors)
+    packed = [tensor._params for tensor in tensors.values() if is_packed(tensor)]
+    _write_json(path / "config.json", {"_class_name": "Flux2Transformer2DModel", **model.config.diffusers()})
+    if target == "diffusers":
+        # One shard is expanded at a time: the whole dense model never exists in memory.
+        _write_shards(tensors, path)
+        return
+    _write_json(path / "quantization_config.json", {"bits": packed[0].bits, "group_size": packed[0].group})
+    if target == "mlx":
+        save_file(mlx.encode(tensors), path / f"{_WEIGHTS}.safetensors", {"format": "mlx"})
+    else:
+        torch.save(gemlite.encode(tensors), path / "state_dict.pt")
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+def _write_shards(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    outlines = {name: torch.empty(tensor.shape, dtype=tensor._params.scale.dtype if is_packed(tensor) else tensor.dtype,
+                                  device="meta") for name, tensor in tensors.items()}
+    split = split_torch_state_dict_into_shards(outlines, filename_pattern=f"{_WEIGHTS}{{suffix}}.safetensors",
+                                               max_shard_size=_SHARD_SIZE)
+    for filename, names in split.filename_to_tensors.items():
+        save_file({name: dense.expand(tensors[name]) for name in names}, folder / filename, {"format": "pt"})
+    if split.is_sharded:
+        _write_json(folder / f"{_WEIGHTS}.safetensors.index.json",
+                    {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+def _verify(model: Transformer, path: Path) -> None:
+    """Raise PackError unless ``path`` loads to exactly the tensors of ``model``."""
+    written = to_comfyui(load_transformer(path).tensors)
+    for name, tensor in to_comfyui(model.tensors).items():
+        same = equal(tensor, written[name]) if is_packed(tensor) else torch.equal(tensor, written[name])
+        if not same:
+            raise PackError(path, f"{name} as in {model.path}", "a difference after writing", "check the disk")
+
+
+def _flush(path: Path) -> None:
+    for file in [path] if path.is_file() else sorted(path.iterdir()):
+        with file.open("rb+") as handle:
+            os.fsync(handle.fileno())
+
+
+def convert(source: Path, target_path: Path, target: str, base3: bool = False) -> Path:
+    """Transcode the diffusion model at ``source`` (a file, folder or repository) to the format ``target``.
+
+    Returns the path written. Raises PackError on an unusable source, an existing target, or a format that cannot hold
+    the weights exactly.
+    """
+    if base3 and target != "comfy":
+        raise PackError(target_path, "--base3 with --to comfy", f"--to {target}", "drop --base3")
+    if target == "comfy" and target_path.suffix not in SAFETENSORS_SUFFIXES:
+        raise PackError(target_path, f"a file name ending in {SAFETENSORS_SUFFIXES[0]}", f"{target_path.name!r}",
+                        "add the ending")
+    if target_path.exists():
+        raise PackError(target_path, "a path that is free", "an existing file or folder", "choose another name")
+    try:
+        tensor_files(source)
+    except PackError:
+        source = find_repository(source).transformer if source.is_dir() else source
+    model = load_transformer(source)
+    target_path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target_path.parent, prefix=f".{target_path.name}.") as scratch:
+        written = Path(scratch) / target_path.name
+        try:
+            _write(model, target, base3, written)
+        except ValueError as error:
+            raise PackError(source, f"weights that the {target} format holds exactly", str(error),
+                            "choose another format") from error
+        _flush(written)
+        _verify(model, written)
+        shutil.move(written, target_path)
+    return target_path

@@ -1,0 +1,126 @@
+"""Text to image through diffusers' ``Flux2KleinPipeline``, one stage at a time so that each part's memory is freed."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from diffusers import Flux2KleinPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from ..loaders import PackError, find_repository, load_text_encoder, load_transformer
+from ..ops.packed import is_packed, packed_nbytes
+from . import models
+
+SIZE_STEP = 16
+
+
+@dataclass
+class Result:
+    """An image with what it took: seconds and megabytes (process memory, or device memory on CUDA) per stage."""
+
+    image: Image.Image
+    settings: dict[str, Any]
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write a PNG whose ``bonsai`` text chunk holds the settings as JSON."""
+        info = PngInfo()
+        info.add_text("bonsai", json.dumps(self.settings))
+        self.image.save(path, pnginfo=info)
+
+
+def _memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return psutil.Process().memory_info().rss / 1e6
+
+
+@contextmanager
+def _stage(name: str, stages: dict, device: torch.device, progress: bool, total: int = 1) -> Iterator[tqdm]:
+    """Time a stage, show its bar, and note the memory in use at its end."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    with tqdm(total=total, desc=f"{name:<20}", disable=not progress, bar_format="{desc}{bar:24} {elapsed}") as bar:
+        yield bar
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        bar.update(total - bar.n)
+    stages[name] = {"seconds": time.perf_counter() - start, "megabytes": _memory_mb(device)}
+
+
+@torch.inference_mode()
+def generate(
+    pack: Path,
+    prompt: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int = 1024,
+    height: int = 1024,
+    steps: int = 4,
+    seed: int = 0,
+    progress: bool = True,
+) -> Result:
+    """Draw ``prompt`` with the repository folder ``pack``. Raises PackError on an unusable pack, ValueError on a size
+    that is not a multiple of 16 or on fewer than one step."""
+    if width < SIZE_STEP or height < SIZE_STEP or width % SIZE_STEP or height % SIZE_STEP:
+        raise ValueError(f"width and height must be positive multiples of {SIZE_STEP}, got {width} x {height}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    repository = find_repository(pack)
+    for part in ("text_encoder", "tokenizer", "vae"):
+        if getattr(repository, part) is None:
+            raise PackError(pack, f"a folder with the {part.replace('_', ' ')}", "none",
+                            "download the whole repository")
+    stages: dict[str, dict[str, float]] = {}
+
+    with _stage("load text encoder", stages, device, progress):
+        encoder = models.text_encoder_module(load_text_encoder(repository.text_encoder), device, dtype)
+        pipeline = Flux2KleinPipeline(scheduler=models.scheduler(repository.scheduler), vae=None, text_encoder=encoder,
+                                      tokenizer=models.tokenizer(repository.tokenizer), transformer=None)
+    with _stage("encode prompt", stages, device, progress):
+        embeddings, _ = pipeline.encode_prompt(prompt, device=device)
+        embeddings = embeddings.to(dtype)
+    del encoder, pipeline
+
+    with _stage("load diffusion model", stages, device, progress):
+        loaded = load_transformer(repository.transformer)
+        packed = sum(packed_nbytes(tensor) for tensor in loaded.tensors.values() if is_packed(tensor))
+        settings = {"prompt": prompt, "width": width, "height": height, "steps": steps, "seed": seed,
+                    "dtype": str(dtype).removeprefix("torch."), "device": str(device), "variant": loaded.variant,
+                    "format": loaded.format, "source": loaded.source, "packed_bytes": packed}
+        transformer = models.transformer_module(loaded, device, dtype)
+        del loaded
+    with _stage("load VAE", stages, device, progress):
+        vae = models.vae_module(repository.vae, device, dtype)
+        pipeline = Flux2KleinPipeline(scheduler=models.scheduler(repository.scheduler), vae=vae, text_encoder=None,
+                                      tokenizer=None, transformer=transformer, is_distilled=True)
+        pipeline.set_progress_bar_config(disable=True)
+    with _stage("denoise", stages, device, progress, total=steps) as bar:
+
+        def advance(_pipeline, _step, _timestep, tensors):
+            bar.update()
+            return tensors
+
+        # Drawn on the CPU, so that a seed means the same noise on every device.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        latents = pipeline(prompt_embeds=embeddings, width=width, height=height, num_inference_steps=steps,
+                           guidance_scale=1.0, generator=generator, output_type="latent",
+                           callback_on_step_end=advance).images
+    with _stage("decode image", stages, device, progress):
+        decoded = vae.decode(latents.to(dtype), return_dict=False)[0]
+        image = pipeline.image_processor.postprocess(decoded.float(), output_type="pil")[0]
+    return Result(image, settings, stages)

@@ -1,0 +1,87 @@
+"""Library modules (diffusers, transformers) over packed weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
+
+from ..loaders import PackError, TextEncoder, Transformer, load_vae
+from ..loaders.names import to_diffusers
+from ..loaders.qwen3 import TAPPED_LAYERS
+from ..ops.linear import PackedEmbedding, PackedLinear
+from ..ops.packed import is_packed
+
+#: The scheduler of FLUX.2 Klein, for packs that bring no scheduler folder.
+_SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
+              "time_shift_type": "exponential", "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
+              "max_image_seq_len": 4096}
+
+
+def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.device,
+          dtype: torch.dtype) -> torch.nn.Module:
+    """Give ``module``, built without memory, its weights: packed layers as they are, the others in ``dtype``."""
+    for name, tensor in tensors.items():
+        if is_packed(tensor):
+            layer = name.removesuffix(".weight")
+            dense = module.get_submodule(layer)
+            kind = PackedEmbedding if isinstance(dense, torch.nn.Embedding) else PackedLinear
+            n, k = tensor.shape
+            module.set_submodule(layer, kind(n, k) if kind is PackedEmbedding else kind(k, n, bias=False))
+    return _assign(module, tensors, device, dtype)
+
+
+def _assign(module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.device,
+            dtype: torch.dtype) -> torch.nn.Module:
+    # A packed weight keeps its scales: ``to`` changes only the dtype it presents.
+    cast = {name: tensor.to(dtype=dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    module.load_state_dict(cast, assign=True, strict=True)
+    return module.to(device=device).eval().requires_grad_(False)
+
+
+def transformer_module(model: Transformer, device: torch.device, dtype: torch.dtype) -> Flux2Transformer2DModel:
+    """diffusers' FLUX.2 transformer over the tensors of ``model``, computing in ``dtype``."""
+    with init_empty_weights():
+        module = Flux2Transformer2DModel(**model.config.diffusers())
+    return _fill(module, to_diffusers(model.tensors), device, dtype)
+
+
+def text_encoder_module(model: TextEncoder, device: torch.device, dtype: torch.dtype) -> Qwen3Model:
+    """transformers' Qwen3 over the tensors of ``model``, without the layers behind the last one that is read."""
+    kept = max(TAPPED_LAYERS) + 1
+    with init_empty_weights():
+        config = Qwen3Config(**{**model.config.transformers(), "num_hidden_layers": kept})
+        module = Qwen3Model(config)
+    tensors = {name.removeprefix("model."): tensor for name, tensor in model.tensors.items()
+               if (layer := re.match(r"model\.layers\.(\d+)\.", name)) is None or int(layer[1]) < kept}
+    return _fill(module, tensors, device, dtype)
+
+
+def vae_module(path: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLFlux2:
+    """diffusers' FLUX.2 VAE from a ``vae`` folder with its ``config.json``. Raises PackError."""
+    tensors, config = load_vae(path)
+    if not config:
+        raise PackError(path / "config.json", "the VAE's configuration", "no such file", "download the folder again")
+    with init_empty_weights():
+        module = AutoencoderKLFlux2.from_config(config)
+    try:
+        return _assign(module, tensors, device, dtype)
+    except RuntimeError as error:
+        raise PackError(path, "the tensors that config.json describes", str(error).splitlines()[1].strip(),
+                        "download the folder again") from error
+
+
+def tokenizer(path: Path):
+    """The pack's own tokenizer, from local files only."""
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def scheduler(path: Path | None) -> FlowMatchEulerDiscreteScheduler:
+    """The pack's scheduler, or the one of FLUX.2 Klein."""
+    if path is None:
+        return FlowMatchEulerDiscreteScheduler.from_config(_SCHEDULER)
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(path, local_files_only=True)
