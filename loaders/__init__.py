@@ -10,6 +10,7 @@ from .detect import (
     load_vae,
 )
 from .errors import PackError
+from .save import TARGETS, save_transformer
 
-__all__ = ["PackError", "Repository", "TextEncoder", "Transformer", "find_repository", "load_text_encoder",
-           "load_transformer", "load_vae"]
+__all__ = ["TARGETS", "PackError", "Repository", "TextEncoder", "Transformer", "find_repository", "load_text_encoder",
+           "load_transformer", "load_vae", "save_transformer"]

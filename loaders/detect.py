@@ -17,6 +17,9 @@ from .files import TENSOR_SUFFIXES, TensorFile, open_tensors, read_json
 #: Every format that can be read, in the order they are tried. A format is a module with NAME, matches and decode.
 FORMATS = (gemlite, mlx, comfy, hqq, dense)
 
+#: File names that say nothing, used inside the folders of a repository.
+_GENERIC_STEMS = ("diffusion_pytorch_model", "state_dict", "model")
+
 _FAMILY_ACTION = "choose a file of PrismML's Bonsai Image 4B"
 
 
@@ -41,14 +44,14 @@ class Transformer:
     @property
     def source(self) -> str:
         """Where the weights came from: what the file says, else the Hub repository and revision in its path, else
-        its name."""
+        the name of the repository folder (for the generic file names of a pack) or of the file."""
         if "bonsai.source" in self.metadata:
             return self.metadata["bonsai.source"]
         parts = self.path.parts
         for part, marker, revision in zip(parts, parts[1:], parts[2:], strict=False):
             if part.startswith("models--") and marker == "snapshots":
                 return f"{part.removeprefix('models--').replace('--', '/')}@{revision}"
-        return self.path.name
+        return self.path.parent.parent.name if self.path.stem in _GENERIC_STEMS else self.path.stem
 
 
 @dataclass

@@ -75,8 +75,8 @@ def read_pickle(path: Path, mmap: bool) -> dict[str, Any]:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except _UNPICKLING_ERRORS as error:
-        raise PackError(path, "a PyTorch file of plain tensors", f"one that cannot be read safely "
-                        f"({_first_line(error)})", "download it again from its publisher, or use the MLX pack") from error
+        raise PackError(path, "a PyTorch file of plain tensors", f"one not safe to read ({_first_line(error)})",
+                        "download it again from its publisher, or use the MLX pack") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise PackError(path, "a dict of tensors by name", f"a {type(value).__name__}", "choose another file")
     return value

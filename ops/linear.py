@@ -9,18 +9,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from . import torch_backend
+from . import backends, torch_backend
 from .packed import PackedLayout, is_packed, tag
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
+           backend: str = "auto") -> torch.Tensor:
     """``x @ weight.T + bias`` for ``x`` of shape ``(..., K)`` and a packed or dense ``weight`` ``(N, K)``.
 
-    Computed in the dtype of ``x``, which the result has.
+    Computed in the dtype of ``x``, which the result has, by ``backend`` (see ``ops/backends.py``) where packed.
     """
     if is_packed(weight):
-        params = weight._params
-        return torch_backend.packed_linear(x, weight._qdata, params.scale, params.shift, params.bits, params.form, bias)
+        return backends.linear(x, weight, bias, backend)
     return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -84,13 +84,15 @@ class PackedModule(nn.Module):
 class PackedLinear(PackedModule):
     """``nn.Linear`` over a packed or dense weight ``(out_features, in_features)``."""
 
+    backend: str = "auto"
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None):
         super().__init__((out_features, in_features))
         self.in_features = in_features
         self.out_features = out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.backend)
 
 
 class PackedEmbedding(PackedModule):

@@ -11,6 +11,7 @@ once at the end.
 from __future__ import annotations
 
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 
 #: bits -> (step, origin): a symmetric level is ``step * code - origin``. 1 bit: -1, 1. 2 bits: -1, 0, 1 (code 3 is
 #: unused by ternary weights and decodes to 2, as it does in MLX and GemLite). 4 bits: -8 .. 7.
@@ -114,6 +115,12 @@ def _backward(ctx, grad):
 
 
 packed_linear.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x @ weight.T + bias`` for ``x`` of shape ``(..., K)`` and a packed ``weight`` ``(N, K)``, in the dtype of ``x``."""
+    params = weight._params
+    return packed_linear(x, weight._qdata, params.scale, params.shift, params.bits, params.form, bias)
 
 
 def embedding(

@@ -11,15 +11,13 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..loaders import PackError
+from ..loaders import TARGETS, PackError, find_repository, load_transformer, save_transformer
+from ..loaders.files import tensor_files
+from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
-from .convert import TARGETS, convert
 from .generate import SIZE_STEP, Result, generate
 from .inspect import inspect, report
 from .miniature import write_miniature
-
-_BACKENDS = ("auto", "torch")
-
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bonsai-image", description="Bonsai Image 4B on packed weights, headless.")
@@ -29,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     drawing = argparse.ArgumentParser(add_help=False)
     drawing.add_argument("--steps", type=int, default=4)
     drawing.add_argument("--seed", type=int, default=0)
-    drawing.add_argument("--backend", choices=_BACKENDS, default="auto", help="what multiplies packed weights")
+    drawing.add_argument("--backend", choices=backends.NAMES, default="auto", help="what multiplies packed weights")
     drawing.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of activations")
     drawing.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: the fastest there is)")
     drawing.add_argument("--json", action="store_true", help="print settings and stage figures as JSON")
@@ -74,7 +72,7 @@ def _table(result: Result) -> str:
 def _draw(args: argparse.Namespace, pack: Path, prompt: str) -> None:
     device = _device(args.device)
     dtype = default_dtype(device) if args.dtype == "auto" else DTYPES[args.dtype]
-    result = generate(pack, prompt, device, dtype, args.width, args.height, args.steps, args.seed,
+    result = generate(pack, prompt, device, dtype, args.backend, args.width, args.height, args.steps, args.seed,
                       progress=not args.json)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result.save(args.out)
@@ -93,6 +91,17 @@ def _demo(args: argparse.Namespace) -> None:
         print("The picture is noise: the miniature pack has random weights. It shows that every stage runs here.")
 
 
+def _transformer_path(source: Path) -> Path:
+    """The model that ``source`` is, or the one in the repository folder that it is."""
+    if not source.is_dir():
+        return source
+    try:
+        tensor_files(source)
+    except PackError:
+        return find_repository(source).transformer
+    return source
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 on success, 2 with one sentence on stderr where the input cannot be used."""
     args = _parser().parse_args(argv)
@@ -105,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
             parts = inspect(args.path)
             print(json.dumps(parts, indent=2) if args.json else "\n".join(map(report, parts)))
         else:
-            print(convert(args.source, args.target, args.format, args.base3))
+            save_transformer(load_transformer(_transformer_path(args.source)), args.target, args.format, args.base3)
+            print(args.target)
     except (PackError, ValueError) as error:
         print(f"bonsai-image: {error}", file=sys.stderr)
         return 2

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from ..loaders import PackError, find_repository, load_text_encoder, load_transformer
+from ..ops import backends
 from ..ops.packed import is_packed, packed_nbytes
 from . import models
 
@@ -68,6 +69,7 @@ def generate(
     prompt: str,
     device: torch.device,
     dtype: torch.dtype,
+    backend: str = "auto",
     width: int = 1024,
     height: int = 1024,
     steps: int = 4,
@@ -88,7 +90,7 @@ def generate(
     stages: dict[str, dict[str, float]] = {}
 
     with _stage("load text encoder", stages, device, progress):
-        encoder = models.text_encoder_module(load_text_encoder(repository.text_encoder), device, dtype)
+        encoder = models.text_encoder_module(load_text_encoder(repository.text_encoder), device, dtype, backend)
         pipeline = Flux2KleinPipeline(scheduler=models.scheduler(repository.scheduler), vae=None, text_encoder=encoder,
                                       tokenizer=models.tokenizer(repository.tokenizer), transformer=None)
     with _stage("encode prompt", stages, device, progress):
@@ -100,9 +102,10 @@ def generate(
         loaded = load_transformer(repository.transformer)
         packed = sum(packed_nbytes(tensor) for tensor in loaded.tensors.values() if is_packed(tensor))
         settings = {"prompt": prompt, "width": width, "height": height, "steps": steps, "seed": seed,
-                    "dtype": str(dtype).removeprefix("torch."), "device": str(device), "variant": loaded.variant,
+                    "dtype": str(dtype).removeprefix("torch."), "device": str(device),
+                    "backend": backends.resolve(backend, device), "variant": loaded.variant,
                     "format": loaded.format, "source": loaded.source, "packed_bytes": packed}
-        transformer = models.transformer_module(loaded, device, dtype)
+        transformer = models.transformer_module(loaded, device, dtype, backend)
         del loaded
     with _stage("load VAE", stages, device, progress):
         vae = models.vae_module(repository.vae, device, dtype)

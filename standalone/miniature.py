@@ -6,6 +6,7 @@ It exercises every stage on any machine in seconds. What it draws is noise.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -74,7 +75,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_miniature(folder: Path, bits: int = 2, seed: int = 0, klein: KleinConfig = _KLEIN,
-                    text: Qwen3Config = _TEXT) -> Path:
+                    text: Qwen3Config = _TEXT, vae: Mapping[str, object] = _VAE) -> Path:
     """Write a random repository in the layout of the MLX packs to ``folder`` and return it."""
     generator = torch.Generator().manual_seed(seed)
     transformer = folder / "transformer-packed-mflux"
@@ -92,7 +93,7 @@ def write_miniature(folder: Path, bits: int = 2, seed: int = 0, klein: KleinConf
     write_tokenizer(folder / "tokenizer")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        AutoencoderKLFlux2(**_VAE).to(torch.bfloat16).save_pretrained(folder / "vae")
+        AutoencoderKLFlux2(**vae).bfloat16().save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "Flux2KleinPipeline"}), encoding="utf-8")
     return folder

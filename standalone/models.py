@@ -23,15 +23,16 @@ _SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting":
 
 
 def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.device,
-          dtype: torch.dtype) -> torch.nn.Module:
+          dtype: torch.dtype, backend: str) -> torch.nn.Module:
     """Give ``module``, built without memory, its weights: packed layers as they are, the others in ``dtype``."""
     for name, tensor in tensors.items():
         if is_packed(tensor):
             layer = name.removesuffix(".weight")
             dense = module.get_submodule(layer)
-            kind = PackedEmbedding if isinstance(dense, torch.nn.Embedding) else PackedLinear
             n, k = tensor.shape
-            module.set_submodule(layer, kind(n, k) if kind is PackedEmbedding else kind(k, n, bias=False))
+            packed = PackedEmbedding(n, k) if isinstance(dense, torch.nn.Embedding) else PackedLinear(k, n, bias=False)
+            packed.backend = backend
+            module.set_submodule(layer, packed)
     return _assign(module, tensors, device, dtype)
 
 
@@ -43,14 +44,16 @@ def _assign(module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: t
     return module.to(device=device).eval().requires_grad_(False)
 
 
-def transformer_module(model: Transformer, device: torch.device, dtype: torch.dtype) -> Flux2Transformer2DModel:
+def transformer_module(model: Transformer, device: torch.device, dtype: torch.dtype,
+                       backend: str = "auto") -> Flux2Transformer2DModel:
     """diffusers' FLUX.2 transformer over the tensors of ``model``, computing in ``dtype``."""
     with init_empty_weights():
         module = Flux2Transformer2DModel(**model.config.diffusers())
-    return _fill(module, to_diffusers(model.tensors), device, dtype)
+    return _fill(module, to_diffusers(model.tensors), device, dtype, backend)
 
 
-def text_encoder_module(model: TextEncoder, device: torch.device, dtype: torch.dtype) -> Qwen3Model:
+def text_encoder_module(model: TextEncoder, device: torch.device, dtype: torch.dtype,
+                        backend: str = "auto") -> Qwen3Model:
     """transformers' Qwen3 over the tensors of ``model``, without the layers behind the last one that is read."""
     kept = max(TAPPED_LAYERS) + 1
     with init_empty_weights():
@@ -58,7 +61,7 @@ def text_encoder_module(model: TextEncoder, device: torch.device, dtype: torch.d
         module = Qwen3Model(config)
     tensors = {name.removeprefix("model."): tensor for name, tensor in model.tensors.items()
                if (layer := re.match(r"model\.layers\.(\d+)\.", name)) is None or int(layer[1]) < kept}
-    return _fill(module, tensors, device, dtype)
+    return _fill(module, tensors, device, dtype, backend)
 
 
 def vae_module(path: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLFlux2:

@@ -1,4 +1,4 @@
-"""Lossless transcoding between the formats, verified before it counts as done.
+"""Saving a diffusion model in any format, losslessly, verified before it counts as done.
 
 What is written goes to a temporary name beside the target, is flushed to disk, loaded back and compared tensor by
 tensor; only then it takes its name. An existing file is never touched.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from ..loaders import PackError, Transformer, comfy, dense, find_repository, gemlite, load_transformer, mlx
-from ..loaders.files import SAFETENSORS_SUFFIXES, tensor_files
-from ..loaders.names import to_comfyui, to_diffusers
 from ..ops.packed import equal, is_packed
+from . import comfy, dense, gemlite, mlx
+from .detect import Transformer, load_transformer
+from .errors import PackError
+from .files import SAFETENSORS_SUFFIXES
+from .names import to_comfyui, to_diffusers
 
 TARGETS = ("comfy", "mlx", "gemlite", "diffusers")
 _WEIGHTS = "diffusion_pytorch_model"
@@ -79,33 +80,25 @@ def _flush(path: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def convert(source: Path, target_path: Path, target: str, base3: bool = False) -> Path:
-    """Transcode the diffusion model at ``source`` (a file, folder or repository) to the format ``target``.
+def save_transformer(model: Transformer, path: Path, target: str, base3: bool = False) -> None:
+    """Write ``model`` to ``path`` in the format ``target``, one of :data:`TARGETS`.
 
-    Returns the path written. Raises PackError on an unusable source, an existing target, or a format that cannot hold
-    the weights exactly.
+    Raises PackError on an existing path, a name of the wrong kind, or a format that cannot hold the weights exactly.
     """
     if base3 and target != "comfy":
-        raise PackError(target_path, "--base3 with --to comfy", f"--to {target}", "drop --base3")
-    if target == "comfy" and target_path.suffix not in SAFETENSORS_SUFFIXES:
-        raise PackError(target_path, f"a file name ending in {SAFETENSORS_SUFFIXES[0]}", f"{target_path.name!r}",
-                        "add the ending")
-    if target_path.exists():
-        raise PackError(target_path, "a path that is free", "an existing file or folder", "choose another name")
-    try:
-        tensor_files(source)
-    except PackError:
-        source = find_repository(source).transformer if source.is_dir() else source
-    model = load_transformer(source)
-    target_path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target_path.parent, prefix=f".{target_path.name}.") as scratch:
-        written = Path(scratch) / target_path.name
+        raise PackError(path, "base 3 with the comfy format", f"the {target} format", "drop base 3")
+    if target == "comfy" and path.suffix not in SAFETENSORS_SUFFIXES:
+        raise PackError(path, f"a file name ending in {SAFETENSORS_SUFFIXES[0]}", f"{path.name!r}", "add the ending")
+    if path.exists():
+        raise PackError(path, "a path that is free", "an existing file or folder", "choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        written = Path(scratch) / path.name
         try:
             _write(model, target, base3, written)
         except ValueError as error:
-            raise PackError(source, f"weights that the {target} format holds exactly", str(error),
+            raise PackError(model.path, f"weights that the {target} format holds exactly", str(error),
                             "choose another format") from error
         _flush(written)
         _verify(model, written)
-        shutil.move(written, target_path)
-    return target_path
+        written.rename(path)

@@ -1,0 +1,171 @@
+"""The nodes (ComfyUI V3 schema). The only folder that imports the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import ComfyExtension, io, ui
+
+from ..loaders import PackError, find_repository, load_transformer, save_transformer
+from ..ops import backends
+from ..ops.devices import DTYPES
+from . import models
+from .info import describe
+
+_CATEGORY = "model/loaders/bonsai"
+
+
+def _compute_dtype_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "compute_dtype", options=["auto", *DTYPES], default="auto", advanced=True,
+        tooltip="Dtype of activations. auto: the host's choice, and BF16 on a CPU that multiplies it fast. The packed "
+                "weights stay exact in any case.")
+
+
+def _backend_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "backend", options=list(backends.NAMES), default="auto", advanced=True,
+        tooltip="What multiplies the packed weights. auto: the fastest that works on this device.")
+
+
+class BonsaiPackLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="BonsaiPackLoader",
+            display_name="Load Bonsai Image Pack",
+            category=_CATEGORY,
+            description="Load a whole downloaded Bonsai Image repository: diffusion model, text encoder and VAE.",
+            search_aliases=["bonsai", "prismml", "ternary", "1-bit", "2-bit", "low bit", "flux 2 klein"],
+            inputs=[
+                io.Combo.Input("pack", options=models.repository_choices(),
+                               tooltip="A repository folder under models/diffusers, such as "
+                                       "bonsai-image-ternary-4B-mlx-2bit."),
+                _compute_dtype_input(),
+                _backend_input(),
+            ],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls, pack: str, compute_dtype: str, backend: str) -> io.NodeOutput:
+        repository = find_repository(models.resolve("diffusers", pack))
+        for part in ("text_encoder", "vae"):
+            if getattr(repository, part) is None:
+                raise PackError(repository.path, f"a folder with the {part.replace('_', ' ')}", "none",
+                                "download the whole repository again")
+        return io.NodeOutput(
+            models.load_model(str(repository.transformer), compute_dtype, backend),
+            models.load_clip(str(repository.text_encoder)),
+            models.load_vae_model(str(repository.vae)),
+        )
+
+
+class BonsaiModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="BonsaiModelLoader",
+            display_name="Load Bonsai Diffusion Model",
+            category=_CATEGORY,
+            description="Load a Bonsai Image diffusion model in any published format, packed weights as they are.",
+            search_aliases=["bonsai", "ternary", "1-bit", "2-bit", "unet", "load diffusion model"],
+            inputs=[
+                io.Combo.Input("model_name", options=models.model_choices("diffusion_models"),
+                               tooltip="A file or folder under models/diffusion_models: GemLite, MLX, unpacked, or "
+                                       "saved by Save Bonsai Model."),
+                _compute_dtype_input(),
+                _backend_input(),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, compute_dtype: str, backend: str) -> io.NodeOutput:
+        return io.NodeOutput(models.load_model(models.resolve("diffusion_models", model_name), compute_dtype, backend))
+
+
+class BonsaiTextEncoderLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="BonsaiTextEncoderLoader",
+            display_name="Load Bonsai Text Encoder",
+            category=_CATEGORY,
+            description="Load the Qwen3-4B text encoder of Bonsai Image: 4-bit MLX or HQQ, or dense.",
+            search_aliases=["bonsai", "qwen3", "clip", "4-bit text encoder"],
+            inputs=[
+                io.Combo.Input("text_encoder_name", options=models.model_choices("text_encoders"),
+                               tooltip="A file or folder under models/text_encoders."),
+            ],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder_name: str) -> io.NodeOutput:
+        return io.NodeOutput(models.load_clip(models.resolve("text_encoders", text_encoder_name)))
+
+
+class BonsaiSaveModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="BonsaiSaveModel",
+            display_name="Save Bonsai Model",
+            category=_CATEGORY,
+            description="Save the packed diffusion model as one safetensors file, without loss. "
+                        "Move the file to models/diffusion_models to load it.",
+            search_aliases=["bonsai", "export model", "convert", "safetensors"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="A MODEL from a Bonsai loader. A LoRA cannot be stored in packed "
+                                                "weights: connect the loader directly."),
+                io.String.Input("filename_prefix", default="diffusion_models/bonsai",
+                                tooltip="Where to save, under ComfyUI's output folder."),
+                io.Combo.Input("storage", options=["packed", "base3"], default="packed",
+                               tooltip="packed: as in memory, loads without conversion. base3: five ternary weights "
+                                       "a byte, 14 % smaller; ternary models only."),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, model, filename_prefix: str, storage: str) -> io.NodeOutput:
+        origin = model.get_attachment(models.ATTACHMENT)
+        if origin is None:
+            raise ValueError("Save Bonsai Model needs a MODEL from a Bonsai loader; save others with Save Model.")
+        if model.patches:
+            raise ValueError("A LoRA or merge is attached to this MODEL and cannot be stored in packed weights; "
+                             "connect the Bonsai loader to Save Bonsai Model directly.")
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory())
+        file = f"{name}_{counter:05}_.safetensors"
+        # From the file it was loaded from: the MODEL in memory may be offloaded or in use.
+        save_transformer(load_transformer(origin.path), Path(folder) / file, "comfy", base3=storage == "base3")
+        return io.NodeOutput(ui=ui.PreviewText(f"{subfolder}/{file}".lstrip("/")))
+
+
+class BonsaiModelInfo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="BonsaiModelInfo",
+            display_name="Bonsai Model Info",
+            category=_CATEGORY,
+            description="Show what a MODEL is made of: variant, backend, bytes packed and dense, dtype, source.",
+            search_aliases=["bonsai", "inspect model", "vram", "size"],
+            is_output_node=True,
+            inputs=[io.Model.Input("model", tooltip="Any MODEL from a Bonsai loader.")],
+            outputs=[io.String.Output("info", display_name="info")],
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        text = describe(model)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+class BonsaiExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [BonsaiPackLoader, BonsaiModelLoader, BonsaiTextEncoderLoader, BonsaiSaveModel, BonsaiModelInfo]

@@ -1,0 +1,138 @@
+"""Canonical state dicts to the host's own MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import folder_paths
+import torch
+from comfy.cli_args import args as host_args
+
+from ..loaders import PackError, Transformer, load_text_encoder, load_transformer, load_vae
+from ..loaders.names import to_comfyui
+from ..ops.devices import DTYPES, default_dtype
+from .operations import packed_operations
+
+#: The key under which a MODEL of ours carries its :class:`Origin`.
+ATTACHMENT = "bonsai_image"
+#: What ComfyUI's Klein text encoder is detected by.
+_TEXT_WIDTH = 2560
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a MODEL came from."""
+
+    path: str
+    format: str
+    variant: str
+    source: str
+    compute_dtype: str
+    backend: str
+
+
+def _host_chose_dtype() -> bool:
+    return any((host_args.fp32_unet, host_args.fp64_unet, host_args.bf16_unet, host_args.fp16_unet))
+
+
+def _compute_dtype(name: str) -> torch.dtype | None:
+    """The dtype to impose on the host, or None to leave it the choice it makes well: on every device but a CPU."""
+    if name != "auto":
+        return DTYPES[name]
+    device = comfy.model_management.get_torch_device()
+    return default_dtype(device) if device.type == "cpu" and not _host_chose_dtype() else None
+
+
+def load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", disable_dynamic: bool = False):
+    """The MODEL at ``path``, computing in ``compute_dtype`` (``auto`` or a name in ``ops.devices.DTYPES``) with
+    ``backend`` (a name in ``ops.backends.NAMES``).
+
+    Raises PackError. The host calls it again, with the same arguments, for clones on other devices.
+    """
+    loaded = load_transformer(path)
+    dtype = _compute_dtype(compute_dtype)
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        _host_tensors(loaded), model_options={"custom_operations": packed_operations(backend)},
+        disable_dynamic=disable_dynamic)
+    if patcher is None:
+        raise PackError(path, "a model this ComfyUI knows", "FLUX.2 Klein, which it does not", "update ComfyUI")
+    if dtype is not None:
+        patcher.set_model_compute_dtype(dtype)
+    patcher.cached_patcher_init = (load_model, (path, compute_dtype, backend))
+    used = dtype or patcher.model.get_dtype_inference()
+    patcher.set_attachments(ATTACHMENT, Origin(path, loaded.format, loaded.variant, loaded.source,
+                                               str(used).removeprefix("torch."), backend))
+    return patcher
+
+
+def _host_tensors(loaded: Transformer) -> dict[str, torch.Tensor]:
+    return dict(to_comfyui(loaded.tensors))
+
+
+def load_clip(path: str, disable_dynamic: bool = False):
+    """The CLIP at ``path``. Raises PackError."""
+    loaded = load_text_encoder(path)
+    config = loaded.config
+    if config.hidden != _TEXT_WIDTH:
+        raise PackError(path, f"a text encoder {_TEXT_WIDTH} wide (Qwen3-4B)", f"one {config.hidden} wide",
+                        "choose the text encoder of Bonsai Image 4B")
+    dimensions = {
+        "num_hidden_layers": config.layers, "vocab_size": config.vocab, "intermediate_size": config.mlp,
+        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads,
+    }
+    # The host runs its text encoders in FP32. The release was made for BF16, which a CPU may multiply 4 times as fast.
+    device = comfy.model_management.text_encoder_device()
+    dtype = default_dtype(device) if device.type == "cpu" else None
+    clip = comfy.sd.load_text_encoder_state_dicts(
+        [loaded.tensors], clip_type=comfy.sd.CLIPType.FLUX2,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        model_options={"custom_operations": packed_operations(compute_dtype=dtype), "qwen3_4b_model_config": dimensions},
+        disable_dynamic=disable_dynamic)
+    clip.patcher.cached_patcher_init = (_clip_patcher, (path,))
+    return clip
+
+
+def _clip_patcher(path: str, disable_dynamic: bool = False):
+    return load_clip(path, disable_dynamic).patcher
+
+
+def load_vae_model(path: str, disable_dynamic: bool = False):
+    """The VAE at ``path``. Raises PackError."""
+    tensors, _ = load_vae(path)
+    vae = comfy.sd.VAE(sd=dict(tensors))
+    if vae.first_stage_model is None:
+        raise PackError(path, "a VAE this ComfyUI knows", "another", "update ComfyUI")
+    vae.patcher.cached_patcher_init = (_vae_patcher, (path,))
+    return vae
+
+
+def _vae_patcher(path: str, disable_dynamic: bool = False):
+    return load_vae_model(path).patcher
+
+
+def model_choices(kind: str) -> list[str]:
+    """Model files of a host folder kind, and the folders that hold them, relative to their root."""
+    files = folder_paths.get_filename_list(kind)
+    folders = {Path(file).parent.as_posix() for file in files} - {"."}
+    return sorted([*files, *folders])
+
+
+def repository_choices() -> list[str]:
+    """Folders under ``models/diffusers`` that look like a downloaded repository: they have subfolders with weights."""
+    found = set()
+    for root in map(Path, folder_paths.get_folder_paths("diffusers")):
+        found.update(weights.parent.parent.relative_to(root).as_posix()
+                     for pattern in ("*/*/", "*/*/*/") for weights in root.glob(f"{pattern}*.safetensors"))
+    return sorted(found)
+
+
+def resolve(kind: str, name: str) -> str:
+    """The path of a choice. Raises PackError if it is gone."""
+    for root in map(Path, folder_paths.get_folder_paths(kind)):
+        path = root / name
+        if path.exists() and folder_paths.is_within_directory(str(root), str(path)):
+            return str(path)
+    raise PackError(name, f"a file or folder under models/{kind}", "nothing of that name", "refresh the node list")
