@@ -89,7 +89,8 @@ def load_clip(path: str, disable_dynamic: bool = False):
     clip = comfy.sd.load_text_encoder_state_dicts(
         [loaded.tensors], clip_type=comfy.sd.CLIPType.FLUX2,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        model_options={"custom_operations": packed_operations(compute_dtype=dtype), "qwen3_4b_model_config": dimensions},
+        model_options={"custom_operations": packed_operations(compute_dtype=dtype),
+                       "qwen3_4b_model_config": dimensions},
         disable_dynamic=disable_dynamic)
     clip.patcher.cached_patcher_init = (_clip_patcher, (path,))
     return clip

@@ -22,5 +22,5 @@ def resolve(backend: str, device: torch.device) -> str:
 
 
 def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, backend: str = "auto") -> torch.Tensor:
-    """``x @ weight.T + bias`` for ``x`` of shape ``(..., K)`` and a packed ``weight`` ``(N, K)``, in the dtype of ``x``."""
+    """``x @ weight.T + bias`` for ``x`` ``(..., K)`` and a packed ``weight`` ``(N, K)``, in the dtype of ``x``."""
     return BACKENDS[resolve(backend, x.device)].linear(x, weight, bias)

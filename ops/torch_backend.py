@@ -118,7 +118,7 @@ packed_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``x @ weight.T + bias`` for ``x`` of shape ``(..., K)`` and a packed ``weight`` ``(N, K)``, in the dtype of ``x``."""
+    """``x @ weight.T + bias`` for ``x`` ``(..., K)`` and a packed ``weight`` ``(N, K)``, in the dtype of ``x``."""
     params = weight._params
     return packed_linear(x, weight._qdata, params.scale, params.shift, params.bits, params.form, bias)
 

@@ -19,6 +19,7 @@ from .generate import SIZE_STEP, Result, generate
 from .inspect import inspect, report
 from .miniature import write_miniature
 
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bonsai-image", description="Bonsai Image 4B on packed weights, headless.")
     parser.add_argument("--version", action="version", version=__version__)
