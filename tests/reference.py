@@ -8,7 +8,7 @@ import torch
 def dense64(weight) -> torch.Tensor:
     """The dense float64 weight of a packed one, element by element from the definition in ops/packed.py."""
     params = weight._params
-    n, k = params.orig_shape
+    _, k = params.orig_shape
     bits = params.bits
     element = torch.arange(k)
     byte = weight._qdata[:, element * bits // 8].long()
