@@ -127,8 +127,8 @@ def check_stored(path: Path, name: str, tensor: torch.Tensor) -> None:
     """Raise PackError for a tensor that no pack holds: empty, sparse, or claiming more memory than it has on file."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     if not plain or not tensor.numel() or tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise PackError(path, f"every number of {name} in the file", f"an empty, sparse or partly stored tensor of shape "
-                        f"{tuple(tensor.shape)}", DOWNLOAD_AGAIN)
+        raise PackError(path, f"every number of {name} in the file",
+                        f"an empty, sparse or partly stored tensor of shape {tuple(tensor.shape)}", DOWNLOAD_AGAIN)
 
 
 def _shards(folder: Path) -> dict[str, set[str]]:
