@@ -130,7 +130,7 @@ def _pack_embedder(t):
 MIXTURES = {
     **{f"{name}-{kind}": (name, change) for name in PACKS for kind, change in {
         "extra": _added("extra|weight" if name == "te-hqq" else "extra.weight"),
-        "name-of-two-lines": _added("a\nb. C\x00|weight" if name == "te-hqq" else "a\nb. C\x00.weight"),
+        "name-of-two-lines": _added("a\x00\nb. C|weight" if name == "te-hqq" else "a\x00\nb. C.weight"),
         "long-name": _added("n" * 20_000 + ("|weight" if name == "te-hqq" else ".weight")),
         "renamed": _renamed(PACKS[name][2], "renamed" + ("|weight" if name == "te-hqq" else ".weight"))}.items()},
     "mlx-orphan-scales": ("mlx", _added("x_embedder.scales")), "mlx-orphan-biases": ("mlx", _added("y.biases")),
