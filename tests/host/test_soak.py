@@ -92,7 +92,6 @@ def test_soak(server, pack):
         assert ends[-1] in allowed, (number, ends[-1], server.log.read_text()[-3000:])
         memory.append(process.memory_info().rss / 1e6)
     settled, last = max(memory[WARM_UP - 5 : WARM_UP]), max(memory[-5:])
-    cancelled = ends.count("execution_interrupted")
-    print(f"\n{PROMPTS} prompts, {cancelled} cancelled; resident {settled:.0f} MB after {WARM_UP}, {last:.0f} MB at the "
-          f"end")
+    cancelled, total = ends.count("execution_interrupted"), len(ends)
+    print(f"\n{total} prompts, {cancelled} cancelled; resident {settled:.0f} MB after {WARM_UP}, {last:.0f} at the end")
     assert last - settled < ALLOWED_GROWTH
