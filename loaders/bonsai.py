@@ -36,7 +36,7 @@ def matches(file: TensorFile) -> bool:
 def decode(file: TensorFile) -> dict[str, torch.Tensor]:
     stored = names.normalise(file.path, file.tensors)
     result = {}
-    for layer in [name.removesuffix(_TAG) for name in stored if name.endswith(_TAG)]:
+    for layer in file.each(name.removesuffix(_TAG) for name in stored if name.endswith(_TAG)):
         conf = _conf(file.path, layer, stored.pop(f"{layer}{_TAG}"))
         parts = [stored.pop(f"{layer}.weight{suffix}", None) for suffix in ("", "_scale", "_shift")]
         if parts[0] is None or parts[1] is None:

@@ -32,19 +32,20 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
         return tensors
     try:
         # Binary first: a ternary model fails it at its first layer, whereas the reverse would accept any binary one.
-        return _pack(tensors, bits=1)
+        return _pack(file, tensors, bits=1)
     except ValueError:
         pass
     try:
-        return _pack(tensors, bits=2)
+        return _pack(file, tensors, bits=2)
     except ValueError as error:
         raise PackError(file.path, "a Bonsai model, every group of 128 weights -s, 0 or s", str(error),
                         "load an ordinary FLUX.2 model with ComfyUI's Load Diffusion Model instead") from error
 
 
-def _pack(tensors: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
+def _pack(file: TensorFile, tensors: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
     result = {}
-    for name, tensor in tensors.items():
+    for name in file.each(tensors):
+        tensor = tensors[name]
         if names.is_packable(name):
             try:
                 codes, scale = codecs.from_dense(tensor, bits, GROUP)

@@ -12,7 +12,7 @@ import torch
 from ..ops.packed import is_packed
 from . import bonsai, dense, gemlite, hqq, klein, mlx, names, qwen3, vae
 from .errors import DOWNLOAD_AGAIN, PackError
-from .files import TENSOR_SUFFIXES, TensorFile, open_tensors, read_json
+from .files import TENSOR_SUFFIXES, Progress, TensorFile, no_progress, open_tensors, read_json
 
 #: Every format that can be read, in the order they are tried. A format is a module with NAME, matches and decode.
 FORMATS = (gemlite, mlx, bonsai, hqq, dense)
@@ -105,9 +105,9 @@ def _refuse_other_than_tensors(file: TensorFile) -> None:
             raise PackError(file.path, f"{name} to be a tensor", f"a {type(value).__name__}", DOWNLOAD_AGAIN)
 
 
-def load_transformer(path: Path | str) -> Transformer:
+def load_transformer(path: Path | str, progress: Progress = no_progress) -> Transformer:
     """Load the diffusion model at ``path`` (a file or folder in any known format). Raises PackError."""
-    file = open_tensors(Path(path))
+    file = open_tensors(Path(path), progress)
     if not klein.is_klein(names.normalise(file.path, file.tensors)):
         raise PackError(file.path, "the diffusion model of Bonsai Image (FLUX.2 Klein)",
                         f"tensors such as {next(iter(file.tensors), 'none')}", _FAMILY_ACTION)
@@ -116,9 +116,9 @@ def load_transformer(path: Path | str) -> Transformer:
     return Transformer(file.path, name, tensors, config, file.metadata)
 
 
-def load_text_encoder(path: Path | str) -> TextEncoder:
+def load_text_encoder(path: Path | str, progress: Progress = no_progress) -> TextEncoder:
     """Load the text encoder at ``path`` (HQQ, MLX 4-bit or dense; a file or folder). Raises PackError."""
-    file = open_tensors(Path(path))
+    file = open_tensors(Path(path), progress)
     if not qwen3.is_qwen3(file.tensors):
         raise PackError(file.path, "the text encoder of Bonsai Image (Qwen3-4B)",
                         f"tensors such as {next(iter(file.tensors), 'none')}", "choose a text encoder file")

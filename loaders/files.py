@@ -13,6 +13,7 @@ import reprlib
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ _UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError
 _CHUNK = 1 << 20
 
 
+#: Called with (done, total) while something long goes on.
+Progress = Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """The :data:`Progress` of whoever does not care."""
+
+
 @dataclass
 class TensorFile:
     """Tensors by name, as stored, with the file's own metadata and the JSON files of its folder."""
@@ -44,6 +53,15 @@ class TensorFile:
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
+    progress: Progress = no_progress
+
+    def each(self, names: Iterable[str]) -> Iterator[str]:
+        """The names in order, reporting progress."""
+        names = list(names)
+        for done, name in enumerate(names):
+            self.progress(done, len(names))
+            yield name
+        self.progress(len(names), len(names))
 
     def stated_packing(self) -> tuple[Any, Any]:
         """(bits, group size) as the JSON files state them; None where they are silent."""
@@ -168,7 +186,7 @@ def tensor_files(path: Path) -> list[Path]:
     return found
 
 
-def open_tensors(path: Path) -> TensorFile:
+def open_tensors(path: Path, progress: Progress = no_progress) -> TensorFile:
     """Open the model at ``path``, a file or folder, with the JSON files of its folder."""
     files = tensor_files(path)
     folder = files[0].parent
@@ -190,4 +208,5 @@ def open_tensors(path: Path) -> TensorFile:
         metadata=metadata,
         config=read_json(folder / "config.json"),
         quantization=read_json(folder / "quantization_config.json"),
+        progress=progress,
     )

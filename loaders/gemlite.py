@@ -51,7 +51,7 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
     stored = read_pickle(file.path, mmap=False)
     file.tensors.clear()
     result = {}
-    for layer in [name.removesuffix(".W_q") for name in stored if name.endswith(".W_q")]:
+    for layer in file.each(name.removesuffix(".W_q") for name in stored if name.endswith(".W_q")):
         parts = {part: stored.pop(f"{layer}.{part}", None) for part in _PARTS}
         missing = [part for part, tensor in parts.items() if tensor is None]
         if missing:

@@ -32,7 +32,7 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
     stored = read_pickle(file.path, mmap=False)
     file.tensors.clear()
     result = {}
-    for module in list(stored):
+    for module in file.each(stored):
         entry = stored.pop(module)
         if module == "lm_head":
             continue

@@ -37,7 +37,8 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
     default = _GROUP_TRANSFORMER if is_klein(file.tensors) else _GROUP_TEXT_ENCODER
     group = default if stated_group is None else stated_group
     result = {}
-    for name, tensor in file.tensors.items():
+    for name in file.each(file.tensors):
+        tensor = file.tensors[name]
         layer, _, kind = name.rpartition(".")
         if kind in ("scales", "biases"):
             continue

@@ -20,7 +20,7 @@ from ..ops.packed import equal, is_packed
 from . import bonsai, dense, gemlite, mlx
 from .detect import Transformer, load_transformer
 from .errors import PackError
-from .files import SAFETENSORS_SUFFIXES
+from .files import SAFETENSORS_SUFFIXES, Progress, no_progress
 from .names import to_comfyui, to_diffusers
 
 TARGETS = ("comfy", "mlx", "gemlite", "diffusers")
@@ -65,9 +65,9 @@ def _write_shards(tensors: dict[str, torch.Tensor], folder: Path) -> None:
                     {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
-def _verify(model: Transformer, path: Path) -> None:
+def _verify(model: Transformer, path: Path, progress: Progress) -> None:
     """Raise PackError unless ``path`` loads to exactly the tensors of ``model``."""
-    written = to_comfyui(load_transformer(path).tensors)
+    written = to_comfyui(load_transformer(path, progress).tensors)
     for name, tensor in to_comfyui(model.tensors).items():
         same = equal(tensor, written[name]) if is_packed(tensor) else torch.equal(tensor, written[name])
         if not same:
@@ -84,10 +84,12 @@ def _flush(path: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def save_transformer(model: Transformer, path: Path, target: str, base3: bool = False) -> None:
+def save_transformer(model: Transformer, path: Path, target: str, base3: bool = False,
+                     progress: Progress = no_progress) -> None:
     """Write ``model`` to ``path`` in the format ``target``, one of :data:`TARGETS`.
 
-    Raises PackError on an existing path, a name of the wrong kind, or a format that cannot hold the weights exactly.
+    ``progress`` follows the last part of it, the loading back. Raises PackError on an existing path, a name of the
+    wrong kind, or a format that cannot hold the weights exactly.
     """
     if base3 and target != "comfy":
         raise PackError(path, "base 3 with the comfy format", f"the {target} format", "drop base 3")
@@ -104,5 +106,5 @@ def save_transformer(model: Transformer, path: Path, target: str, base3: bool = 
             raise PackError(model.path, f"weights that the {target} format holds exactly", str(error),
                             "choose another format") from error
         _flush(written)
-        _verify(model, written)
+        _verify(model, written, progress)
         written.rename(path)

@@ -149,7 +149,9 @@ class BonsaiSaveModel(io.ComfyNode):
             filename_prefix, folder_paths.get_output_directory())
         file = f"{name}_{counter:05}_.safetensors"
         # From the file it was loaded from: the MODEL in memory may be offloaded or in use.
-        save_transformer(load_transformer(origin.path), Path(folder) / file, "comfy", base3=storage == "base3")
+        progress = models.progress_bar()
+        save_transformer(load_transformer(origin.path, progress), Path(folder) / file, "comfy", storage == "base3",
+                         progress)
         saved = f"{subfolder}/{file}".lstrip("/")
         _show(f"Saved {saved}", cls.hidden.unique_id)
         return io.NodeOutput(ui=ui.PreviewText(saved))

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
+import comfy.utils
 import folder_paths
 import torch
 from comfy.cli_args import args as host_args
 
 from ..loaders import PackError, Transformer, load_text_encoder, load_transformer, load_vae
+from ..loaders.files import Progress
 from ..loaders.names import to_comfyui
 from ..ops.devices import DTYPES, default_dtype
 from . import lora
@@ -35,6 +37,12 @@ class Origin:
     backend: str
 
 
+def progress_bar() -> Progress:
+    """Report to the bar of the node that is running."""
+    bar = comfy.utils.ProgressBar(1)
+    return lambda done, total: bar.update_absolute(done, total)
+
+
 def _host_chose_dtype() -> bool:
     return any((host_args.fp32_unet, host_args.fp64_unet, host_args.bf16_unet, host_args.fp16_unet))
 
@@ -52,7 +60,7 @@ def load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", di
 
     Raises PackError. The host calls it again, with the same arguments, for clones on other devices.
     """
-    loaded = load_transformer(path)
+    loaded = load_transformer(path, progress_bar())
     dtype = _compute_dtype(compute_dtype, comfy.model_management.get_torch_device())
     patcher = comfy.sd.load_diffusion_model_state_dict(
         _host_tensors(loaded), model_options={"custom_operations": packed_operations(backend)},
@@ -79,7 +87,7 @@ def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = Fa
     The host runs text encoders in FP32, and so do we, except where BF16 (which the release was made for) is the only
     fast way: on a CPU that has it, ``auto`` means BF16 products between the FP32 layers of the host.
     """
-    loaded = load_text_encoder(path)
+    loaded = load_text_encoder(path, progress_bar())
     config = loaded.config
     if config.hidden != _TEXT_WIDTH:
         raise PackError(path, f"a text encoder {_TEXT_WIDTH} wide (Qwen3-4B)", f"one {config.hidden} wide",

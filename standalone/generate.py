@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from ..loaders import PackError, find_repository, load_text_encoder, load_transformer
+from ..loaders.files import Progress
 from ..ops import backends
 from ..ops.packed import is_packed, packed_nbytes
 from . import models
@@ -59,8 +60,16 @@ def _stage(name: str, stages: dict, device: torch.device, progress: bool, total:
         yield bar
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        bar.update(total - bar.n)
+        bar.update(bar.total - bar.n)
     stages[name] = {"seconds": time.perf_counter() - start, "megabytes": _memory_mb(device)}
+
+
+def _follow(bar: tqdm) -> Progress:
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return progress
 
 
 @torch.inference_mode()
@@ -89,17 +98,18 @@ def generate(
                             "download the whole repository")
     stages: dict[str, dict[str, float]] = {}
 
-    with _stage("load text encoder", stages, device, progress):
-        encoder = models.text_encoder_module(load_text_encoder(repository.text_encoder), device, dtype, backend)
+    with _stage("load text encoder", stages, device, progress) as bar:
+        loaded = load_text_encoder(repository.text_encoder, _follow(bar))
+        encoder = models.text_encoder_module(loaded, device, dtype, backend)
         pipeline = Flux2KleinPipeline(scheduler=models.scheduler(repository.scheduler), vae=None, text_encoder=encoder,
                                       tokenizer=models.tokenizer(repository.tokenizer), transformer=None)
     with _stage("encode prompt", stages, device, progress):
         embeddings, _ = pipeline.encode_prompt(prompt, device=device)
         embeddings = embeddings.to(dtype)
-    del encoder, pipeline
+    del encoder, loaded, pipeline
 
-    with _stage("load diffusion model", stages, device, progress):
-        loaded = load_transformer(repository.transformer)
+    with _stage("load diffusion model", stages, device, progress) as bar:
+        loaded = load_transformer(repository.transformer, _follow(bar))
         packed = sum(packed_nbytes(tensor) for tensor in loaded.tensors.values() if is_packed(tensor))
         settings = {"prompt": prompt, "width": width, "height": height, "steps": steps, "seed": seed,
                     "dtype": str(dtype).removeprefix("torch."), "device": str(device),
