@@ -29,7 +29,7 @@ _ROW_MULTIPLE = 128
 
 
 def row_blocks(n: int, k: int, itemsize: int) -> Iterator[slice]:
-    """Cut the rows of an ``(n, k)`` weight so that a dense block of ``itemsize`` bytes an element fits the workspace."""
+    """Cut the rows of an ``(n, k)`` weight so that a block of ``itemsize`` bytes an element fits the workspace."""
     step = max(_ROW_MULTIPLE, WORKSPACE_BYTES // (k * itemsize) // _ROW_MULTIPLE * _ROW_MULTIPLE)
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
@@ -61,17 +61,3 @@ def fast(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int, o
         levels = torch.empty(part.stop - part.start, x.shape[1], dtype=torch.int8, device=x.device)
         expand(codes[part], scale[part], None, bits, "levels", levels)
         int8_matmul(q, row, levels, scale[part].t().contiguous(), out[:, part])
-
-
-def fast_reference(x: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The arithmetic of ``fast`` in plain torch: ``x`` ``(M, K)``, integer ``levels`` ``(N, K)``, ``scale``
-    ``(N, K / group)`` -> float32 ``(M, N)``. For the self-check, tests and error reports; not fast."""
-    (m, k), groups = x.shape, scale.shape[1]
-    amax = x.float().abs().amax(1)
-    inverse = torch.where(amax > 0, 127.0 / amax, 0.0)
-    q = torch.round(x.float() * inverse[:, None]).view(m, groups, k // groups)
-    total = torch.zeros(m, levels.shape[0], dtype=torch.float32, device=x.device)
-    for g, part in enumerate(levels.view(-1, groups, k // groups).unbind(1)):
-        # Sums of at most 127 * 8 * 128 are exact in float32: this is the int32 dot.
-        total += (q[:, g] @ part.float().t()) * scale[:, g].float()
-    return total * (amax / 127.0)[:, None]

@@ -93,7 +93,7 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q, row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _int8_matmul(q, row, levels, scale, out, m, n, k, stride, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
