@@ -51,7 +51,7 @@ def accelerated_linear(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
     rows = x.reshape(-1, k)
     group = k // scale.shape[1]
     with torch.get_device_module(x.device).device(x.device):
-        for way in candidates(policy, card(x.device), rows.shape[0], x.dtype, bits, form, group):
+        for way in candidates(policy, card(x.device), rows.shape[0], n, x.dtype, bits, form, group):
             if way == "torch" or works(way, x.device, bits, form, group, x.dtype, scale.dtype):
                 break
         out = multiply(way, rows, codes, scale, shift, bits, form)
@@ -155,7 +155,7 @@ def self_check(way: str, device: torch.device, bits: int, form: str, group: int,
     which a card may be set to multiply FP32. The layer is made of fixed numbers: the random state of the process is
     not touched.
     """
-    n, k = 160, 8 * group
+    n, k = 256, 8 * group
     codes = (torch.arange(n * k * bits // 8, device=device) * 37 % 251).to(torch.uint8).view(n, -1)
     scale = (torch.arange(n * 8, device=device) * 0.7).cos().view(n, 8).to(scale_dtype)
     shift = None if form == "symmetric" else (scale.float() * -(2**bits - 1) / 2).to(scale_dtype)

@@ -22,6 +22,9 @@ import torch
 #: Rows up to which GemLite's split-K kernel is made for (its own switch to a plain GEMM).
 DEFAULT_GEMLITE_ROWS = 64
 
+#: GemLite reads scales of whole tiles of so many out features, beyond the end of the table if need be.
+GEMLITE_COLUMNS = 64
+
 #: Device name as torch reports it -> rows up to which GemLite was measured faster than expansion.
 GEMLITE_ROWS: dict[str, int] = {}
 
@@ -40,17 +43,17 @@ class Card:
     capability: tuple[int, int] = (0, 0)
 
 
-def candidates(policy: str, card: Card, rows: int, dtype: torch.dtype, bits: int, form: str, group: int,
+def candidates(policy: str, card: Card, rows: int, n: int, dtype: torch.dtype, bits: int, form: str, group: int,
                table: dict[str, int] = GEMLITE_ROWS) -> tuple[str, ...]:
-    """The ways to try, best first; the first that works on this machine serves.
+    """The ways to try for ``rows`` times a weight with ``n`` out features, best first; the first that works on this
+    machine serves. The last is always ``torch``, which works everywhere.
 
-    ``policy`` is ``triton`` (the rule above), ``gemlite`` (GemLite for any number of rows) or ``int8``. The last way
-    is always ``torch``, which works everywhere.
+    ``policy`` is ``triton`` (the rule above), ``gemlite`` (GemLite for any number of rows) or ``int8``.
     """
     if dtype not in DTYPES or group * bits % 8:
         return ("torch",)
     few = rows <= table.get(card.name, DEFAULT_GEMLITE_ROWS)
-    if policy == "gemlite" or few:
+    if (policy == "gemlite" or few) and n % GEMLITE_COLUMNS == 0:
         return ("gemlite", "triton", "torch")
     if policy == "int8" and int8_refusal(card) is None and form == "symmetric" and group in (32, 64, 128):
         return ("int8", "triton", "torch")

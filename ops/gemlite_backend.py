@@ -17,6 +17,7 @@ import threading
 
 import torch
 
+from .choice import GEMLITE_COLUMNS
 from .torch_backend import LEVELS
 
 #: GemLite's codes of dtypes.
@@ -26,13 +27,10 @@ _MINUS_ZERO, _PLUS_ZERO = 3, 4
 
 #: Above so many rows GemLite's plain GEMM, up to there the kernel for few rows.
 SPLIT_K_ROWS = 64
-#: Conservative: 3 stages of both kernels stay below the 99 KB of shared memory of consumer cards. Not tuned.
-_CONFIGS = {
-    "GEMM_SPLITK": {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64, "SPLIT_K": 1, "GROUP_SIZE_M": 8,
-                    "A_load_order": 0, "num_warps": 4, "num_stages": 3, "num_ctas": 1},
-    "GEMM": {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 8, "A_load_order": 0,
-             "num_warps": 4, "num_stages": 3, "num_ctas": 1},
-}
+#: Conservative and not tuned: both kernels compile to 34 KB of shared memory or less (consumer cards have 99 KB).
+_TILE = {"BLOCK_SIZE_N": GEMLITE_COLUMNS, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 8, "A_load_order": 0, "num_warps": 4,
+         "num_stages": 3, "num_ctas": 1}
+_CONFIGS = {"GEMM_SPLITK": {**_TILE, "BLOCK_SIZE_M": 16, "SPLIT_K": 1}, "GEMM": {**_TILE, "BLOCK_SIZE_M": 64}}
 
 #: GemLite's first calls from two threads at once are unsafe, and every new shape is a first call.
 _LOCK = threading.Lock()
@@ -46,7 +44,8 @@ def _gemlite():
 
 def linear(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, bits: int,
            form: str) -> torch.Tensor:
-    """``x @ W.T`` for ``x`` ``(M, K)``, M at least 1, and a canonical packed weight; ``(M, N)`` in the dtype of ``x``.
+    """``x @ W.T`` for ``x`` ``(M, K)``, M at least 1, and a canonical packed weight, N a multiple of 64; ``(M, N)`` in
+    the dtype of ``x``.
 
     The caller makes the device of ``x`` current. Raises ImportError without gemlite.
     """

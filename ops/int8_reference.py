@@ -17,7 +17,7 @@ from .torch_backend import dequantize
 
 
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x`` ``(M, K)`` -> int8 ``(M, K)`` and float32 ``(M,)`` with ``x ~ q * row[:, None]``. A row of zeros stays so."""
+    """``x`` ``(M, K)`` -> int8 ``(M, K)`` and float32 ``(M,)`` with ``x ~ q * row[:, None]``."""
     amax = x.float().abs().amax(1)
     # A number divided by a tensor would be computed as a reciprocal and a product, rounded twice.
     inverse = torch.where(amax > 0, torch.full_like(amax, 127.0) / amax, 0.0)

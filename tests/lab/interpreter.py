@@ -17,9 +17,10 @@ _FLOATS = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16, tl.float32: t
 
 
 def _as_torch(data: np.ndarray, dtype) -> torch.Tensor:
-    # The interpreter keeps BF16 as uint16.
     data = np.ascontiguousarray(data)
-    return torch.from_numpy(data.view(np.int16)).view(torch.bfloat16) if dtype == tl.bfloat16 else torch.from_numpy(data)
+    if dtype == tl.bfloat16:  # which the interpreter keeps as uint16
+        return torch.from_numpy(data.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(data)
 
 
 def _round_to_nearest() -> None:

@@ -3,7 +3,7 @@
 
 import json
 
-import interpreter  # noqa: F401, I001 (first: it sets TRITON_INTERPRET)
+import interpreter  # noqa: F401 (first: it sets TRITON_INTERPRET)
 import torch
 
 from bonsai_image.ops import int8_reference, torch_backend, triton_backend, triton_kernels

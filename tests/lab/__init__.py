@@ -1,1 +1,0 @@
-"""Triton and GemLite kernels on a machine without a GPU: helpers that run in processes of their own."""
