@@ -42,6 +42,11 @@ class Card:
     name: str
     capability: tuple[int, int] = (0, 0)
 
+    @property
+    def architecture(self) -> str:
+        """NVIDIA's name for the capability."""
+        return f"sm_{self.capability[0]}{self.capability[1]}"
+
 
 def candidates(policy: str, card: Card, rows: int, n: int, dtype: torch.dtype, bits: int, form: str, group: int,
                table: dict[str, int] = GEMLITE_ROWS) -> tuple[str, ...]:
@@ -65,7 +70,7 @@ def int8_refusal(card: Card) -> str | None:
     if card.vendor != "nvidia":
         return f"int8 activations are untried on {card.name}"
     if card.capability < _AMPERE:
-        return f"{card.name} (sm_{card.capability[0]}{card.capability[1]}) is older than Ampere"
+        return f"int8 activations need an Ampere card or newer, {card.name} is {card.architecture}"
     return None
 
 
@@ -80,7 +85,7 @@ def gemlite_refusal(card: Card, gemlite: str | None, triton: str) -> str | None:
     if card.vendor != "nvidia":
         return f"gemlite is untried on {card.name}"
     if card.capability < _AMPERE:
-        return f"{card.name} (sm_{card.capability[0]}{card.capability[1]}) is older than Ampere, gemlite is slow there"
+        return f"gemlite is slow before Ampere, {card.name} is {card.architecture}"
     old, triton_release = _release(gemlite) < (0, 6), _release(triton)
     if old and triton_release >= (3, 8):
         return f"gemlite {gemlite} does not work with triton {triton}; update gemlite to 0.6"

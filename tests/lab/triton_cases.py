@@ -1,12 +1,14 @@
 """Run our Triton kernels through the interpreter against plain torch, and print one line of JSON for every case:
 ``{"name", "error", "tolerance"}``. The error is a count of different bit patterns or a relative norm."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import interpreter  # noqa: F401 (first: it sets TRITON_INTERPRET)
 import torch
 
-from bonsai_image.ops import int8_reference, torch_backend, triton_backend, triton_kernels
+from bonsai_image.ops import accelerator, choice, int8_reference, torch_backend, triton_backend, triton_kernels
 
 GENERATOR = torch.Generator().manual_seed(0)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -86,7 +88,36 @@ def int8():
             report(f"int8-{bits}-{group}-{m}x{n}-{name}", relative(out, expected), tolerance)
 
 
+def operator():
+    """The registered operator from end to end on a made-up card: choice, self-check, bias, shapes, gradient."""
+    accelerator.card = lambda _device: choice.Card("nvidia", "stub", (9, 0))
+    torch.get_device_module = lambda _device: SimpleNamespace(device=contextlib.nullcontext)
+    codes, scale, _ = weight(192, 256, 2, 128)
+    bias = torch.randn(192, generator=GENERATOR)
+    x = torch.randn(2, 40, 256, generator=GENERATOR).bfloat16()
+    expected = torch_backend.packed_linear(x, codes, scale, None, 2, "symmetric", bias)
+    for policy in accelerator.POLICIES:
+        out = accelerator.accelerated_linear(x, codes, scale, None, 2, "symmetric", bias, policy)
+        assert out.shape == (2, 40, 192)
+        # GemLite finds no GPU in this process: its self-check fails, and the exact way serves.
+        report(f"operator-{policy}", relative(out, expected), 0.012 if policy == "int8" else 0)
+        assert (policy == "int8") == bool((out != expected).any())
+    used = accelerator._check.cache_info().currsize
+    report("operator-checks", used - 3, 0)
+    empty = accelerator.accelerated_linear(x[:0], codes, scale, None, 2, "symmetric", None, "triton")
+    report("operator-no-rows", empty.shape != (0, 40, 192), 0)
+    x.requires_grad_()
+    grads = [torch.autograd.grad(op(x, codes, scale, None, 2, "symmetric", None, *policy).float().sum(), x)[0]
+             for op, policy in ((accelerator.accelerated_linear, ("triton",)), (torch_backend.packed_linear, ()))]
+    report("operator-gradient", relative(*grads), 0)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    args = (x.detach(), codes, scale, None, 2, "symmetric", bias, "int8")
+    torch.library.opcheck(accelerator.accelerated_linear, args, test_utils=tests)
+    report("operator-check", 0, 0)
+
+
 if __name__ == "__main__":
     dequantise()
     exact()
     int8()
+    operator()
