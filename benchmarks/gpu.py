@@ -31,7 +31,7 @@ CASE = Path(__file__).with_name("gpu_case.py")
 KLEIN = KleinConfig(hidden=3072, text_width=7680, in_channels=128, out_channels=128, double_blocks=5, single_blocks=20)
 QWEN3 = Qwen3Config(vocab=151936, hidden=2560, layers=36, heads=32, kv_heads=8, head_dim=128, mlp=9728)
 VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 32}
-#: ComfyUI knows the text encoder by its width of 2560.
+#: ComfyUI knows the text encoder by its width of 2560 and brings a tokenizer of 151936.
 TINY_KLEIN = dataclasses.replace(KLEIN, hidden=256, double_blocks=1, single_blocks=2)
 TINY_QWEN3 = dataclasses.replace(QWEN3, layers=28, heads=1, kv_heads=1, mlp=128)
 TINY_VAE = {**VAE, "decoder_block_out_channels": (32, 64, 128, 128)}
@@ -50,12 +50,14 @@ def plan(packs: dict[str, Path], device: str, tiny: bool, comfyui: str | None) -
     """Every measurement but the kernels, the dense model before the packed ones it is compared with."""
     hosts = [("embedded", "resident")]
     if comfyui:
-        hosts += [("comfyui", mode) for mode in ("resident", "default", "novram")]
+        # The host takes one of its memory flags, and --cpu is among them.
+        hosts += [("comfyui", mode) for mode in (("cpu",) if tiny else ("resident", "default", "novram"))]
     models = [("dense", "exact"), ("ternary", "exact"), ("ternary", "fast"), ("binary", "exact"), ("binary", "fast")]
     return [{"kind": host, "mode": mode, "variant": variant, "precision": precision, "device": device,
              "name": f"{host}-{mode}-{variant}-{precision}", "comfyui": comfyui, "tiny": tiny,
              "pack": str(packs["binary" if variant == "binary" else "ternary"]),
-             "sizes": (64, 96) if tiny else (512, 1024), "new_size": 80 if tiny else 768}
+             "sizes": (64, 96) if tiny else (512, 1024), "new_size": 80 if tiny else 768,
+             "repeats": 1 if tiny else 3}
             for host, mode in hosts for variant, precision in models]
 
 
@@ -162,8 +164,8 @@ def main() -> int:
                     if latent is not None and case["precision"] == "exact" and not latent <= LATENT_TOLERANCE:
                         wrong.append(f"{case['name']} {size}: latent differs by {latent:.3f}")
                 wrong += [f"{case['name']}: {result['failed']}"] if "failed" in result else []
-                print("\n".join(image_lines(results)) if case["name"].endswith("binary-fast") else case["name"],
-                      flush=True)
+                print(f"done: {case['name']}", flush=True)
+        print("\n".join(image_lines(results)))
         report["images"] = [{**case, **result} for case, result in results]
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -22,7 +22,6 @@ import torch
 
 PROMPT = "a bonsai tree in a clay pot on a wooden table, morning light"
 STEPS = 4
-REPEATS = 3
 ROOT = Path(__file__).resolve().parent.parent
 
 #: (N, K) of the packed layers of FLUX.2 Klein 4B as ComfyUI names them, and the MLP of the text encoder (4 bits).
@@ -35,7 +34,8 @@ class Meter:
     """Seconds and peak megabytes of named stages."""
 
     def __init__(self, device: torch.device):
-        self.device, self.base, self.stages = device, self._used(), {}
+        self.device, self.stages = device, {}
+        self.base = self._used()
 
     def _used(self) -> float:
         if self.device.type == "cuda":
@@ -120,8 +120,8 @@ class ComfyUI:
     """The real host, started as its ``main.py`` starts it, without the server."""
 
     def __init__(self, case: dict, device: torch.device):
-        flags = {"resident": ["--highvram"], "default": [], "novram": ["--novram"]}[case["mode"]]
-        sys.argv = ["main.py", "--disable-all-custom-nodes", *flags, *(["--cpu"] if device.type == "cpu" else [])]
+        flags = {"resident": ["--highvram"], "default": [], "novram": ["--novram"], "cpu": ["--cpu"]}[case["mode"]]
+        sys.argv = ["main.py", "--disable-all-custom-nodes", *flags]
         sys.path.insert(0, case["comfyui"])
         # ComfyUI's own start reads sys.argv and sets up dynamic VRAM; it must come before the rest of the host.
         importlib.import_module("main")
@@ -199,14 +199,14 @@ def images(case: dict) -> dict:
     # The first image of the process, with an empty Triton cache on disk.
     result["first_image_seconds"] = image(host, meter, case["sizes"][0])["seconds"]
     for size in case["sizes"]:
-        runs = [image(host, meter, size) for _ in range(1 + REPEATS)][1:]
+        runs = [image(host, meter, size) for _ in range(1 + case["repeats"])][1:]
         latent = runs[0].pop("latent")
         torch.save(latent.cpu(), Path(case["latents"]) / f"{case['name']}-{size}.pt")
         result["sizes"][size] = {
             "step_seconds": statistics.median(run["step"] for run in runs),
             "image_seconds": statistics.median(run["seconds"] for run in runs),
             "peak_mb": {name: max(run["stages"][name]["peak_mb"] for run in runs) for name in runs[0]["stages"]}}
-    new = [image(host, meter, case["new_size"])["seconds"] for _ in range(1 + REPEATS)]
+    new = [image(host, meter, case["new_size"])["seconds"] for _ in range(1 + case["repeats"])]
     result["new_resolution"] = {"size": case["new_size"], "first_seconds": new[0],
                                 "warm_seconds": statistics.median(new[1:])}
     return result

@@ -111,7 +111,7 @@ def works(way: str, device: torch.device, bits: int, form: str, group: int, dtyp
           scale_dtype: torch.dtype) -> bool:
     """Whether ``way`` gives the right result for such weights on ``device``; found out once, and logged if not."""
     with _CHECK_LOCK:
-        return _refusal(way, device) is None and _check(way, device, bits, form, group, dtype, scale_dtype)
+        return _check(way, device, bits, form, group, dtype, scale_dtype)
 
 
 @functools.cache
@@ -133,6 +133,8 @@ def _refusal(way: str, device: torch.device) -> str | None:
 def _check(way: str, device: torch.device, bits: int, form: str, group: int, dtype: torch.dtype,
            scale_dtype: torch.dtype) -> bool:
     try:
+        if _refusal(way, device) is not None:
+            return False
         error = self_check(way, device, bits, form, group, dtype, scale_dtype)
     except torch.OutOfMemoryError:
         raise

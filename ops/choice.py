@@ -28,6 +28,9 @@ GEMLITE_COLUMNS = 64
 #: Device name as torch reports it -> rows up to which GemLite was measured faster than expansion.
 GEMLITE_ROWS: dict[str, int] = {}
 
+#: Groups whose products one int8 matrix instruction or several fill exactly. Bonsai Image has 128.
+INT8_GROUPS = (32, 64, 128)
+
 #: What the Triton kernels compute in.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -60,7 +63,7 @@ def candidates(policy: str, card: Card, rows: int, n: int, dtype: torch.dtype, b
     few = rows <= table.get(card.name, DEFAULT_GEMLITE_ROWS)
     if (policy == "gemlite" or few) and n % GEMLITE_COLUMNS == 0:
         return ("gemlite", "triton", "torch")
-    if policy == "int8" and int8_refusal(card) is None and form == "symmetric" and group in (32, 64, 128):
+    if policy == "int8" and form == "symmetric" and group in INT8_GROUPS:
         return ("int8", "triton", "torch")
     return ("triton", "torch")
 

@@ -8,9 +8,9 @@
     The activations are rounded to int8 with one scale a row, and multiplied by the exact int8 levels. Every product
     and every sum inside a group is exact; the rounding of the activations is the whole error.
 
-The dense copy is at most :data:`WORKSPACE_BYTES` and comes from torch's caching allocator at every call: the block
-is the same one each time, the driver is not asked, nothing is held between calls, two streams do not share it, and a
-CUDA graph records it. No function here waits for the device.
+The dense copy is at most :data:`WORKSPACE_BYTES` and comes from torch's allocator at every call. In steady state that
+is the same block each time without asking the driver; nothing is held between calls, two streams never share it, and
+a CUDA graph records it. No function here waits for the device.
 """
 
 from __future__ import annotations
