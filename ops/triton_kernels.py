@@ -26,7 +26,13 @@ EXPAND_BYTES = 1024
 #: Rows and columns of an output tile of ``int8_matmul``, and how many row tiles share a column tile in L2. With groups
 #: of 128 this compiles to 64 KB of shared memory (96 KB on Hopper); every card since Ampere has 99 KB or more.
 TILE_M, TILE_N, TILE_ROWS = 128, 128, 8
-STAGES = 3
+
+#: How the three kernels are launched. Floating-point fusion is off where it would change a result: a fused
+#: multiply-add would round an affine weight once where the reference rounds twice, and would skip the rounding of an
+#: activation before its rounding constant is added.
+EXPAND_LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+ROWS_LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
+MATMUL_LAUNCH = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 
 #: Adding and subtracting 1.5 * 2**23 rounds a float32 of magnitude below 2**22 to the nearest integer, half to even.
 ROUNDING = tl.constexpr(12582912.0)
@@ -64,9 +70,8 @@ def expand(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None,
     step, origin = LEVELS[bits]
     group_bytes = codes.shape[1] // scale.shape[1]
     grid = (triton.cdiv(codes.numel(), EXPAND_BYTES),)
-    # Without fusion: a fused multiply-add would round an affine weight once where the reference rounds twice.
     _expand[grid](codes, scale, shift, out, codes.numel(), group_bytes, bits, form, step, origin, EXPAND_BYTES,
-                  num_warps=4, enable_fp_fusion=False)
+                  **EXPAND_LAUNCH)
     return out
 
 
@@ -88,8 +93,7 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     m, k = x.shape
     q = torch.empty(m, k, dtype=torch.int8, device=x.device)
     row = torch.empty(m, dtype=torch.float32, device=x.device)
-    # Without fusion: the product must be rounded before the rounding constant is added.
-    _quantise_rows[(m,)](x, q, row, k, x.stride(0), triton.next_power_of_2(k), num_warps=8, enable_fp_fusion=False)
+    _quantise_rows[(m,)](x, q, row, k, x.stride(0), triton.next_power_of_2(k), **ROWS_LAUNCH)
     return q, row
 
 
@@ -126,5 +130,5 @@ def int8_matmul(q: torch.Tensor, row: torch.Tensor, levels: torch.Tensor, scale:
     (m, k), n = q.shape, levels.shape[0]
     grid = (triton.cdiv(m, TILE_M) * triton.cdiv(n, TILE_N),)
     _int8_matmul[grid](q, row, levels, scale, out, m, n, k, out.stride(0), k // scale.shape[0], TILE_M, TILE_N,
-                       TILE_ROWS, num_warps=8, num_stages=STAGES, enable_fp_fusion=True)
+                       TILE_ROWS, **MATMUL_LAUNCH)
     return out

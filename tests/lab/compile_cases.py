@@ -22,16 +22,16 @@ for bits, form, group in ((1, "symmetric", 128), (2, "symmetric", 128), (4, "aff
          "total": "i32"},
         {"GROUP_BYTES": group * bits // 8, "BITS": bits, "FORM": form, "STEP": step, "ORIGIN": origin,
          "BLOCK": kernels.EXPAND_BYTES},
-        {"num_warps": 4, "enable_fp_fusion": False})
+        kernels.EXPAND_LAUNCH)
 CASES["quantise-rows"] = (
     kernels._quantise_rows, {"x": "*bf16", "q": "*i8", "row": "*fp32", "k": "i32", "stride": "i32"},
-    {"BLOCK": 16384}, {"num_warps": 8, "enable_fp_fusion": False})
+    {"BLOCK": 16384}, kernels.ROWS_LAUNCH)
 CASES["int8-matmul"] = (
     kernels._int8_matmul,
     {"q": "*i8", "row": "*fp32", "levels": "*i8", "scale": "*bf16", "out": "*bf16", "m": "i32", "n": "i32", "k": "i32",
      "stride": "i32"},
     {"GROUP": 128, "BLOCK_M": kernels.TILE_M, "BLOCK_N": kernels.TILE_N, "ROWS": kernels.TILE_ROWS},
-    {"num_warps": 8, "num_stages": kernels.STAGES, "enable_fp_fusion": True})
+    kernels.MATMUL_LAUNCH)
 
 for arch in map(int, sys.argv[1:]):
     for name, (kernel, types, constants, options) in CASES.items():
