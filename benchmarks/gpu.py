@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --tiny                  # the same code on a CPU in minutes; the figures mean nothing
 
 All weights are random, of full size, made on the fly (about 5 GB in a temporary folder, 40 GB of memory). The dense
-model is the packed one expanded, so that both compute the same thing and their latents can be compared. Every
+model is the packed one expanded (in its load time), so that both compute the same and their latents compare. Every
 measurement runs in a process of its own with an empty Triton cache. Exits with 1 if a result is wrong.
 """
 
@@ -64,7 +64,8 @@ def plan(packs: dict[str, Path], device: str, tiny: bool, comfyui: str | None) -
 def run(case: dict) -> dict:
     """One case in a process of its own. What fails is reported in its row, and the others still run."""
     with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run([sys.executable, str(CASE), json.dumps(case)], capture_output=True, text=True,
+        # In a folder of its own: ComfyUI writes a log where it runs.
+        done = subprocess.run([sys.executable, str(CASE), json.dumps(case)], capture_output=True, text=True, cwd=cache,
                               env={**os.environ, "TRITON_CACHE_DIR": cache,
                                    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)})
     if done.returncode:

@@ -32,7 +32,7 @@ def cases() -> list[dict]:
     return run_lab("triton_cases.py")
 
 
-@pytest.mark.parametrize(("prefix", "count"), [("dequantise-", 72), ("exact-", 13), ("quantise-rows-", 3),
+@pytest.mark.parametrize(("prefix", "count"), [("dequantise-", 73), ("exact-", 13), ("quantise-rows-", 3),
                                                ("int8-", 15), ("operator-", 7)])
 def test_kernels_agree_with_torch(cases, prefix, count):
     chosen = [case for case in cases if case["name"].startswith(prefix)]

@@ -46,6 +46,12 @@ def dequantise():
                 out = triton_backend.dequantize(codes, scale, shift, bits, form, dtype)
                 expected = torch_backend.dequantize(codes, scale, shift, bits, form, dtype)
                 report(f"dequantise-{bits}-{form}-{group}-{scale_name}-{name}", different(out, expected), 0)
+    # Twice a scale that FP16 holds only roughly: the scale is rounded first.
+    codes, scale, _ = weight(37, 384, 2, 128, scale_dtype=torch.float32)
+    scale *= 1e-7
+    out = triton_backend.dequantize(codes, scale, None, 2, "symmetric", torch.float16)
+    expected = torch_backend.dequantize(codes, scale, None, 2, "symmetric", torch.float16)
+    report("dequantise-subnormal", different(out, expected), 0)
 
 
 def exact():
