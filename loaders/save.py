@@ -75,7 +75,11 @@ def _verify(model: Transformer, path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
+    """Bring what was written to disk, readable by whom the umask says (safetensors writes for the owner only)."""
+    probe = path.with_name("probe")
+    probe.touch()
     for file in [path] if path.is_file() else sorted(path.iterdir()):
+        file.chmod(probe.stat().st_mode)
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())
 

@@ -1,0 +1,158 @@
+"""Damaged packs: cut, flipped or contradictory ones end in PackError. Each case damages a copy in one way and loads it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import bad_packs
+import pytest
+import torch
+from bad_packs import PACKS, load, read, refusal, write
+
+from bonsai_image.loaders import PackError, load_transformer
+from bonsai_image.ops.packed import equal, is_packed
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return bad_packs.write_all(tmp_path_factory.mktemp("valid"))
+
+
+@pytest.fixture(scope="module")
+def loaded(root) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: load(name, root / name) for name in PACKS}
+
+
+@pytest.fixture
+def copy(root, tmp_path):
+    return lambda name: Path(shutil.copytree(root / name, tmp_path / name))
+
+
+def _table(file: Path) -> tuple[int, int]:
+    """Where the table of tensors begins and ends: the header of a safetensors file, or the pickle in a zip."""
+    if file.suffix == ".safetensors":
+        return 0, 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    with zipfile.ZipFile(file) as archive:
+        record = next(info for info in archive.infolist() if info.filename.endswith("data.pkl"))
+        with archive.open(record):
+            start = file.read_bytes().index(archive.read(record)[:64], record.header_offset)
+        return start, start + record.file_size
+
+
+def _unharmed(name: str, path: Path, original: dict[str, torch.Tensor]) -> bool:
+    """Whether the pack is refused properly, or loads to exactly the original tensors."""
+    try:
+        tensors = load(name, path)
+    except PackError:
+        refusal(PACKS[name][0], path)
+        return True
+    return tensors.keys() == original.keys() and all(
+        equal(tensor, original[key]) if is_packed(tensor) else
+        tensor.dtype == original[key].dtype and torch.equal(tensor, original[key]) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("where", ["0", "1", "8", "9", "table/2", "table", "half", "end-1"])
+@pytest.mark.parametrize("name", ["mlx", "comfy", "sharded", "te-dense", "vae", "gemlite", "te-hqq"])
+def test_truncated(name, where, copy):
+    path = copy(name)
+    file = path / PACKS[name][1]
+    size, (start, stop) = file.stat().st_size, _table(file)
+    os.truncate(file, {"table/2": (start + stop) // 2, "table": stop, "half": size // 2, "end-1": size - 1}.get(
+        where) or int(where if where.isdigit() else 0))
+    refusal(PACKS[name][0], path)
+
+
+@pytest.mark.parametrize("step", range(16))
+@pytest.mark.parametrize("name", ["mlx", "comfy", "te-mlx", "vae", "gemlite"])
+def test_bit_flips_in_the_tensor_table(name, step, copy, loaded):
+    path = copy(name)
+    file = path / PACKS[name][1]
+    start, stop = _table(file)
+    original = file.read_bytes()
+    for i in range(2):
+        place = step * 2 + i
+        # The first bytes hold the header's length (safetensors) or the protocol (pickle); the rest is spread evenly.
+        offset = start + (place if place < 8 else (stop - start) * place // 32)
+        data = bytearray(original)
+        data[offset] ^= 1 << (place * 3 % 8)
+        file.write_bytes(data)
+        assert _unharmed(name, path, loaded[name]), f"byte {offset}"
+
+
+@pytest.mark.parametrize("record", ["data.pkl", "data/0", "data/7", "version", "byteorder"])
+def test_bit_flips_in_a_zip_record(record, copy, loaded):
+    """In the local and central headers of a record (name, sizes, checksum, offset), and in the zip's last record."""
+    path = copy("gemlite")
+    file = path / PACKS["gemlite"][1]
+    original = file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        info = next(info for info in archive.infolist() if info.filename.endswith(f"/{record}"))
+        start = archive.start_dir
+    central = original.index(info.filename.encode(), start) - 46
+    places = [*range(info.header_offset + 4, info.header_offset + 34, 3), *range(central + 4, central + 58, 3)]
+    places += range(len(original) - 20, len(original), 4) if record == "version" else ()
+    for i, offset in enumerate(places):
+        data = bytearray(original)
+        data[offset] ^= 1 << (i * 3 % 8)
+        file.write_bytes(data)
+        assert _unharmed("gemlite", path, loaded["gemlite"]), f"byte {offset - central} of the central header"
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**24, 2**31, 2**63, 2**64 - 1, -1, 1000])
+def test_safetensors_header_length_lies(length, copy):
+    path = copy("comfy") / "bonsai.safetensors"
+    data = path.read_bytes()
+    true = int.from_bytes(data[:8], "little")
+    lie = {-1: true - 1, 1000: true + 1000}.get(length, length)
+    path.write_bytes(lie.to_bytes(8, "little") + data[8:])
+    refusal(load_transformer, path)
+
+
+# Tensors that contradict each other, or are not those of the model.
+
+def _first(value: float):
+    def change(tensor):
+        tensor = tensor.clone()
+        tensor.view(-1)[-1] = value
+        return tensor
+    return change
+
+
+DAMAGE = {
+    "missing": None,
+    "short": lambda t: t[:-1],
+    "long": lambda t: torch.cat((t, t[:1])),
+    "transposed": lambda t: t.flatten()[None] if t.shape[0] > 1 else t.flatten()[:, None],
+    "extra dimension": lambda t: t[None],
+    "scalar": lambda t: t.flatten()[0],
+    "empty": lambda t: t[:0],
+    "no columns": lambda t: t[..., :0],
+    "int64": lambda t: t.to(torch.int64),
+    "bool": lambda t: t.to(torch.bool),
+    "complex": lambda t: t.to(torch.complex64),
+    "float8": lambda t: t.float().to(torch.float8_e4m3fn),
+    "float64": lambda t: t.double(),
+    "nan": _first(float("nan")),
+    "infinity": _first(float("inf")),
+}
+ROLES = {"dense": 2, "codes": 3, "scale": 4, "shift": 5}
+TENSOR_CASES = [(name, role, damage) for name in PACKS for role, column in ROLES.items() for damage in DAMAGE
+                if PACKS[name][column] and not (role == "codes" and damage in ("nan", "infinity"))
+                and not (damage == "complex" and name == "base3")]
+
+
+@pytest.mark.parametrize(("name", "role", "damage"), TENSOR_CASES, ids=["-".join(case) for case in TENSOR_CASES])
+def test_damaged_tensor(name, role, damage, copy):
+    path = copy(name)
+    file, target = path / PACKS[name][1], PACKS[name][ROLES[role]]
+    tensors = read(file)
+    if DAMAGE[damage] is None:
+        del tensors[target]
+    else:
+        tensors[target] = DAMAGE[damage](tensors[target])
+    write(file, tensors)
+    refusal(PACKS[name][0], path)
