@@ -33,23 +33,26 @@ def cases() -> list[dict]:
 
 
 @pytest.mark.parametrize(("prefix", "count"), [("dequantise-", 73), ("exact-", 13), ("quantise-rows-", 3),
-                                               ("int8-", 15), ("operator-", 7)])
+                                               ("int8-", 15), ("operator-", 11)])
 def test_kernels_agree_with_torch(cases, prefix, count):
     chosen = [case for case in cases if case["name"].startswith(prefix)]
     assert len(chosen) == count
     assert not [case for case in chosen if not case["error"] <= case["tolerance"]]
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90, 120])
-def test_kernels_compile_without_a_gpu(arch):
-    built = {case["name"]: case for case in run_lab("compile_cases.py", str(arch))}
+#: Shared memory of a block in KB: 99 on consumer cards since Ampere, 227 on Hopper, 64 on AMD's.
+@pytest.mark.parametrize(("arch", "shared"), [("80", 99), ("89", 99), ("90", 227), ("120", 99), ("gfx1100", 64),
+                                              ("gfx942", 64)])
+def test_kernels_compile_without_a_gpu(arch, shared):
+    built = {case["name"]: case for case in run_lab("compile_cases.py", arch)}
     assert len(built) == 8
-    assert all(case["cubin"] for case in built.values())
-    # 99 KB a block on consumer cards since Ampere, 227 KB on Hopper.
-    assert max(case["shared"] for case in built.values()) <= (227 if arch == 90 else 99) * 1024
+    assert all(case["code"] for case in built.values())
+    assert max(case["shared"] for case in built.values()) <= shared * 1024
     assert built["int8-matmul"]["matrix"], "int8 products must run on matrix units"
-    # Bit-exactness rests on it: the reference rounds a product before it adds, and so does the rounding to int8.
-    assert built["expand-4-affine"]["fma"] == built["quantise-rows"]["fma"] == 0
+    # Bit-exactness rests on it: the reference rounds a product before it adds, and so does the rounding to int8 (which
+    # AMD's division hides).
+    assert built["expand-4-affine"]["fma"] == 0
+    assert built["quantise-rows"]["fma"] == 0 or arch.startswith("gfx")
 
 
 def random_layer(m=64, n=256, k=1024, bits=2):

@@ -1,5 +1,6 @@
-"""Compile our kernels for NVIDIA architectures, with no GPU, and print one line of JSON for each: name, architecture,
-bytes of shared memory, whether a cubin came out, matrix instructions, and fused multiply-adds in FP32."""
+"""Compile our kernels for the architectures given (80, 90, gfx1100 ...), with no GPU, and print one line of JSON for
+each: name, architecture, bytes of shared memory and of machine code, int8 matrix instructions, and how many fused
+multiply-adds in FP32."""
 
 import json
 import re
@@ -33,16 +34,20 @@ CASES["int8-matmul"] = (
     {"GROUP": 128, "BLOCK_M": kernels.TILE_M, "BLOCK_N": kernels.TILE_N, "ROWS": kernels.TILE_ROWS},
     kernels.MATMUL_LAUNCH)
 
-for arch in map(int, sys.argv[1:]):
+for arch in sys.argv[1:]:
+    target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32) if arch.startswith("gfx") else GPUTarget(
+        "cuda", int(arch), 32)
     for name, (kernel, types, constants, options) in CASES.items():
         names = kernel.arg_names
         # What the launcher finds out at run time: pointers and strides are multiples of 16, the number of rows is not.
         attrs = {(names.index(arg),): [["tt.divisibility", 16]] for arg in types if arg != "m"}
         source = ASTSource(kernel, {**types, **dict.fromkeys(constants, "constexpr")},
                            {(names.index(arg),): value for arg, value in constants.items()}, attrs)
-        compiled = compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        ptx = compiled.asm["ptx"]
+        compiled = compile(source, target=target, options=options)
+        binary, listing = ("cubin", "ptx") if target.backend == "cuda" else ("hsaco", "amdgcn")
+        listing = compiled.asm[listing]
         print(json.dumps({"name": name, "arch": arch, "shared": compiled.metadata.shared,
-                          "cubin": len(compiled.asm["cubin"]), "fma": len(re.findall(r"fma\.rn\.f32", ptx)),
-                          "matrix": sorted(set(re.findall(r"(?:wgmma|mma|tcgen05)\.\S*s8\S*|tcgen05\.mma\S*", ptx)))}),
-              flush=True)
+                          "code": len(compiled.asm[binary]),
+                          "fma": len(re.findall(r"fma\.rn\.f32|v_(?:pk_)?fma\w*f32", listing)),
+                          "matrix": sorted(set(re.findall(
+                              r"(?:wgmma|mma)\.\S*s8\S*|tcgen05\.mma\S*|v_(?:mfma|wmma)_i32\w*", listing)))}), flush=True)

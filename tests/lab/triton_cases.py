@@ -3,7 +3,6 @@
 
 import contextlib
 import json
-from types import SimpleNamespace
 
 import interpreter  # noqa: F401 (first: it sets TRITON_INTERPRET)
 import torch
@@ -97,7 +96,7 @@ def int8():
 def operator():
     """The registered operator from end to end on a made-up card: choice, self-check, bias, shapes, gradient."""
     accelerator.card = lambda _device: choice.Card("nvidia", "stub", (9, 0))
-    torch.get_device_module = lambda _device: SimpleNamespace(device=contextlib.nullcontext)
+    torch.cpu.device = contextlib.nullcontext
     codes, scale, _ = weight(192, 256, 2, 128)
     bias = torch.randn(192, generator=GENERATOR)
     x = torch.randn(2, 40, 256, generator=GENERATOR).bfloat16()
@@ -116,6 +115,22 @@ def operator():
     grads = [torch.autograd.grad(op(x, codes, scale, None, 2, "symmetric", None, *policy).float().sum(), x)[0]
              for op, policy in ((accelerator.accelerated_linear, ("triton",)), (torch_backend.packed_linear, ()))]
     report("operator-gradient", relative(*grads), 0)
+    graphs = []
+
+    def keep(graph, _inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    @torch.compile(backend=keep, fullgraph=True, dynamic=True)
+    def compiled(x):
+        return accelerator.accelerated_linear(x, codes, scale, None, 2, "symmetric", None, "triton")
+
+    for m in (3, 40, 80):
+        rows = torch.randn(m, 256, generator=GENERATOR).bfloat16()
+        expected = torch_backend.packed_linear(rows, codes, scale, None, 2, "symmetric", None)
+        report(f"operator-compiled-{m}", relative(compiled(rows), expected), 0)
+    # One call in one graph for any number of rows, on both sides of the choice.
+    report("operator-graphs", graphs != [["bonsai_image.accelerated_linear.default"]], 0)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     args = (x.detach(), codes, scale, None, 2, "symmetric", bias, "int8")
     torch.library.opcheck(accelerator.accelerated_linear, args, test_utils=tests)
