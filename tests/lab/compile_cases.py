@@ -50,4 +50,5 @@ for arch in sys.argv[1:]:
                           "code": len(compiled.asm[binary]),
                           "fma": len(re.findall(r"fma\.rn\.f32|v_(?:pk_)?fma\w*f32", listing)),
                           "matrix": sorted(set(re.findall(
-                              r"(?:wgmma|mma)\.\S*s8\S*|tcgen05\.mma\S*|v_(?:mfma|wmma)_i32\w*", listing)))}), flush=True)
+                              r"(?:wgmma|mma)\.\S*s8\S*|tcgen05\.mma\S*|v_(?:mfma|wmma)_i32\w*", listing)))}),
+              flush=True)
