@@ -53,7 +53,7 @@ class Meter:
         done, peak = threading.Event(), [self._used()]
 
         def poll():
-            while not done.wait(0.002):
+            while not done.wait(0.01):
                 peak[0] = max(peak[0], self._used())
 
         thread = threading.Thread(target=poll)
@@ -244,7 +244,8 @@ def kernels(case: dict) -> dict:
     from bonsai_image.ops import accelerator, int8_reference, torch_backend
     from bonsai_image.ops.devices import default_dtype
 
-    dtype, flush = default_dtype(device), torch.empty(1 if case["tiny"] else 256_000_000, device=device).byte()
+    dtype, flush = default_dtype(device), torch.empty(1 if case["tiny"] else 256_000_000, dtype=torch.uint8,
+                                                          device=device)
     rows_of_table = []
     kinds = [(bits, "symmetric", 128, shape) for bits in (2, 1) for shape in layers]
     kinds += [(4, "affine", 64, shape) for shape in text_layers]

@@ -1,6 +1,7 @@
 """The one place that chooses which backend multiplies a packed weight.
 
-A backend is a module with ``linear(x, weight, bias)`` and a line in :data:`BACKENDS`.
+A backend is a module with ``linear(x, weight, bias)`` and a line in :data:`BACKENDS`. On a GPU the choice goes on, by
+shape, in ``ops/accelerator.py``.
 """
 
 from __future__ import annotations

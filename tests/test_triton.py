@@ -55,6 +55,19 @@ def test_kernels_compile_without_a_gpu(arch, shared):
     assert built["quantise-rows"]["fma"] == 0 or arch.startswith("gfx")
 
 
+@pytest.mark.parametrize(("n", "k", "itemsize", "blocks"), [
+    (27648, 3072, 2, 1), (3072, 12288, 2, 1), (27648, 3072, 1, 1), (27648, 3072, 4, 2), (9728, 2560, 2, 1),
+    (5, 64, 2, 1)])
+def test_the_workspace_is_bounded(n, k, itemsize, blocks):
+    """Every layer of the model is expanded in one piece in 16 bits, and nothing larger than the limit ever is."""
+    from bonsai_image.ops.triton_backend import row_blocks
+
+    parts = list(row_blocks(n, k, itemsize))
+    assert len(parts) == blocks
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(n))
+    assert max(part.stop - part.start for part in parts) * k * itemsize <= 200e6
+
+
 def random_layer(m=64, n=256, k=1024, bits=2):
     generator = torch.Generator().manual_seed(1)
     codes = torch.randint(0, 256, (n, k * bits // 8), generator=generator, dtype=torch.uint8)
