@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from ..ops.packed import is_packed
-from . import comfy, dense, gemlite, hqq, klein, mlx, names, qwen3, vae
+from . import bonsai, dense, gemlite, hqq, klein, mlx, names, qwen3, vae
 from .errors import DOWNLOAD_AGAIN, PackError
 from .files import TENSOR_SUFFIXES, TensorFile, open_tensors, read_json
 
 #: Every format that can be read, in the order they are tried. A format is a module with NAME, matches and decode.
-FORMATS = (gemlite, mlx, comfy, hqq, dense)
+FORMATS = (gemlite, mlx, bonsai, hqq, dense)
 
 #: File names that say nothing, used inside the folders of a repository.
 _GENERIC_STEMS = ("diffusion_pytorch_model", "state_dict", "model")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bonsai_image.loaders import (
     PackError,
-    comfy,
+    bonsai,
     dense,
     gemlite,
     load_text_encoder,
@@ -76,8 +76,8 @@ def write_all(root: Path) -> Path:
     model, encoder = random_transformer(KLEIN, 2, generator), random_text_encoder(TEXT, generator)
     plain = {name: dense.expand(tensor) for name, tensor in model.items()}
     ours = to_comfyui(model)
-    for name, tensors in (("mlx", mlx.encode(model)), ("comfy", comfy.encode(ours, False)), ("unpacked", plain),
-                          ("base3", comfy.encode(ours, True)), ("single", to_comfyui(plain)),
+    for name, tensors in (("mlx", mlx.encode(model)), ("comfy", bonsai.encode(ours, False)), ("unpacked", plain),
+                          ("base3", bonsai.encode(ours, True)), ("single", to_comfyui(plain)),
                           ("te-mlx", mlx.encode(encoder)),
                           ("te-dense", {name: torch.zeros(tensor.shape) for name, tensor in encoder.items()})):
         save_file(tensors, root / name / PACKS[name][1], {"format": "pt"})
