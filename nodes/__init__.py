@@ -30,6 +30,13 @@ def _backend_input() -> io.Combo.Input:
         tooltip="What multiplies the packed weights. auto: the fastest that works on this device.")
 
 
+def _precision_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "precision", options=list(backends.PRECISIONS), default="exact", advanced=True,
+        tooltip="exact: activations keep their dtype. fast: they are rounded to int8, which changes the picture a "
+                "little; NVIDIA cards since Ampere, exact elsewhere. The packed weights stay exact in any case.")
+
+
 def _show(text: str, node_id: str) -> None:
     """Show ``text`` on the node: the frontend displays the text output of none but a few nodes of its own."""
     PromptServer.instance.send_progress_text(text, node_id)
@@ -50,19 +57,20 @@ class BonsaiPackLoader(io.ComfyNode):
                                        "bonsai-image-ternary-4B-mlx-2bit."),
                 _compute_dtype_input(),
                 _backend_input(),
+                _precision_input(),
             ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
 
     @classmethod
-    def execute(cls, pack: str, compute_dtype: str, backend: str) -> io.NodeOutput:
+    def execute(cls, pack: str, compute_dtype: str, backend: str, precision: str = "exact") -> io.NodeOutput:
         repository = find_repository(models.resolve("diffusers", pack))
         for part in ("text_encoder", "vae"):
             if getattr(repository, part) is None:
                 raise PackError(repository.path, f"a folder with the {part.replace('_', ' ')}", "none",
                                 "download the whole repository again")
         return io.NodeOutput(
-            models.load_model(str(repository.transformer), compute_dtype, backend),
+            models.load_model(str(repository.transformer), compute_dtype, backends.select(backend, precision)),
             models.load_clip(str(repository.text_encoder)),
             models.load_vae_model(str(repository.vae)),
         )
@@ -83,13 +91,15 @@ class BonsaiModelLoader(io.ComfyNode):
                                        "saved by Save Bonsai Model."),
                 _compute_dtype_input(),
                 _backend_input(),
+                _precision_input(),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model_name: str, compute_dtype: str, backend: str) -> io.NodeOutput:
-        return io.NodeOutput(models.load_model(models.resolve("diffusion_models", model_name), compute_dtype, backend))
+    def execute(cls, model_name: str, compute_dtype: str, backend: str, precision: str = "exact") -> io.NodeOutput:
+        return io.NodeOutput(models.load_model(models.resolve("diffusion_models", model_name), compute_dtype,
+                                               backends.select(backend, precision)))
 
 
 class BonsaiTextEncoderLoader(io.ComfyNode):

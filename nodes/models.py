@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from comfy.cli_args import args as host_args
 from ..loaders import PackError, Transformer, load_text_encoder, load_transformer, load_vae
 from ..loaders.files import Progress
 from ..loaders.names import to_comfyui
+from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
 from . import lora
 from .operations import packed_operations
@@ -56,7 +58,7 @@ def _compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 def load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", disable_dynamic: bool = False):
     """The MODEL at ``path``, computing in ``compute_dtype`` (``auto`` or a name in ``ops.devices.DTYPES``) with
-    ``backend`` (a name in ``ops.backends.NAMES``).
+    ``backend`` (from ``ops.backends.select``).
 
     Raises PackError. The host calls it again, with the same arguments, for clones on other devices.
     """
@@ -69,6 +71,10 @@ def load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", di
         raise PackError(path, "a model this ComfyUI knows", "FLUX.2 Klein, which it does not", "update ComfyUI")
     if dtype is not None:
         patcher.set_model_compute_dtype(dtype)
+    served = backends.resolve(backend, patcher.load_device)
+    if backend not in ("auto", served):
+        logging.info("Bonsai Image: the backend %s is not available on %s, %s serves.", backend, patcher.load_device,
+                     served)
     lora.install(patcher)
     patcher.cached_patcher_init = (load_model, (path, compute_dtype, backend))
     used = dtype or patcher.model.get_dtype_inference()

@@ -29,6 +29,8 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--steps", type=int, default=4)
     drawing.add_argument("--seed", type=int, default=0)
     drawing.add_argument("--backend", choices=backends.NAMES, default="auto", help="what multiplies packed weights")
+    drawing.add_argument("--precision", choices=backends.PRECISIONS, default="exact",
+                         help="fast rounds activations to int8 (NVIDIA cards since Ampere; exact elsewhere)")
     drawing.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of activations")
     drawing.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: the fastest there is)")
     drawing.add_argument("--json", action="store_true", help="print settings and stage figures as JSON")
@@ -73,7 +75,8 @@ def _table(result: Result) -> str:
 def _draw(args: argparse.Namespace, pack: Path, prompt: str) -> None:
     device = _device(args.device)
     dtype = default_dtype(device) if args.dtype == "auto" else DTYPES[args.dtype]
-    result = generate(pack, prompt, device, dtype, args.backend, args.width, args.height, args.steps, args.seed,
+    backend = backends.select(args.backend, args.precision)
+    result = generate(pack, prompt, device, dtype, backend, args.width, args.height, args.steps, args.seed,
                       progress=not args.json)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result.save(args.out)

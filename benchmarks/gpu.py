@@ -1,0 +1,178 @@
+"""Bonsai Image beside dense BF16 FLUX.2 Klein on one GPU: correctness of every way to multiply, then speed and memory.
+
+    python benchmarks/gpu.py --out gpu.json          # needs a GPU; COMFYUI_PATH adds the rows of the real host
+    python benchmarks/gpu.py --tiny                  # the same code on a CPU in minutes; the figures mean nothing
+
+All weights are random, of full size, made on the fly (about 5 GB in a temporary folder, 40 GB of memory). The dense
+model is the packed one expanded (in its load time), so that both compute the same and their latents compare. Every
+measurement runs in a process of its own with an empty Triton cache. Exits with 1 if a result is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from bonsai_image.loaders.klein import KleinConfig
+from bonsai_image.loaders.qwen3 import Qwen3Config
+from bonsai_image.standalone import miniature
+
+CASE = Path(__file__).with_name("gpu_case.py")
+KLEIN = KleinConfig(hidden=3072, text_width=7680, in_channels=128, out_channels=128, double_blocks=5, single_blocks=20)
+QWEN3 = Qwen3Config(vocab=151936, hidden=2560, layers=36, heads=32, kv_heads=8, head_dim=128, mlp=9728)
+VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 32}
+#: ComfyUI knows the text encoder by its width of 2560 and brings a tokenizer of 151936.
+TINY_KLEIN = dataclasses.replace(KLEIN, hidden=256, double_blocks=1, single_blocks=2)
+TINY_QWEN3 = dataclasses.replace(QWEN3, layers=28, heads=1, kv_heads=1, mlp=128)
+TINY_VAE = {**VAE, "decoder_block_out_channels": (32, 64, 128, 128)}
+
+#: Latents of the exact ways may differ from the dense model's by the rounding of 16-bit activations over four steps.
+LATENT_TOLERANCE = 0.05
+
+
+def write_packs(folder: Path, tiny: bool) -> dict[str, Path]:
+    klein, text, vae = (TINY_KLEIN, TINY_QWEN3, TINY_VAE) if tiny else (KLEIN, QWEN3, VAE)
+    return {name: miniature.write_miniature(folder / name, bits, 0, klein, text, vae)
+            for name, bits in (("ternary", 2), ("binary", 1))}
+
+
+def plan(packs: dict[str, Path], device: str, tiny: bool, comfyui: str | None) -> list[dict]:
+    """Every measurement but the kernels, the dense model before the packed ones it is compared with."""
+    hosts = [("embedded", "resident")]
+    if comfyui:
+        # The host takes one of its memory flags, and --cpu is among them.
+        hosts += [("comfyui", mode) for mode in (("cpu",) if tiny else ("resident", "default", "novram"))]
+    models = [("dense", "exact"), ("ternary", "exact"), ("ternary", "fast"), ("binary", "exact"), ("binary", "fast")]
+    return [{"kind": host, "mode": mode, "variant": variant, "precision": precision, "device": device,
+             "name": f"{host}-{mode}-{variant}-{precision}", "comfyui": comfyui, "tiny": tiny,
+             "pack": str(packs["binary" if variant == "binary" else "ternary"]),
+             "sizes": (64, 96) if tiny else (512, 1024), "new_size": 80 if tiny else 768,
+             "repeats": 1 if tiny else 3}
+            for host, mode in hosts for variant, precision in models]
+
+
+def run(case: dict) -> dict:
+    """One case in a process of its own. What fails is reported in its row, and the others still run."""
+    with tempfile.TemporaryDirectory() as cache:
+        # In a folder of its own: ComfyUI writes a log where it runs.
+        done = subprocess.run([sys.executable, str(CASE), json.dumps(case)], capture_output=True, text=True, cwd=cache,
+                              env={**os.environ, "TRITON_CACHE_DIR": cache,
+                                   "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)})
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def difference(latents: Path, case: dict, size: int) -> float | None:
+    """Relative difference of the final latent to the dense model's in the same host; only ternary has that twin."""
+    if case["variant"] != "ternary":
+        return None
+    a, b = (torch.load(latents / f"{name}-{size}.pt").float()
+            for name in (case["name"], f"{case['kind']}-{case['mode']}-dense-exact"))
+    return float((a - b).norm() / b.norm())
+
+
+def environment(device: str) -> dict:
+    packages = {}
+    for name in ("torch", "triton", "gemlite", "diffusers", "transformers", "comfy-kitchen", "comfy-aimdo"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    found = {"system": platform.platform(), "python": platform.python_version(), "packages": packages}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "capability": list(torch.cuda.get_device_capability(0)),
+                  "memory_mb": properties.total_memory / 1e6, "cuda": torch.version.cuda, "hip": torch.version.hip}
+    return found
+
+
+def kernel_lines(kernels: dict) -> list[str]:
+    """Milliseconds of every way beside dense, one line for each layer and number of rows."""
+    ways = ("dense", "torch", "triton", "gemlite", "int8")
+    lines = [f"{'bits':>4} {'N x K':>13} {'rows':>5}" + "".join(f"{way + ' ms':>12}" for way in ways)]
+    cells: dict[tuple, dict[str, float]] = {}
+    for row in kernels["rows"]:
+        cells.setdefault((row["bits"], row["n"], row["k"], row["rows"]), {})[row["way"]] = row["ms"]
+    for (bits, n, k, rows), ms in cells.items():
+        lines.append(f"{bits:>4} {f'{n} x {k}':>13} {rows:>5}" + "".join(
+            f"{ms[way]:>12.3f}" if way in ms else f"{'-':>12}" for way in ways))
+    return lines
+
+
+def image_lines(results: list[tuple[dict, dict]]) -> list[str]:
+    """One line for each model, host, mode and size. Ratios are dense time over this time: above 1 is faster."""
+    lines = [f"{'host':<9}{'mode':<9}{'model':<15}{'size':>5}{'step s':>9}{'ratio':>7}{'image s':>9}{'ratio':>7}"
+             f"{'first s':>9}{'load s':>8}{'new':>6}{'peak MB: encode':>16}{'denoise':>9}{'decode':>8}{'latent':>8}"]
+    dense: dict[tuple, dict] = {}
+    for case, result in results:
+        head = f"{case['kind']:<9}{case['mode']:<9}{case['variant'] + ' ' + case['precision']:<15}"
+        if "failed" in result:
+            lines.append(f"{head} failed: {result['failed']}")
+            continue
+        new = result["new_resolution"]
+        for size, figures in result["sizes"].items():
+            if case["variant"] == "dense":
+                dense[case["kind"], case["mode"], size] = figures
+            base, peak = dense.get((case["kind"], case["mode"], size)), figures["peak_mb"]
+            ratios = [f"{base[key] / figures[key]:>7.2f}" if base else f"{'-':>7}"
+                      for key in ("step_seconds", "image_seconds")]
+            latent = figures.get("latent_difference")
+            lines.append(
+                f"{head}{size:>5}{figures['step_seconds']:>9.4f}{ratios[0]}{figures['image_seconds']:>9.3f}{ratios[1]}"
+                f"{result['first_image_seconds']:>9.2f}{result['load_seconds']:>8.1f}"
+                f"{new['first_seconds'] / new['warm_seconds']:>6.2f}{peak['encode']:>16.0f}{peak['denoise']:>9.0f}"
+                f"{peak['decode']:>8.0f}{'-' if latent is None else f'{latent:.4f}':>8}")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU: shows that the script runs")
+    parser.add_argument("--only", choices=("kernels", "images"), help="half of it")
+    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    args = parser.parse_args()
+    device, wrong = "cpu" if args.tiny else "cuda", []
+    report: dict = {"environment": environment(device), "tiny": args.tiny}
+    if args.only != "images":
+        kernels = report["kernels"] = run({"kind": "kernels", "device": device, "tiny": args.tiny})
+        if "failed" in kernels:
+            wrong.append(f"kernels: {kernels['failed']}")
+        else:
+            print("\n".join(kernel_lines(kernels)), flush=True)
+            print(f"rows up to which gemlite is fastest on every layer: {kernels['gemlite_rows']}\n", flush=True)
+            wrong += [f"{r['way']} {r['n']} x {r['k']} rows {r['rows']}: error {r['error']:.2e}"
+                      for r in kernels["rows"] if not r["error"] <= r["tolerance"]]
+    if args.only != "kernels":
+        results = []
+        with tempfile.TemporaryDirectory() as folder:
+            packs = write_packs(Path(folder), args.tiny)
+            for case in plan(packs, device, args.tiny, os.environ.get("COMFYUI_PATH")):
+                result = run({**case, "latents": folder})
+                results.append((case, result))
+                for size, figures in result.get("sizes", {}).items():
+                    latent = figures["latent_difference"] = difference(Path(folder), case, int(size))
+                    if latent is not None and case["precision"] == "exact" and not latent <= LATENT_TOLERANCE:
+                        wrong.append(f"{case['name']} {size}: latent differs by {latent:.3f}")
+                wrong += [f"{case['name']}: {result['failed']}"] if "failed" in result else []
+                print(f"done: {case['name']}", flush=True)
+        print("\n".join(image_lines(results)))
+        report["images"] = [{**case, **result} for case, result in results]
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(["wrong:", *wrong] if wrong else ["all results are right"]))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Run GemLite's kernels through Triton's interpreter, as our backend calls them, against the reference; print one line
+of JSON for every case: ``{"name", "error", "tolerance"}``."""
+
+import json
+from types import SimpleNamespace
+
+import interpreter  # noqa: F401 (first: it sets TRITON_INTERPRET)
+import torch
+import triton
+
+
+class _Driver:
+    """GemLite asks for a device when it is imported. Nothing runs on this one."""
+
+    utils = SimpleNamespace(get_device_properties=lambda _index: {"max_shared_mem": 101376, "multiprocessor_count": 1})
+
+    def get_current_target(self):
+        return SimpleNamespace(backend="cuda", arch=80, warp_size=32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, *_):
+        return 0
+
+    def get_device_interface(self):
+        return torch.cuda
+
+    def get_benchmarker(self):
+        raise AssertionError("GemLite measures candidates: our configuration was not found")
+
+    def is_active(self):
+        return True
+
+
+def main() -> None:
+    torch.cuda.get_device_capability = lambda *_: (8, 0)
+    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(
+        name="stub", multi_processor_count=1, major=8, minor=0, total_memory=1 << 30)
+    triton.runtime.driver.set_active(_Driver())
+    from bonsai_image.ops import gemlite_backend, torch_backend
+
+    generator = torch.Generator().manual_seed(0)
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    for bits, form, group in ((1, "symmetric", 128), (2, "symmetric", 128), (4, "symmetric", 64), (4, "affine", 64),
+                              (4, "zeropoint", 64)):
+        for name, dtype in dtypes.items():
+            # GemLite's kernel for few rows, and its GEMM.
+            for rows in (5, 80):
+                n, k = 128, 512
+                codes = torch.randint(0, 256, (n, k * bits // 8), generator=generator, dtype=torch.uint8)
+                scale = torch.randn(n, k // group, generator=generator).bfloat16()
+                shift = None if form == "symmetric" else torch.randn(n, k // group, generator=generator).bfloat16()
+                x = torch.randn(rows, k, generator=generator).to(dtype)
+                out = gemlite_backend.linear(x, codes, scale, shift, bits, form)
+                assert out.dtype == dtype and out.shape == (rows, n)
+                weight = torch_backend.dequantize(codes, scale, shift, bits, form, dtype)
+                expected = x.double() @ weight.double().t()
+                error = float((out.double() - expected).norm() / expected.norm())
+                tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+                print(json.dumps({"name": f"{bits}-{form}-{rows}-{name}", "error": error, "tolerance": tolerance}),
+                      flush=True)
+    from triton.runtime._allocation import NullAllocator, _allocator
+
+    contained = isinstance(_allocator.get(), NullAllocator)
+    print(json.dumps({"name": "allocator-untouched", "error": 0 if contained else 1, "tolerance": 0}))
+
+
+if __name__ == "__main__":
+    main()
