@@ -19,20 +19,20 @@ _CATEGORY = "model/loaders/bonsai"
 
 def _compute_dtype_input() -> io.Combo.Input:
     return io.Combo.Input(
-        "compute_dtype", options=["auto", *DTYPES], default="auto", advanced=True,
+        "compute_dtype", options=["auto", *DTYPES], default="auto", optional=True, advanced=True,
         tooltip="Dtype of activations. auto: the host's choice, and BF16 on a CPU that multiplies it fast. The packed "
                 "weights stay exact in any case.")
 
 
 def _backend_input() -> io.Combo.Input:
     return io.Combo.Input(
-        "backend", options=list(backends.NAMES), default="auto", advanced=True,
+        "backend", options=list(backends.NAMES), default="auto", optional=True, advanced=True,
         tooltip="What multiplies the packed weights. auto: the fastest that works on this device.")
 
 
 def _precision_input() -> io.Combo.Input:
     return io.Combo.Input(
-        "precision", options=list(backends.PRECISIONS), default="exact", advanced=True,
+        "precision", options=list(backends.PRECISIONS), default="exact", optional=True, advanced=True,
         tooltip="exact: activations keep their dtype. fast: they are rounded to int8, which changes the picture a "
                 "little; NVIDIA cards since Ampere, exact elsewhere. The packed weights stay exact in any case.")
 
@@ -63,7 +63,8 @@ class BonsaiPackLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pack: str, compute_dtype: str, backend: str, precision: str = "exact") -> io.NodeOutput:
+    def execute(cls, pack: str, compute_dtype: str = "auto", backend: str = "auto",
+                precision: str = "exact") -> io.NodeOutput:
         repository = find_repository(models.resolve("diffusers", pack))
         for part in ("text_encoder", "vae"):
             if getattr(repository, part) is None:
@@ -97,7 +98,8 @@ class BonsaiModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model_name: str, compute_dtype: str, backend: str, precision: str = "exact") -> io.NodeOutput:
+    def execute(cls, model_name: str, compute_dtype: str = "auto", backend: str = "auto",
+                precision: str = "exact") -> io.NodeOutput:
         return io.NodeOutput(models.load_model(models.resolve("diffusion_models", model_name), compute_dtype,
                                                backends.select(backend, precision)))
 

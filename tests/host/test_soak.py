@@ -55,8 +55,7 @@ def mixed(pack: str, rng: random.Random, number: int) -> dict:
     prompt = graph(pack, f"prompt {number % 7}", rng.choice([48, 64, 96]), rng.choice([48, 64, 80]), number)
     prompt["6"]["inputs"]["batch_size"] = rng.choice([1, 1, 2])
     if rng.random() < 0.5:
-        prompt["20"] = {"class_type": "BonsaiModelLoader", "inputs": {
-            "model_name": "binary.safetensors", "compute_dtype": "auto", "backend": "auto"}}
+        prompt["20"] = {"class_type": "BonsaiModelLoader", "inputs": {"model_name": "binary.safetensors"}}
         prompt["7"]["inputs"]["model"] = ["20", 0]
     for i in range(rng.choice([0, 0, 1, 2])):
         prompt[f"3{i}"] = {"class_type": "LoraLoaderModelOnly", "inputs": {
