@@ -84,6 +84,13 @@ def forward(weights: Weights, img: mx.array, txt: mx.array, time: mx.array, cos:
         return [_rms_norm(q, weights[f"{norm}.query_norm.weight"], qk_eps),
                 _rms_norm(k, weights[f"{norm}.key_norm.weight"], qk_eps), v]
 
+    def after_attention(stream: str, x: mx.array, attended: mx.array, mod: list[mx.array]) -> mx.array:
+        """The rest of a double-stream block for one stream."""
+        _, _, gate, mlp_shift, mlp_scale, mlp_gate = mod
+        x = x + gate * linear(attended, f"{stream}_attn.proj")
+        inner = _gated(linear(_modulate(x, mlp_shift, mlp_scale), f"{stream}_mlp.0"))
+        return x + mlp_gate * linear(inner, f"{stream}_mlp.2")
+
     def finish(*states: mx.array) -> None:
         mx.eval(states)
         if after_block is not None:
@@ -96,18 +103,12 @@ def forward(weights: Weights, img: mx.array, txt: mx.array, time: mx.array, cos:
     img_mod = modulation("double_stream_modulation_img.lin", 6)
     txt_mod = modulation("double_stream_modulation_txt.lin", 6)
     for block in _blocks(weights, "double_blocks"):
-        parts = []
-        for name, x, (shift, scale, *_) in (("txt", txt, txt_mod), ("img", img, img_mod)):
-            parts.append(heads(linear(_modulate(x, shift, scale), f"{block}.{name}_attn.qkv"), f"{block}.{name}_attn.norm"))
-        q, k, v = (mx.concatenate(pair, axis=2) for pair in zip(*parts, strict=True))
+        fused = [heads(linear(_modulate(x, shift, scale), f"{block}.{stream}_attn.qkv"), f"{block}.{stream}_attn.norm")
+                 for stream, x, (shift, scale, *_) in (("txt", txt, txt_mod), ("img", img, img_mod))]
+        q, k, v = (mx.concatenate(pair, axis=2) for pair in zip(*fused, strict=True))
         attended = _attention(q, k, v, cos, sin)
-        streams = []
-        for name, x, part, mod in (("txt", txt, attended[:, :text], txt_mod), ("img", img, attended[:, text:], img_mod)):
-            _, _, gate, mlp_shift, mlp_scale, mlp_gate = mod
-            x = x + gate * linear(part, f"{block}.{name}_attn.proj")
-            inner = _gated(linear(_modulate(x, mlp_shift, mlp_scale), f"{block}.{name}_mlp.0"))
-            streams.append(x + mlp_gate * linear(inner, f"{block}.{name}_mlp.2"))
-        txt, img = _finite(streams[0]), streams[1]
+        txt = _finite(after_attention(f"{block}.txt", txt, attended[:, :text], txt_mod))
+        img = after_attention(f"{block}.img", img, attended[:, text:], img_mod)
         finish(txt, img)
 
     x = mx.concatenate((txt, _finite(img)), axis=1)

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from ..loaders import PackError, find_repository, load_text_encoder, load_transformer
-from ..ops import backends
+from ..ops import backends, mlx_backend
 from ..ops.packed import is_packed, packed_nbytes
 from . import models
 
@@ -88,6 +88,7 @@ def generate(
             raise PackError(pack, f"a folder with the {part.replace('_', ' ')}", "none",
                             "download the whole repository")
     stages: dict[str, dict[str, float]] = {}
+    served = backends.resolve(backend, device)
 
     with _stage("load text encoder", stages, device, progress):
         encoder = models.text_encoder_module(load_text_encoder(repository.text_encoder), device, dtype, backend)
@@ -97,13 +98,15 @@ def generate(
         embeddings, _ = pipeline.encode_prompt(prompt, device=device)
         embeddings = embeddings.to(dtype)
     del encoder, pipeline
+    if served == "mlx":
+        mlx_backend.clear_cache()
 
     with _stage("load diffusion model", stages, device, progress):
         loaded = load_transformer(repository.transformer)
         packed = sum(packed_nbytes(tensor) for tensor in loaded.tensors.values() if is_packed(tensor))
         settings = {"prompt": prompt, "width": width, "height": height, "steps": steps, "seed": seed,
                     "dtype": str(dtype).removeprefix("torch."), "device": str(device),
-                    "backend": backends.resolve(backend, device), "variant": loaded.variant,
+                    "backend": served, "variant": loaded.variant,
                     "format": loaded.format, "source": loaded.source, "packed_bytes": packed}
         transformer = models.transformer_module(loaded, device, dtype, backend)
         del loaded
@@ -123,6 +126,8 @@ def generate(
         latents = pipeline(prompt_embeds=embeddings, width=width, height=height, num_inference_steps=steps,
                            guidance_scale=1.0, generator=generator, output_type="latent",
                            callback_on_step_end=advance).images
+    if served == "mlx":
+        mlx_backend.clear_cache()
     with _stage("decode image", stages, device, progress):
         decoded = vae.decode(latents.to(dtype), return_dict=False)[0]
         image = pipeline.image_processor.postprocess(decoded.float(), output_type="pil")[0]
