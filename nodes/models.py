@@ -41,11 +41,10 @@ def _host_chose_dtype() -> bool:
     return any((host_args.fp32_unet, host_args.fp64_unet, host_args.bf16_unet, host_args.fp16_unet))
 
 
-def _compute_dtype(name: str) -> torch.dtype | None:
+def _compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype to impose on the host, or None to leave it the choice it makes well: on every device but a CPU."""
     if name != "auto":
         return DTYPES[name]
-    device = comfy.model_management.get_torch_device()
     return default_dtype(device) if device.type == "cpu" and not _host_chose_dtype() else None
 
 
@@ -56,7 +55,7 @@ def load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", di
     Raises PackError. The host calls it again, with the same arguments, for clones on other devices.
     """
     loaded = load_transformer(path)
-    dtype = _compute_dtype(compute_dtype)
+    dtype = _compute_dtype(compute_dtype, comfy.model_management.get_torch_device())
     patcher = comfy.sd.load_diffusion_model_state_dict(
         _host_tensors(loaded), model_options={"custom_operations": packed_operations(backend)},
         disable_dynamic=disable_dynamic)
@@ -79,8 +78,12 @@ def _host_tensors(loaded: Transformer) -> dict[str, torch.Tensor]:
     return dict(to_comfyui(loaded.tensors))
 
 
-def load_clip(path: str, disable_dynamic: bool = False):
-    """The CLIP at ``path``. Raises PackError."""
+def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = False):
+    """The CLIP at ``path``, its linears computing in ``compute_dtype``. Raises PackError.
+
+    The host runs text encoders in FP32, and so do we, except where BF16 (which the release was made for) is the only
+    fast way: on a CPU that has it, ``auto`` means BF16 products between the FP32 layers of the host.
+    """
     loaded = load_text_encoder(path)
     config = loaded.config
     if config.hidden != _TEXT_WIDTH:
@@ -90,21 +93,19 @@ def load_clip(path: str, disable_dynamic: bool = False):
         "num_hidden_layers": config.layers, "vocab_size": config.vocab, "intermediate_size": config.mlp,
         "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads,
     }
-    # The host runs its text encoders in FP32. The release was made for BF16, which a CPU may multiply 4 times as fast.
-    device = comfy.model_management.text_encoder_device()
-    dtype = default_dtype(device) if device.type == "cpu" else None
+    dtype = _compute_dtype(compute_dtype, comfy.model_management.text_encoder_device())
     clip = comfy.sd.load_text_encoder_state_dicts(
         [loaded.tensors], clip_type=comfy.sd.CLIPType.FLUX2,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         model_options={"custom_operations": packed_operations(compute_dtype=dtype),
                        "qwen3_4b_model_config": dimensions},
         disable_dynamic=disable_dynamic)
-    clip.patcher.cached_patcher_init = (_clip_patcher, (path,))
+    clip.patcher.cached_patcher_init = (_clip_patcher, (path, compute_dtype))
     return clip
 
 
-def _clip_patcher(path: str, disable_dynamic: bool = False):
-    return load_clip(path, disable_dynamic).patcher
+def _clip_patcher(path: str, compute_dtype: str, disable_dynamic: bool = False):
+    return load_clip(path, compute_dtype, disable_dynamic).patcher
 
 
 def load_vae_model(path: str, disable_dynamic: bool = False):
@@ -139,8 +140,9 @@ def repository_choices() -> list[str]:
 
 def resolve(kind: str, name: str) -> str:
     """The path of a choice. Raises PackError if it is gone."""
+    # By the letters of the path: what a user has linked into the folder may lie anywhere.
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
     for root in map(Path, folder_paths.get_folder_paths(kind)):
-        path = root / name
-        if path.exists() and folder_paths.is_within_directory(str(root), str(path)):
-            return str(path)
+        if inside and (root / name).exists():
+            return str(root / name)
     raise PackError(name, f"a file or folder under models/{kind}", "nothing of that name", "refresh the node list")

@@ -30,6 +30,9 @@ if sys.byteorder != "little":
 
 BASE3_DIGITS = 5
 
+#: Rows converted at a time where the intermediate form is larger than the codes, so that it stays in cache.
+_BLOCK_ROWS = 512
+
 
 def unpack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Canonical codes ``(N, K * bits / 8)`` -> one code an element, uint8 ``(N, K)``."""
@@ -119,15 +122,18 @@ def from_dense(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tenso
 
 def to_base3(codes: torch.Tensor) -> torch.Tensor:
     """Canonical 2-bit codes ``(N, K / 4)`` of a ternary weight -> base-3 bytes. Raises ValueError on a code 3."""
-    digits = unpack_codes(codes, 2)
-    if digits.numel() and int(digits.max()) > 2:
-        raise ValueError("code 3 is not ternary")
-    digits = torch.nn.functional.pad(digits, (0, -digits.shape[1] % BASE3_DIGITS))
-    digits = digits.view(digits.shape[0], -1, BASE3_DIGITS)
-    packed = digits[..., BASE3_DIGITS - 1].clone()
-    for i in reversed(range(BASE3_DIGITS - 1)):
-        packed = packed * 3 + digits[..., i]
-    return packed
+    rows = []
+    for block in codes.split(_BLOCK_ROWS):
+        digits = unpack_codes(block, 2)
+        if digits.numel() and int(digits.max()) > 2:
+            raise ValueError("code 3 is not ternary")
+        digits = torch.nn.functional.pad(digits, (0, -digits.shape[1] % BASE3_DIGITS))
+        digits = digits.view(len(block), -1, BASE3_DIGITS)
+        packed = digits[..., BASE3_DIGITS - 1].clone()
+        for i in reversed(range(BASE3_DIGITS - 1)):
+            packed = packed * 3 + digits[..., i]
+        rows.append(packed)
+    return torch.cat(rows)
 
 
 def from_base3(packed: torch.Tensor, k: int) -> torch.Tensor:
@@ -143,14 +149,20 @@ def from_base3(packed: torch.Tensor, k: int) -> torch.Tensor:
     used = k - (width - 1) * BASE3_DIGITS
     if packed.numel() and int(packed[:, -1].max()) >= 3**used:
         raise ValueError("padding digits are not zero")
-    # One byte gives five 2-bit codes: 10 bits. Four of them are 40 bits: five canonical bytes, read off one int64.
-    values = torch.arange(3**BASE3_DIGITS, device=packed.device)
-    table = sum(((values // 3**i) % 3) << (2 * i) for i in range(BASE3_DIGITS))
-    packed = torch.nn.functional.pad(packed, (0, -width % 4)).view(n, -1, 4)
-    quads = torch.zeros(packed.shape[:2], dtype=torch.int64, device=packed.device)
-    for i in range(4):
-        quads |= table[packed[..., i].int()] << (10 * i)
-    return quads.view(torch.uint8).view(n, -1, 8)[..., :5].reshape(n, -1)[:, : k // 4].contiguous()
+    # One byte gives five 2-bit codes, 10 bits. Two are looked up at once, as a 16-bit word; two words are 40 bits, five
+    # canonical bytes, read off an int64.
+    values = torch.arange(3**BASE3_DIGITS)
+    ten_bits = torch.zeros(256, dtype=torch.int32)
+    ten_bits[: len(values)] = sum(((values // 3**i) % 3) << (2 * i) for i in range(BASE3_DIGITS)).int()
+    table = (ten_bits[None, :] | (ten_bits[:, None] << 10)).view(-1, 1).to(packed.device)
+    codes = packed.new_empty(n, k // 4)
+    for start in range(0, n, _BLOCK_ROWS):
+        rows = torch.nn.functional.pad(packed[start : start + _BLOCK_ROWS], (0, -width % 4))
+        words = torch.nn.functional.embedding(rows.view(torch.uint16).int(), table).view(len(rows), -1, 2).long()
+        quads = words[..., 0] | (words[..., 1] << 20)
+        codes[start : start + len(rows)] = (
+            quads.view(torch.uint8).view(len(rows), -1, 8)[..., :5].reshape(len(rows), -1)[:, : k // 4])
+    return codes
 
 
 def narrow_scales(*tables: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 COMFYUI = Path(os.environ["COMFYUI_PATH"]).resolve()
 
@@ -16,7 +18,58 @@ if str(COMFYUI) not in sys.path:
 
     args.cpu = True
 
+# After the host: it sets up torch for the flags above.
+from bonsai_image.loaders import Transformer, save_transformer  # noqa: E402
+from bonsai_image.loaders.qwen3 import Qwen3Config  # noqa: E402
+from bonsai_image.standalone import miniature  # noqa: E402
+
+#: The width the host's Klein encoder is detected by, and its real vocabulary; everything else as small as can be.
+TEXT = Qwen3Config(vocab=151936, hidden=2560, layers=28, heads=1, kv_heads=1, head_dim=128, mlp=128)
+KLEIN = dataclasses.replace(miniature._KLEIN, text_width=3 * 2560)
+#: The host fixes the widths of the encoder; the decoder's are read off its tensors.
+VAE = {"block_out_channels": (128, 256, 512, 512), "decoder_block_out_channels": (32, 64, 128, 128),
+       "layers_per_block": 2, "latent_channels": 32}
+
 
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
     return COMFYUI
+
+
+@pytest.fixture(scope="session")
+def pack(tmp_path_factory) -> Path:
+    """A whole miniature repository that the host accepts."""
+    return miniature.write_miniature(tmp_path_factory.mktemp("host") / "bonsai-mini-ternary", 2, klein=KLEIN, text=TEXT,
+                                     vae=VAE)
+
+
+@pytest.fixture(scope="session")
+def transformer(pack) -> Path:
+    return pack / "transformer-packed-mflux"
+
+
+@pytest.fixture(scope="session")
+def binary_transformer(tmp_path_factory) -> Path:
+    """A binary diffusion model in our own format."""
+    path = tmp_path_factory.mktemp("host") / "bonsai-mini-binary.safetensors"
+    tensors = miniature.random_transformer(KLEIN, 1, torch.Generator().manual_seed(1))
+    save_transformer(Transformer(path, "comfy", tensors, KLEIN), path, "comfy")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def unload():
+    """Leave no model loaded behind a test."""
+    import comfy.model_management
+
+    yield
+    comfy.model_management.unload_all_models()
+    comfy.model_management.cleanup_models()
+
+
+@pytest.fixture
+def inputs():
+    """latent (2, 128, 6, 4), sigma and context for one call of the diffusion model."""
+    generator = torch.Generator().manual_seed(3)
+    return (torch.randn(2, 128, 6, 4, generator=generator), torch.tensor([0.8, 0.3]),
+            torch.randn(2, 20, KLEIN.text_width, generator=generator))

@@ -1,0 +1,37 @@
+"""Shared fixtures: one set of small packs per session, in every format, from one dense model per variant."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import packs
+import pytest
+
+from bonsai_image.loaders.names import to_comfyui
+
+#: tests/host needs a ComfyUI checkout; without one it is left out, and the summary says so.
+collect_ignore = [] if os.environ.get("COMFYUI_PATH") else ["host"]
+
+
+def pytest_terminal_summary(terminalreporter):
+    if collect_ignore:
+        terminalreporter.write_line("tests/host not run: set COMFYUI_PATH to a ComfyUI checkout to run it")
+
+
+@pytest.fixture(scope="session", params=[2, 1], ids=["ternary", "binary"])
+def small(request, tmp_path_factory) -> SimpleNamespace:
+    """``model`` (dense diffusers), ``bits``, and paths: diffusers, sharded, comfyui, gemlite, mlx."""
+    bits = request.param
+    root: Path = tmp_path_factory.mktemp(f"packs{bits}")
+    model = packs.dense_model(bits)
+    return SimpleNamespace(
+        bits=bits,
+        model=model,
+        diffusers=packs.write_diffusers(model, root / "unpacked" / "transformer"),
+        sharded=packs.write_diffusers(model, root / "sharded" / "transformer", shard="2MB"),
+        comfyui=packs.write_comfyui_single(to_comfyui(dict(model.state_dict())), root / "klein.safetensors"),
+        gemlite=packs.write_gemlite(model, root / "bonsai-gemlite" / "transformer-gemlite", bits),
+        mlx=packs.write_mlx(model, root / "bonsai-mlx" / "transformer-packed-mflux", bits),
+    )

@@ -1,0 +1,148 @@
+"""What the nodes promise about a MODEL: weights in, weights out, one model not disturbing another."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import folder_paths
+import pytest
+import torch
+from reference import relative
+from test_parity import host_forward
+
+from bonsai_image import nodes
+from bonsai_image.loaders import PackError, load_transformer
+from bonsai_image.loaders.names import to_comfyui
+from bonsai_image.nodes import models
+from bonsai_image.ops import torch_backend
+from bonsai_image.ops.packed import PackedLayout, equal, is_packed, packed_nbytes
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch, pack):
+    """models/* and output under a temporary root, with the miniature repository downloaded into it."""
+    for kind in ("diffusers", "diffusion_models", "text_encoders"):
+        (tmp_path / kind).mkdir()
+        extensions = folder_paths.folder_names_and_paths[kind][1]
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], extensions))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    (tmp_path / "diffusers" / pack.name).symlink_to(pack, target_is_directory=True)
+    return tmp_path
+
+
+def test_pack_loader_gives_the_hosts_own_types(folders, pack):
+    import comfy.model_patcher
+    import comfy.sd
+
+    assert models.repository_choices() == [pack.name]
+    model, clip, vae = nodes.BonsaiPackLoader.execute(pack.name, "fp32", "auto").args
+    assert isinstance(model, comfy.model_patcher.ModelPatcher) and type(model) is comfy.model_patcher.ModelPatcher
+    assert isinstance(clip, comfy.sd.CLIP) and isinstance(vae, comfy.sd.VAE)
+
+
+def test_choices_are_files_and_folders(folders, transformer):
+    (folders / "diffusion_models" / "mini").symlink_to(transformer, target_is_directory=True)
+    choices = models.model_choices("diffusion_models")
+    assert choices == ["mini", "mini/diffusion_pytorch_model.safetensors"]
+    for choice in choices:
+        assert load_transformer(models.resolve("diffusion_models", choice)).variant == "ternary"
+    with pytest.raises(PackError, match="refresh"):
+        models.resolve("diffusion_models", "../diffusers")
+
+
+@pytest.mark.parametrize("storage", ["packed", "base3"])
+def test_save_node_writes_what_was_loaded(folders, transformer, storage):
+    model = models.load_model(str(transformer), "fp32")
+    for _ in range(2):  # a second save takes the next free name
+        nodes.BonsaiSaveModel.execute(model, "diffusion_models/mini", storage)
+    saved = sorted((folders / "output" / "diffusion_models").iterdir())
+    assert [path.name for path in saved] == ["mini_00001_.safetensors", "mini_00002_.safetensors"]
+    original, again = to_comfyui(load_transformer(transformer).tensors), load_transformer(saved[0]).tensors
+    assert all(equal(again[name], tensor) if is_packed(tensor) else torch.equal(again[name], tensor)
+               for name, tensor in original.items())
+
+
+def test_save_node_refuses_a_model_that_is_not_ours(folders, transformer):
+    model = models.load_model(str(transformer), "fp32")
+    model.remove_attachments(models.ATTACHMENT)
+    with pytest.raises(ValueError, match="Bonsai loader"):
+        nodes.BonsaiSaveModel.execute(model, "x", "packed")
+
+
+def test_info_counts_bytes_and_names_the_parts(transformer):
+    model = models.load_model(str(transformer), "bf16")
+    text = nodes.BonsaiModelInfo.execute(model).args[0]
+    packed = [p for p in model.model.diffusion_model.parameters() if is_packed(p)]
+    assert f"{sum(map(packed_nbytes, packed)):,} packed" in text
+    for part in ("ternary", "mlx", "bfloat16", f"{len(packed)} linears of 2 bits in groups of 128, backend torch",
+                 "bonsai-mini-ternary"):
+        assert part in text
+
+
+def test_host_counts_codes_and_scales(transformer):
+    model = models.load_model(str(transformer), "fp32")
+    parameters = list(model.model.diffusion_model.named_parameters())
+    packed = sum(packed_nbytes(p) for _, p in parameters if is_packed(p))
+    dense = sum(p.nbytes for _, p in parameters if not is_packed(p))
+    tags = sum(t.nbytes for name, t in model.model.state_dict().items() if name.endswith("comfy_quant"))
+    assert comfy.model_management.module_size(model.model.diffusion_model) == packed + dense + tags
+
+
+def test_sampling_runs_the_packed_kernel_for_every_linear(transformer, inputs, monkeypatch):
+    model = models.load_model(str(transformer), "fp32")
+    calls = []
+    original = torch_backend.packed_linear
+    monkeypatch.setattr(torch_backend, "packed_linear", lambda *args: calls.append(1) or original(*args))
+    monkeypatch.setattr(PackedLayout, "dequantize", None)
+    host_forward(model, inputs)
+    assert len(calls) == sum(is_packed(p) for p in model.model.diffusion_model.parameters())
+
+
+def test_two_models_with_different_settings_do_not_disturb_each_other(transformer, binary_transformer, inputs):
+    first = models.load_model(str(transformer), "fp32")
+    alone = host_forward(first, inputs)
+    second = models.load_model(str(binary_transformer), "bf16")
+    other = host_forward(second, inputs)
+    assert torch.equal(host_forward(first, inputs), alone)
+    assert torch.equal(host_forward(second, inputs), other)
+    assert second.model.get_dtype_inference() == torch.bfloat16
+
+
+def test_bf16_is_close_to_fp32(transformer, inputs):
+    exact = host_forward(models.load_model(str(transformer), "fp32"), inputs)
+    latent, sigma, context = inputs
+    half = host_forward(models.load_model(str(transformer), "bf16"), (latent.bfloat16(), sigma, context.bfloat16()))
+    assert half.dtype == torch.bfloat16 and relative(half, exact) < 0.05
+
+
+def test_clone_for_another_device_reloads_the_file(transformer, inputs):
+    model = models.load_model(str(transformer), "fp32")
+    expected = host_forward(model, inputs)
+    clone = model.deepclone_multigpu(torch.device("cpu"))
+    assert clone.model is not model.model
+    assert torch.equal(host_forward(clone, inputs), expected)
+
+
+def test_cancel_is_noticed_inside_a_step(transformer, inputs):
+    model = models.load_model(str(transformer), "fp32")
+    expected = host_forward(model, inputs)
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        host_forward(model, inputs)
+    assert torch.equal(host_forward(model, inputs), expected)
+
+
+def test_text_encoder_of_another_width_is_refused(tmp_path):
+    import packs
+
+    folder = packs.write_mlx_text_encoder(packs.text_model(), tmp_path / "narrow")
+    with pytest.raises(PackError, match="128 wide"):
+        models.load_clip(str(folder))
+
+
+def test_schemas_are_complete():
+    for node in (nodes.BonsaiPackLoader, nodes.BonsaiModelLoader, nodes.BonsaiTextEncoderLoader,
+                 nodes.BonsaiSaveModel, nodes.BonsaiModelInfo):
+        schema = node.GET_SCHEMA()
+        assert schema.node_id == node.__name__ and schema.description
+        assert all(entry.tooltip for entry in schema.inputs), schema.node_id

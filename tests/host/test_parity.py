@@ -1,0 +1,83 @@
+"""The same pack in ComfyUI and in diffusers or transformers: the same numbers."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import pytest
+import torch
+from reference import relative
+
+from bonsai_image.loaders import load_text_encoder, load_transformer, save_transformer
+from bonsai_image.nodes import models
+from bonsai_image.standalone.models import text_encoder_module, transformer_module, vae_module
+
+CPU = torch.device("cpu")
+
+
+def host_forward(patcher, inputs):
+    comfy.model_management.load_models_gpu([patcher])
+    with torch.inference_mode():
+        return patcher.model.diffusion_model(*inputs)
+
+
+def diffusers_forward(module, inputs):
+    latent, sigma, context = inputs
+    batch, channels, height, width = latent.shape
+    one = torch.arange(1)
+    with torch.inference_mode():
+        out = module(
+            hidden_states=latent.flatten(2).transpose(1, 2), encoder_hidden_states=context, timestep=sigma,
+            img_ids=torch.cartesian_prod(one, torch.arange(height), torch.arange(width), one),
+            txt_ids=torch.cartesian_prod(one, one, one, torch.arange(context.shape[1])), guidance=None,
+            return_dict=False)[0]
+    return out.transpose(1, 2).view(batch, channels, height, width)
+
+
+@pytest.mark.parametrize("target", ["mlx", "gemlite", "comfy", "base3", "diffusers"])
+def test_model_equals_diffusers_in_every_format(transformer, inputs, tmp_path, target):
+    source = load_transformer(transformer)
+    path = transformer
+    if target != "mlx":
+        path = tmp_path / ("model.safetensors" if target in ("comfy", "base3") else "model")
+        save_transformer(source, path, "comfy" if target == "base3" else target, base3=target == "base3")
+    expected = diffusers_forward(transformer_module(source, CPU, torch.float32), inputs)
+    assert relative(host_forward(models.load_model(str(path), "fp32"), inputs), expected) < 1e-5
+
+
+def test_binary_model_equals_diffusers(binary_transformer, inputs):
+    expected = diffusers_forward(transformer_module(load_transformer(binary_transformer), CPU, torch.float32), inputs)
+    assert relative(host_forward(models.load_model(str(binary_transformer), "fp32"), inputs), expected) < 1e-5
+
+
+def test_text_encoder_equals_transformers(pack):
+    """Through the host's own tokenizer and template; the host in FP32."""
+    path = pack / "text_encoder-mlx-4bit"
+    clip = models.load_clip(str(path), compute_dtype="fp32")
+    tokens = clip.tokenize("a bonsai in a blue pot")
+    ours = clip.encode_from_tokens(tokens)
+    module = text_encoder_module(load_text_encoder(path), CPU, torch.float32)
+    ids = torch.tensor([[token for token, _weight in tokens["qwen3_4b"][0]]])
+    pad = 151643
+    with torch.inference_mode():
+        states = module(input_ids=ids, attention_mask=(ids != pad).long(), output_hidden_states=True,
+                        use_cache=False).hidden_states
+    expected = torch.stack([states[layer] for layer in (9, 18, 27)], dim=1).permute(0, 2, 1, 3).flatten(2)
+    real = int((ids != pad).sum())
+    assert ours.shape == (1, 512, 3 * 2560) and real > 10
+    assert relative(ours[:, :real], expected[:, :real]) < 1e-4
+
+
+def test_vae_equals_diffusers(pack):
+    vae = models.load_vae_model(str(pack / "vae"))
+    module = vae_module(pack / "vae", CPU, torch.float32)
+    image = torch.rand(1, 32, 48, 3, generator=torch.Generator().manual_seed(0))
+    latent = vae.encode(image)
+    assert latent.shape == (1, 128, 2, 3)
+    with torch.inference_mode():
+        mean = module.encode(image.movedim(-1, 1) * 2 - 1).latent_dist.mode()
+        patches = mean.view(1, 32, 2, 2, 3, 2).permute(0, 1, 3, 5, 2, 4).reshape(1, 128, 2, 3)
+        std = (module.bn.running_var + module.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+        expected = (patches - module.bn.running_mean.view(1, -1, 1, 1)) / std
+        assert relative(latent.detach(), expected) < 1e-4
+        decoded = module.decode(mean).sample
+    assert relative(vae.decode(latent).detach(), (decoded / 2 + 0.5).clamp(0, 1).movedim(1, -1)) < 1e-4

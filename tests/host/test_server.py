@@ -1,0 +1,151 @@
+"""The real server: the node pack in its custom_nodes folder, an API-format graph in its queue, an image out of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import aiohttp
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+
+
+def graph(pack: str, prompt: str = "a bonsai", width: int = 64, height: int = 48, seed: int = 1) -> dict:
+    """Text to image: pack loader, prompt, Flux2Scheduler, sampler, VAE decode, save; and the model's description."""
+    return {
+        "1": {"class_type": "BonsaiPackLoader", "inputs": {"pack": pack, "compute_dtype": "auto", "backend": "auto"}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": prompt}},
+        "3": {"class_type": "Flux2Scheduler", "inputs": {"steps": 2, "width": width, "height": height}},
+        "4": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
+        "5": {"class_type": "RandomNoise", "inputs": {"noise_seed": seed}},
+        "6": {"class_type": "EmptyFlux2LatentImage", "inputs": {"width": width, "height": height, "batch_size": 1}},
+        "7": {"class_type": "BasicGuider", "inputs": {"model": ["1", 0], "conditioning": ["2", 0]}},
+        "8": {"class_type": "SamplerCustomAdvanced", "inputs": {
+            "noise": ["5", 0], "guider": ["7", 0], "sampler": ["4", 0], "sigmas": ["3", 0], "latent_image": ["6", 0]}},
+        "9": {"class_type": "VAEDecode", "inputs": {"samples": ["8", 0], "vae": ["1", 2]}},
+        "10": {"class_type": "SaveImage", "inputs": {"images": ["9", 0], "filename_prefix": "bonsai"}},
+        "11": {"class_type": "BonsaiModelInfo", "inputs": {"model": ["1", 0]}},
+    }
+
+
+class Server:
+    """One ComfyUI process on the CPU with a base directory of its own."""
+
+    def __init__(self, comfyui: Path, base: Path, pack: Path):
+        self.base = base
+        (base / "custom_nodes").mkdir(parents=True)
+        (base / "models" / "diffusers").mkdir(parents=True)
+        (base / "custom_nodes" / "bonsai-image").symlink_to(ROOT, target_is_directory=True)
+        (base / "models" / "diffusers" / pack.name).symlink_to(pack, target_is_directory=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log = base / "server.log"
+        self.process = subprocess.Popen(
+            [sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base),
+             "--disable-api-nodes", "--database-url", f"sqlite:///{base / 'comfyui.db'}"],
+            cwd=comfyui, stdout=self.log.open("w"), stderr=subprocess.STDOUT, env=dict(os.environ, PYTHONPATH=""))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def wait(self, seconds: float = 180) -> None:
+        deadline = time.monotonic() + seconds
+        async with aiohttp.ClientSession() as session:
+            while time.monotonic() < deadline and self.process.poll() is None:
+                try:
+                    async with session.get(f"{self.url}/system_stats") as reply:
+                        if reply.status == 200:
+                            return
+                except aiohttp.ClientError:
+                    await asyncio.sleep(0.5)
+        raise AssertionError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+
+    async def get(self, path: str) -> dict:
+        async with aiohttp.ClientSession() as session, session.get(self.url + path) as reply:
+            return await reply.json()
+
+    async def run(self, prompt: dict, seconds: float = 300) -> list[dict]:
+        """Queue ``prompt`` and return the messages of the websocket until it has succeeded or failed."""
+        client = uuid.uuid4().hex
+        messages = []
+        address = f"{self.url}/ws?clientId={client}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(address) as websocket:
+            async with session.post(f"{self.url}/prompt", json={"prompt": prompt, "client_id": client}) as reply:
+                answer = await reply.json()
+                assert reply.status == 200, answer
+            async with asyncio.timeout(seconds):
+                async for message in websocket:
+                    if message.type != aiohttp.WSMsgType.TEXT:
+                        continue
+                    messages.append(json.loads(message.data))
+                    if messages[-1]["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                        return messages
+        raise AssertionError("the socket closed before the prompt ended")
+
+
+@pytest.fixture(scope="module")
+def server(comfyui, pack, tmp_path_factory):
+    running = Server(comfyui, tmp_path_factory.mktemp("server") / "base", pack)
+    try:
+        asyncio.run(running.wait())
+        yield running
+    finally:
+        running.process.terminate()
+        running.process.wait(30)
+
+
+def test_nodes_are_registered_with_their_choices(server, pack):
+    info = asyncio.run(server.get("/object_info"))
+    ours = {name for name in info if name.startswith("Bonsai")}
+    assert ours == {"BonsaiPackLoader", "BonsaiModelLoader", "BonsaiTextEncoderLoader", "BonsaiSaveModel",
+                    "BonsaiModelInfo"}
+    loader = info["BonsaiPackLoader"]
+    assert pack.name in json.dumps(loader["input"]["required"]["pack"])
+    assert loader["output"] == ["MODEL", "CLIP", "VAE"]
+    assert all(entry[1].get("tooltip") for name in ours for entry in info[name]["input"]["required"].values())
+
+
+def test_text_to_image(server, pack):
+    messages = asyncio.run(server.run(graph(pack.name)))
+    assert messages[-1]["type"] == "execution_success", messages[-1]
+    steps = [m["data"] for m in messages if m["type"] == "progress" and m["data"]["node"] == "8"]
+    assert steps[-1]["value"] == steps[-1]["max"] == 2
+    texts = [m["data"]["output"]["text"][0] for m in messages if m["type"] == "executed" and m["data"]["node"] == "11"]
+    assert "ternary" in texts[0]
+    (image,) = (server.base / "output").glob("bonsai_*.png")
+    assert Image.open(image).size == (64, 48)
+    assert len(set(Image.open(image).convert("L").tobytes())) > 10
+
+
+def test_seed_and_prompt_reach_the_picture(server, pack):
+    pictures = []
+    for i, (seed, text) in enumerate(((21, "one"), (22, "one"), (21, "two"))):
+        prompt = graph(pack.name, text, seed=seed)
+        prompt["10"]["inputs"]["filename_prefix"] = f"differs{i}"
+        assert asyncio.run(server.run(prompt))[-1]["type"] == "execution_success"
+        pictures.append(Image.open(server.base / "output" / f"differs{i}_00001_.png").tobytes())
+    assert len(set(pictures)) == 3
+
+
+def test_a_damaged_pack_is_one_sentence_in_the_error_box(server, pack):
+    broken = server.base / "models" / "diffusers" / "broken"
+    folder = broken / "transformer-packed-mflux"
+    folder.mkdir(parents=True)
+    whole = (pack / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors").read_bytes()
+    (folder / "diffusion_pytorch_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    last = asyncio.run(server.run(graph("broken")))[-1]
+    assert last["type"] == "execution_error" and last["data"]["node_type"] == "BonsaiPackLoader"
+    message = last["data"]["exception_message"].strip()
+    assert "diffusion_pytorch_model.safetensors" in message and "download" in message and "\n" not in message
+    assert asyncio.run(server.run(graph(pack.name, "after")))[-1]["type"] == "execution_success"

@@ -1,0 +1,145 @@
+"""The command line, end to end on a miniature pack."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from bonsai_image.ops.torch_backend import cpu_has_fast_bfloat16
+from bonsai_image.standalone.cli import main
+from bonsai_image.standalone.miniature import write_miniature
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    return write_miniature(tmp_path_factory.mktemp("cli") / "bonsai-mini")
+
+
+def run(*argv) -> int:
+    return main([str(word) for word in argv])
+
+
+def test_demo_draws_and_says_it_is_noise(tmp_path, capsys):
+    out = tmp_path / "demo.png"
+    assert run("demo", "--out", out, "--width", 64, "--height", 96, "--steps", 2) == 0
+    assert Image.open(out).size == (64, 96)
+    printed = capsys.readouterr().out
+    assert "noise" in printed and "denoise" in printed and "MB" in printed
+
+
+def test_generate_is_reproducible_and_carries_its_settings(pack, tmp_path, capsys):
+    images = []
+    for i, seed in enumerate((7, 7, 8)):
+        out = tmp_path / f"{i}.png"
+        assert run("generate", "--pack", pack, "--prompt", "ein Bäumchen", "--width", 64, "--height", 64, "--seed",
+                   seed, "--dtype", "fp32", "--device", "cpu", "--out", out, "--json") == 0
+        images.append(Image.open(out))
+    assert images[0].tobytes() == images[1].tobytes() != images[2].tobytes()
+    settings = json.loads(images[0].text["bonsai"])
+    assert settings["prompt"] == "ein Bäumchen" and settings["seed"] == 7 and settings["variant"] == "ternary"
+    report = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert report["stages"].keys() == {"load text encoder", "encode prompt", "load diffusion model", "load VAE",
+                                       "denoise", "decode image"}
+    assert all(stage["seconds"] > 0 and stage["megabytes"] > 0 for stage in report["stages"].values())
+
+
+def test_prompt_reaches_the_picture(pack, tmp_path):
+    for name in ("a", "b"):
+        run("generate", "--pack", pack, "--prompt", name, "--width", 64, "--height", 64, "--device", "cpu", "--out",
+            tmp_path / f"{name}.png", "--json")
+    assert Image.open(tmp_path / "a.png").tobytes() != Image.open(tmp_path / "b.png").tobytes()
+
+
+@pytest.mark.parametrize("words", [("--width", 100), ("--height", 0), ("--steps", 0)], ids=str)
+def test_bad_sizes_are_one_sentence(pack, tmp_path, capsys, words):
+    assert run("generate", "--pack", pack, "--prompt", "x", "--out", tmp_path / "x.png", *words) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_inspect_describes_a_repository(pack, capsys):
+    assert run("inspect", pack, "--json") == 0
+    parts = {part["kind"]: part for part in json.loads(capsys.readouterr().out)}
+    assert parts.keys() == {"diffusion model", "text encoder", "VAE"}
+    model = parts["diffusion model"]
+    assert (model["variant"], model["format"], model["problems"]) == ("ternary", "mlx", [])
+    assert model["packing"] == [{"bits": 2, "group_size": 128, "form": "symmetric", "scale_dtype": "bfloat16",
+                                 "layers": model["packed_layers"]}]
+    assert model["packed_bytes"] == model["packed_weights"] // 4 + model["packed_weights"] // 64
+    assert run("inspect", pack / "vae") == 0
+    assert "VAE" in capsys.readouterr().out
+
+
+def test_inspect_finds_a_code_that_is_not_ternary(pack, tmp_path, capsys):
+    assert run("convert", pack, tmp_path / "a.safetensors", "--to", "comfy") == 0
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tmp_path / "a.safetensors")
+    tensors["single_blocks.0.linear1.weight"][0, 0] |= 3
+    save_file(tensors, tmp_path / "b.safetensors")
+    assert run("inspect", tmp_path / "b.safetensors") == 0
+    assert "not ternary (first: single_blocks.0.linear1.weight)" in capsys.readouterr().out
+
+
+def test_convert_never_touches_an_existing_file_and_leaves_nothing_behind(pack, tmp_path, capsys):
+    target = tmp_path / "a.safetensors"
+    target.write_bytes(b"precious")
+    assert run("convert", pack, target, "--to", "comfy") == 2
+    assert target.read_bytes() == b"precious" and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert "existing" in capsys.readouterr().err
+    assert run("convert", pack, tmp_path / "b", "--to", "mlx", "--base3") == 2
+    assert run("convert", pack, tmp_path / "b", "--to", "comfy") == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_failed_write_leaves_nothing(pack, tmp_path, monkeypatch):
+    from bonsai_image.loaders import PackError, load_transformer, save
+
+    def spoil(model, target, base3, path):
+        path.write_bytes(b"half a file")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(save, "_write", spoil)
+    with pytest.raises((OSError, PackError)):
+        save.save_transformer(load_transformer(pack / "transformer-packed-mflux"), tmp_path / "a.safetensors", "comfy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_written_is_verified(pack, tmp_path, monkeypatch):
+    from bonsai_image.loaders import PackError, load_transformer, save
+
+    original = save._write
+
+    def flip(model, target, base3, path):
+        original(model, target, base3, path)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(save, "_write", flip)
+    with pytest.raises(PackError, match="difference after writing"):
+        save.save_transformer(load_transformer(pack / "transformer-packed-mflux"), tmp_path / "a.safetensors", "comfy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_pack_is_one_sentence(tmp_path, capsys):
+    assert run("generate", "--pack", tmp_path / "nothing", "--prompt", "x") == 2
+    error = capsys.readouterr().err
+    assert "nothing" in error and len(error.strip().splitlines()) == 1
+
+
+def test_runs_as_a_module(pack):
+    done = subprocess.run([sys.executable, "-m", "bonsai_image", "inspect", str(pack)], capture_output=True, text=True)
+    assert done.returncode == 0 and "diffusion model, mlx format, ternary" in done.stdout
+
+
+def test_default_dtype_on_a_cpu_is_never_half():
+    from bonsai_image.ops.devices import default_dtype
+
+    expected = torch.bfloat16 if cpu_has_fast_bfloat16() else torch.float32
+    assert default_dtype(torch.device("cpu")) == expected

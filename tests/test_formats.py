@@ -1,0 +1,153 @@
+"""Every format, written by the library that writes it, loads to exactly the weights that went in."""
+
+from __future__ import annotations
+
+import packs
+import pytest
+import torch
+from reference import dense64
+
+from bonsai_image.loaders import gemlite, load_text_encoder, load_transformer, mlx, names
+from bonsai_image.loaders.save import save_transformer
+from bonsai_image.ops.packed import equal, is_packed
+
+FORMATS = {"diffusers": "dense", "sharded": "dense", "comfyui": "dense", "gemlite": "gemlite", "mlx": "mlx"}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_transformer_loads_bit_for_bit(small, kind):
+    loaded = load_transformer(getattr(small, kind))
+    assert loaded.format == FORMATS[kind]
+    assert loaded.variant == {1: "binary", 2: "ternary"}[small.bits]
+    tensors = names.to_diffusers(loaded.tensors)
+    expected = small.model.state_dict()
+    assert tensors.keys() == expected.keys()
+    packed = {name for name, tensor in tensors.items() if is_packed(tensor)}
+    assert packed == {f"{name}.weight" for name in packs.packed_names(small.model)}
+    for name, tensor in tensors.items():
+        assert torch.equal(dense64(tensor) if name in packed else tensor, expected[name].to(
+            torch.float64 if name in packed else torch.bfloat16)), name
+
+
+def test_scales_keep_the_dtype_that_holds_them(small):
+    """GemLite's float32 tables hold BF16 numbers, and are kept as such."""
+    for kind in FORMATS:
+        tensors = load_transformer(getattr(small, kind)).tensors
+        assert {t._params.scale.dtype for t in tensors.values() if is_packed(t)} == {torch.bfloat16}, kind
+
+
+def test_gemlite_writes_what_we_write(small):
+    """Our GemLite tensors equal GemLite's own, down to the metadata, apart from the optional meta_scale."""
+    theirs = torch.load(small.gemlite / "state_dict.pt", weights_only=True)
+    ours = gemlite.encode(names.to_diffusers(load_transformer(small.mlx).tensors))
+    assert {name for name in theirs if not name.endswith("meta_scale")} == ours.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+
+
+def test_mlx_writes_what_we_write(small):
+    from safetensors.torch import load_file
+
+    theirs = load_file(small.mlx / "diffusion_pytorch_model.safetensors")
+    ours = mlx.encode(names.to_diffusers(load_transformer(small.gemlite).tensors))
+    assert theirs.keys() == ours.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+
+
+def test_gemlite_loads_without_its_folder(small, tmp_path):
+    alone = tmp_path / "state_dict.pt"
+    alone.write_bytes((small.gemlite / "state_dict.pt").read_bytes())
+    assert load_transformer(alone).variant == load_transformer(small.gemlite).variant
+
+
+def test_gemlite_with_32_bit_words(small, tmp_path):
+    state = torch.load(small.gemlite / "state_dict.pt", weights_only=True)
+    for name in [name for name in state if name.endswith(".W_q")]:
+        rows = state[name].t().contiguous()
+        state[name] = rows.view(torch.int32).t().contiguous()
+        state[name.replace("W_q", "metadata")][4] = 32 // small.bits
+    torch.save(state, tmp_path / "state_dict.pt")
+    wide, narrow = load_transformer(tmp_path).tensors, load_transformer(small.gemlite).tensors
+    assert all(equal(wide[name], tensor) for name, tensor in narrow.items() if is_packed(tensor))
+
+
+def test_nested_and_older_comfyui_names(small, tmp_path):
+    tensors = names.to_comfyui(dict(small.model.state_dict()))
+    older = {name.replace("_norm.weight", "_norm.scale"): tensor for name, tensor in tensors.items()}
+    path = packs.write_comfyui_single(older, tmp_path / "nested.safetensors", "model.diffusion_model.")
+    assert load_transformer(path).tensors.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("steps", [("comfy", "mlx", "comfy-base3", "gemlite", "diffusers")], ids=["chain"])
+def test_round_trip_through_every_format(small, tmp_path, steps):
+    """gemlite -> comfy -> mlx -> comfy --base3 -> gemlite -> diffusers: identical codes, scales and dense tensors."""
+    first = names.to_comfyui(load_transformer(small.gemlite).tensors)
+    path = small.gemlite
+    for i, step in enumerate(steps):
+        target = step.removesuffix("-base3")
+        base3 = step.endswith("-base3") and small.bits == 2
+        destination = tmp_path / (f"{i}.safetensors" if target == "comfy" else str(i))
+        save_transformer(load_transformer(path), destination, target, base3)
+        path = destination
+        tensors = names.to_comfyui(load_transformer(path).tensors)
+        assert tensors.keys() == first.keys()
+        for name, tensor in first.items():
+            same = equal(tensor, tensors[name]) if is_packed(tensor) else torch.equal(tensor, tensors[name])
+            assert same, (step, name)
+    again = torch.load(tmp_path / "3" / "state_dict.pt", weights_only=True)
+    original = torch.load(small.gemlite / "state_dict.pt", weights_only=True)
+    assert all(torch.equal(tensor, original[name]) for name, tensor in again.items())
+
+
+def test_saved_source_survives(small, tmp_path):
+    save_transformer(load_transformer(small.mlx), tmp_path / "a.safetensors", "comfy")
+    assert load_transformer(tmp_path / "a.safetensors").source == "bonsai-mlx"
+
+
+def test_mlx_text_encoder(tmp_path):
+    import mlx.core as mx
+
+    packs.write_mlx_text_encoder(packs.text_model(), tmp_path / "encoder")
+    stored = mx.load(str(tmp_path / "encoder" / "model.safetensors"))
+    loaded = load_text_encoder(tmp_path / "encoder")
+    assert loaded.format == "mlx" and is_packed(loaded.tensors["model.embed_tokens.weight"])
+    for name, tensor in loaded.tensors.items():
+        if is_packed(tensor):
+            layer = name.removesuffix(".weight")
+            scales, biases = (stored[f"{layer}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
+            dense = mx.dequantize(stored[name], scales, biases, 64, 4)
+            assert torch.allclose(tensor.to(dtype=torch.float32).dequantize(), torch.from_numpy(_numpy(dense)),
+                                  rtol=1e-6, atol=1e-7), name
+
+
+def test_hqq_text_encoder(tmp_path):
+    """Equal to hqq's own dequantisation, bit for bit in the dtype hqq computes in."""
+    model = packs.write_hqq_text_encoder(tmp_path / "encoder")
+    loaded = load_text_encoder(tmp_path / "encoder")
+    assert loaded.format == "hqq"
+    packed = {name: tensor for name, tensor in loaded.tensors.items() if is_packed(tensor)}
+    assert len(packed) == 7 * packs.TEXT["num_hidden_layers"]
+    for name, tensor in packed.items():
+        theirs = model.get_submodule(name.removesuffix(".weight")).dequantize()
+        params = tensor._params
+        codes = (dense64(tensor) / params.scale.double().repeat_interleave(64, 1)
+                 + params.shift.double().repeat_interleave(64, 1)).round().half()
+        half = (codes - params.shift.repeat_interleave(64, 1)) * params.scale.repeat_interleave(64, 1)
+        assert torch.equal(half, theirs), name
+        assert torch.allclose(dense64(tensor), theirs.double(), rtol=2e-3, atol=2e-3), name
+
+
+def test_dense_text_encoder(tmp_path):
+    model = packs.text_model()
+    model.save_pretrained(tmp_path / "encoder")
+    loaded = load_text_encoder(tmp_path / "encoder")
+    assert loaded.format == "dense"
+    assert all(torch.equal(tensor, model.state_dict()[name.removeprefix("model.")])
+               for name, tensor in loaded.tensors.items())
+
+
+def _numpy(array):
+    import numpy as np
+
+    return np.array(array)

@@ -1,0 +1,148 @@
+"""The packed layers against the float64 reference on the same codes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from reference import dense64, random_weight, relative
+
+from bonsai_image.ops import torch_backend
+from bonsai_image.ops.linear import PackedEmbedding, PackedLinear, linear
+from bonsai_image.ops.packed import PackedLayout, packed_nbytes
+
+CASES = [(1, "symmetric", 128), (2, "symmetric", 128), (2, "symmetric", 32), (4, "symmetric", 64), (1, "affine", 128),
+         (2, "affine", 128), (4, "affine", 64), (4, "zeropoint", 64)]
+#: Unit roundoff times a small constant: one rounding of the inputs, one of the result.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float64: 1e-14}
+
+
+@pytest.mark.parametrize(("case", "dtype"), list(itertools.product(CASES, TOLERANCE)), ids=str)
+def test_agrees_with_the_reference(case, dtype):
+    bits, form, group = case
+    weight = random_weight(bits, form, 40, 256, group)
+    x = torch.randn(7, 256, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    result = linear(x, weight)
+    assert result.dtype == dtype
+    assert relative(result, x.double() @ dense64(weight).T) < TOLERANCE[dtype]
+
+
+def test_several_blocks_agree_with_one(monkeypatch):
+    weight = random_weight(2, "symmetric", 100, 256, 128)
+    x = torch.randn(5, 256)
+    whole = linear(x, weight)
+    monkeypatch.setattr(torch_backend, "CPU_BLOCK_ELEMENTS", 7 * 256)
+    assert relative(linear(x, weight), whole) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(256,), (1, 256), (2, 3, 256), (2, 0, 256), (0, 256), (1, 2, 3, 256)], ids=str)
+def test_any_number_of_dimensions_and_no_rows(shape):
+    weight = random_weight(2, "symmetric", 24, 256, 128)
+    x = torch.randn(shape)
+    result = linear(x, weight, torch.ones(24))
+    assert result.shape == (*shape[:-1], 24)
+    assert torch.allclose(result.double(), x.double() @ dense64(weight).T + 1, atol=1e-4)
+
+
+def test_non_contiguous_input_and_bias():
+    weight = random_weight(1, "symmetric", 24, 256, 128)
+    x = torch.randn(256, 6).t()
+    bias = torch.randn(24)
+    assert not x.is_contiguous()
+    assert relative(linear(x, weight, bias), x.double() @ dense64(weight).T + bias) < 1e-6
+
+
+def test_gradient_reaches_the_activations():
+    weight = random_weight(2, "symmetric", 24, 256, 128)
+    x = torch.randn(3, 256, requires_grad=True)
+    linear(x, weight).sum().backward()
+    assert relative(x.grad, dense64(weight).sum(0).expand(3, -1)) < 1e-6
+
+
+def test_compiles_to_one_call():
+    weight = random_weight(2, "symmetric", 24, 256, 128)
+    module = PackedLinear(256, 24, bias=False)
+    module.load_state_dict({"weight": weight})
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    x = torch.randn(3, 256)
+    with torch.no_grad():
+        compiled = torch.compile(module, backend=backend, fullgraph=True)(x)
+    assert torch.equal(compiled, module(x))
+    assert len(graphs) == 1 and sum("packed_linear" in str(target) for target in graphs[0]) == 1
+
+
+def test_module_holds_nothing_until_loaded_and_then_no_copy():
+    with torch.device("meta"):
+        module = PackedLinear(256, 24, bias=False)
+    assert module.weight is None and not list(module.parameters())
+    weight = random_weight(2, "symmetric", 24, 256, 128)
+    module.load_state_dict({"weight": weight})
+    assert module.weight._qdata.data_ptr() == weight._qdata.data_ptr()
+
+
+def test_module_refuses_a_wrong_shape_and_a_missing_weight():
+    module = PackedLinear(256, 25, bias=False)
+    with pytest.raises(RuntimeError, match="expected shape"):
+        module.load_state_dict({"weight": random_weight(2, "symmetric", 24, 256, 128)})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        module.load_state_dict({})
+
+
+def test_state_dict_is_plain_tensors_that_count_every_byte():
+    module = PackedLinear(256, 24, bias=False)
+    weight = random_weight(4, "affine", 24, 256, 64)
+    module.load_state_dict({"weight": weight})
+    state = module.state_dict()
+    assert state.keys() == {"weight", "weight_scale", "weight_shift", "comfy_quant"}
+    assert sum(t.nbytes for name, t in state.items() if name != "comfy_quant") == packed_nbytes(weight)
+
+
+def test_moving_a_module_keeps_the_scales():
+    module = PackedLinear(256, 24, bias=False)
+    module.load_state_dict({"weight": random_weight(2, "symmetric", 24, 256, 128)})
+    before = [part.clone() for part in PackedLayout.get_plain_tensors(module.weight)]
+    module.to(dtype=torch.float16).to("cpu")
+    assert module.weight.dtype == torch.float16
+    assert all(map(torch.equal, before, PackedLayout.get_plain_tensors(module.weight)))
+
+
+def test_dense_weights_work_too():
+    module = PackedLinear(256, 24)
+    weight, bias = torch.randn(24, 256), torch.randn(24)
+    module.load_state_dict({"weight": weight, "bias": bias})
+    x = torch.randn(3, 256)
+    assert torch.equal(module(x), torch.nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize(("bits", "form", "group"), CASES)
+def test_embedding_dequantises_the_rows_asked_for(bits, form, group):
+    table = random_weight(bits, form, 50, 256, group)
+    module = PackedEmbedding(50, 256)
+    module.load_state_dict({"weight": table.to(dtype=torch.float64)})
+    indices = torch.tensor([[3, 49], [0, 3]])
+    assert torch.equal(module(indices), dense64(table)[indices])
+
+
+def test_a_float_weight_cannot_become_packed():
+    with pytest.raises(NotImplementedError, match="without changing the model"):
+        PackedLayout.quantize(torch.randn(4, 256))
+
+
+def test_calling_the_module_runs_the_kernel(monkeypatch):
+    """Not the silent fallback of QuantizedTensor, which would dequantise the whole weight."""
+    calls = []
+    original = torch_backend.packed_linear
+    monkeypatch.setattr(torch_backend, "packed_linear", lambda *args: calls.append(1) or original(*args))
+    monkeypatch.setattr(PackedLayout, "dequantize", None)
+    module = PackedLinear(256, 24, bias=False)
+    module.load_state_dict({"weight": random_weight(2, "symmetric", 24, 256, 128)})
+    for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with context:
+            module(torch.randn(2, 256))
+    assert len(calls) == 3

@@ -1,0 +1,86 @@
+"""Whole models over packed weights against the libraries' own modules over dense ones."""
+
+from __future__ import annotations
+
+import copy
+
+import packs
+import pytest
+import torch
+from reference import relative
+
+from bonsai_image.loaders import load_text_encoder, load_transformer
+from bonsai_image.ops.linear import PackedLinear
+from bonsai_image.ops.packed import is_packed
+from bonsai_image.standalone.models import text_encoder_module, transformer_module
+
+CPU = torch.device("cpu")
+
+
+def transformer_inputs(dtype: torch.dtype, batch: int = 2) -> dict:
+    generator = torch.Generator().manual_seed(5)
+    height, width, text = 5, 3, 11
+    one = torch.arange(1)
+    return {
+        "hidden_states": torch.randn(batch, height * width, 32, generator=generator).to(dtype),
+        "encoder_hidden_states": torch.randn(batch, text, 96, generator=generator).to(dtype),
+        "timestep": torch.tensor([0.8, 0.3][:batch]).to(dtype),
+        "img_ids": torch.cartesian_prod(one, torch.arange(height), torch.arange(width), one),
+        "txt_ids": torch.cartesian_prod(one, one, one, torch.arange(text)),
+        "guidance": None,
+        "return_dict": False,
+    }
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "comfyui", "gemlite", "mlx"])
+def test_transformer_equals_diffusers(small, kind):
+    module = transformer_module(load_transformer(getattr(small, kind)), CPU, torch.float32)
+    dense = copy.deepcopy(small.model).float()
+    inputs = transformer_inputs(torch.float32)
+    with torch.inference_mode():
+        assert relative(module(**inputs)[0], dense(**inputs)[0]) < 1e-5
+
+
+def test_transformer_in_bfloat16(small):
+    module = transformer_module(load_transformer(small.mlx), CPU, torch.bfloat16)
+    exact = copy.deepcopy(small.model).float()
+    with torch.inference_mode():
+        reference = exact(**transformer_inputs(torch.float32))[0]
+        ours = module(**transformer_inputs(torch.bfloat16))[0]
+        theirs = small.model(**transformer_inputs(torch.bfloat16))[0]
+    assert relative(ours, reference) < 1.5 * relative(theirs, reference)
+
+
+def test_every_block_linear_stays_packed(small):
+    module = transformer_module(load_transformer(small.mlx), CPU, torch.float32)
+    packed = {name for name, layer in module.named_modules() if isinstance(layer, PackedLinear)}
+    assert packed == set(packs.packed_names(small.model))
+    assert all(is_packed(module.get_submodule(name).weight) for name in packed)
+    dense_bytes = sum(p.nbytes for p in small.model.parameters())
+    held = sum(t.nbytes for t in module.state_dict().values())
+    assert held < 2 * dense_bytes - 2 * 8 * sum(module.get_submodule(name).weight.numel() for name in packed) / 8
+
+
+@pytest.mark.parametrize("kind", ["mlx", "hqq", "dense"])
+def test_text_encoder_equals_transformers(tmp_path, kind):
+    """The hidden states FLUX.2 Klein taps, from the same (dequantised) weights in transformers' own module."""
+    model = packs.text_model()
+    if kind == "mlx":
+        packs.write_mlx_text_encoder(model, tmp_path / "encoder")
+    elif kind == "hqq":
+        packs.write_hqq_text_encoder(tmp_path / "encoder")
+    else:
+        model.save_pretrained(tmp_path / "encoder")
+    loaded = load_text_encoder(tmp_path / "encoder")
+    module = text_encoder_module(loaded, CPU, torch.float32)
+    dense = {name.removeprefix("model."): tensor.to(dtype=torch.float32).dequantize() if is_packed(tensor)
+             else tensor.float() for name, tensor in loaded.tensors.items()}
+    model.load_state_dict(dense)
+    tokens = torch.randint(0, packs.TEXT["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[:, 30:] = 0
+    arguments = {"input_ids": tokens, "attention_mask": mask, "output_hidden_states": True, "use_cache": False}
+    with torch.inference_mode():
+        ours, theirs = module(**arguments).hidden_states, model(**arguments).hidden_states
+    for layer in (9, 18, 27):
+        assert relative(ours[layer], theirs[layer]) < 1e-5, layer
