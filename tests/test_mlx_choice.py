@@ -8,15 +8,10 @@ import sys
 
 import pytest
 import torch
+from reference import random_weight
+
 from bonsai_image.ops import backends, mlx_backend, torch_backend
 from bonsai_image.ops.mlx_step import Step, refusal
-from bonsai_image.ops.packed import packed_weight
-
-
-def random_weight():
-    codes = torch.randint(0, 256, (64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return packed_weight(codes, torch.rand(64, 4).add(0.5), 1)
-
 
 # Which steps it takes
 
@@ -114,7 +109,7 @@ def test_a_broken_mlx_is_named_once_and_torch_serves(failure, fresh_verdict, mon
 
         monkeypatch.setattr(mlx_arrays, "self_check_error", unloadable)
     monkeypatch.setattr(mx, "quantized_matmul", broken)
-    weight, x = random_weight(), torch.randn(20, 512)
+    weight, x = random_weight(1, "symmetric", 64, 512, 128), torch.randn(20, 512)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert torch.equal(backends.linear(x, weight, None, "mlx"), torch_backend.linear(x, weight, None))
