@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,20 +16,27 @@ from reference import dense64, random_weight, relative
 from bonsai_image.loaders import Transformer
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.loaders.names import to_comfyui
-from bonsai_image.ops import backends, torch_backend
-from bonsai_image.ops.packed import packed_weight
-from bonsai_image.standalone import cli
-from bonsai_image.standalone.miniature import random_transformer
+from bonsai_image.ops import backends, mlx_backend, torch_backend
+from bonsai_image.ops.packed import is_packed, packed_nbytes, packed_weight
+from bonsai_image.standalone import cli, models
+from bonsai_image.standalone.generate import generate
+from bonsai_image.standalone.miniature import random_transformer, write_miniature
 from bonsai_image.standalone.mlx_transformer import MlxTransformer
 from bonsai_image.standalone.models import transformer_module
 
-pytest.importorskip("mlx.core")
-from bonsai_image.ops import mlx_arrays, mlx_klein
+mx = pytest.importorskip("mlx.core")
+from bonsai_image.ops import mlx_arrays, mlx_klein  # noqa: E402
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
 SMALL = KleinConfig(hidden=256, text_width=384, in_channels=32, out_channels=32, double_blocks=2, single_blocks=2)
 TINY = KleinConfig(hidden=128, text_width=64, in_channels=16, out_channels=16, double_blocks=1, single_blocks=1)
+
+
+@pytest.fixture(autouse=True)
+def mlx_serves():
+    """Without this, a defect that the self-check finds would let torch pass every test in MLX's stead."""
+    assert mlx_backend.available()
 
 
 def model(config: KleinConfig, bits: int) -> Transformer:
@@ -154,14 +162,12 @@ def test_transformer_equals_diffusers(bits, batch, height, width, references):
     assert relative(result, expected) < TOLERANCE
 
 
-def test_transformer_takes_far_positions():
-    """Angles of hundreds of radians, where a rotary table in float32 would be off by more than the tolerance."""
-    loaded, arguments = model(SMALL, 2), inputs(SMALL, 1, 3, 3)
-    arguments["img_ids"] = arguments["img_ids"] + torch.tensor([70, 1234, 999, 0])
-    with torch.inference_mode():
-        expected = transformer_module(loaded, CPU, torch.float32, "torch")(**arguments, return_dict=False)[0]
-        result = MlxTransformer(loaded, CPU, torch.float32)(**arguments)[0]
-    assert relative(result, expected) < TOLERANCE
+def test_rotary_tables_at_far_positions():
+    """In float32 an angle of 1234 radians would be off by up to 7e-5."""
+    ids = torch.tensor([[70, 1234, 999, 511], [0, 3, 1, 0]])
+    cos, sin = mlx_klein.rotary_tables(ids)
+    angles = np.concatenate([ids.numpy()[:, i, None] * 2000.0 ** (-np.arange(16) / 16) for i in range(4)], axis=1)
+    assert np.abs(cos.numpy() - np.cos(angles)).max() < 1e-7 and np.abs(sin.numpy() - np.sin(angles)).max() < 1e-7
 
 
 def test_the_embedded_host_uses_it_where_every_layer_can():
@@ -218,6 +224,43 @@ def test_threads():
             x = torch.randn(2, 512)
             assert relative(pool.submit(backends.linear, x, weight, None, "mlx").result(),
                             torch_backend.linear(x, weight, None)) < TOLERANCE
+
+
+# Memory
+
+
+def test_the_text_encoder_is_gone_before_the_transformer_loads(tmp_path, monkeypatch):
+    """Neither torch nor MLX still holds any of it, in memory or in MLX's cache."""
+    pack = write_miniature(tmp_path / "pack")
+    seen = []
+    build_encoder, build_transformer = models.text_encoder_module, models.transformer_module
+
+    def encoder(*args):
+        module = build_encoder(*args)
+        seen.append(weakref.ref(module))
+        return module
+
+    def transformer(*args):
+        assert seen[0]() is None
+        assert mx.get_active_memory() - before < 1e5 and mx.get_cache_memory() == 0
+        seen.append("checked")
+        return build_transformer(*args)
+
+    monkeypatch.setattr(models, "text_encoder_module", encoder)
+    monkeypatch.setattr(models, "transformer_module", transformer)
+    before = mx.get_active_memory()
+    generate(pack, "a bonsai", CPU, torch.float32, "mlx", 32, 32, steps=1, progress=False)
+    assert seen[1] == "checked"
+
+
+def test_what_mlx_adds_to_the_pack():
+    """Beside codes, scales and dense weights as they are stored: one table of biases, 1/128 of the weights."""
+    tensors = to_comfyui(model(SMALL, 2).tensors)
+    stored = sum(packed_nbytes(t) if is_packed(t) else t.nbytes for t in tensors.values())
+    weights = mlx_klein.load(tensors, torch.bfloat16)
+    held = sum(sum(part.nbytes for part in weight[:3]) if isinstance(weight, tuple) else weight.nbytes
+               for weight in weights.values())
+    assert held - stored == sum(2 * t.numel() // 128 for t in tensors.values() if is_packed(t))
 
 
 # The command line

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from reference import random_weight
 
 from bonsai_image.ops import backends, mlx_backend, torch_backend
 from bonsai_image.ops.mlx_step import Step, refusal
+
+needs_mlx = pytest.mark.skipif(importlib.util.find_spec("mlx") is None, reason="MLX is not installed")
 
 # Which steps it takes
 
@@ -48,6 +52,7 @@ def test_refusals(step, reason):
 # Whether it serves at all
 
 
+@needs_mlx
 @pytest.mark.parametrize(("backend", "device", "machine", "expected"), [
     ("auto", "cpu", "x86_64", "torch"), ("auto", "cuda", "x86_64", "torch"), ("auto", "cpu", "arm64", "torch"),
     ("auto", "mps", "x86_64", "torch"), ("auto", "mps", "arm64", "mlx"), ("mlx", "cpu", "x86_64", "mlx"),
@@ -70,6 +75,7 @@ assert "mlx.core" in sys.modules, "not imported when asked for"
 """
 
 
+@needs_mlx
 def test_mlx_is_imported_only_when_asked_for():
     done = subprocess.run([sys.executable, "-c", _IMPORTS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -82,6 +88,7 @@ def fresh_verdict():
     mlx_backend.available.cache_clear()
 
 
+@needs_mlx
 def test_the_self_check_passes_here():
     assert mlx_backend.problem() is None
 
@@ -119,3 +126,10 @@ def test_a_broken_mlx_is_named_once_and_torch_serves(failure, fresh_verdict, mon
         assert "pip install mlx" in message
     else:
         assert "--force-reinstall" in message and "update macOS" in message
+
+
+@pytest.mark.skipif(mlx_backend.is_apple_silicon(torch.device("mps")), reason="on a Mac it would measure")
+def test_the_mac_script_refuses_other_machines():
+    script = Path(__file__).parent.parent / "benchmarks" / "mac.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Nothing was run" in done.stdout and not done.stderr
