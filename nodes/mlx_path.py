@@ -33,7 +33,7 @@ def install(patcher) -> MlxPath:
     path = MlxPath(patcher.model)
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, _KEY, path)
     patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, path.after_sampling)
-    patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _KEY, path.release)
+    patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _KEY, path.detached)
     return path
 
 
@@ -99,17 +99,21 @@ class MlxPath:
         """The weights of ``flux`` in MLX for activations of ``dtype``."""
         tensors = _tensors(flux)
         if dtype != self._dtype or any(tensor is not self._tensors.get(name) for name, tensor in tensors.items()):
-            self.release()
+            self._drop()
             self._weights = mlx_klein.load(tensors, dtype)
             self._tensors, self._dtype = tensors, dtype
         return self._weights
 
-    def release(self, *_) -> None:
-        """Drop the weights: the host unloads the model."""
+    def detached(self, _patcher, unpatched: bool) -> None:
+        """The host unloads the model, or (not ``unpatched``) hands it from one clone to the next."""
+        if unpatched:
+            self._drop()
+
+    def _drop(self) -> None:
         self._tensors, self._weights, self._dtype = {}, {}, None
         mlx_arrays.clear_cache()
 
-    def after_sampling(self, *_) -> None:
+    def after_sampling(self, _patcher) -> None:
         """Give the memory of the activations back: the VAE comes next."""
         mlx_arrays.clear_cache()
 

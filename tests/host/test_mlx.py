@@ -179,11 +179,13 @@ def test_other_wrappers_run_around_it(pair, inputs):
 
 
 def test_a_replaced_weight_is_read_again(pair, inputs):
-    plain = forward(pair[1], *inputs)
+    outs = []
     for patcher in pair:
-        layer = patcher.model.diffusion_model.img_in
+        outs.append(forward(patcher, *inputs))
+        layer = patcher.model.diffusion_model.final_layer.linear
         layer.weight = torch.nn.Parameter(layer.weight * 2, requires_grad=False)
-    torch_out, mlx_out = (forward(patcher, *inputs) for patcher in pair)
+        outs.append(forward(patcher, *inputs))
+    _, torch_out, plain, mlx_out = outs
     assert relative(mlx_out, torch_out) < TOLERANCE < relative(mlx_out, plain)
     assert path_of(pair[1]).steps == {"MLX": 2}
 
@@ -221,6 +223,14 @@ def test_unloading_drops_the_weights(pair, inputs):
     comfy.model_management.unload_all_models()
     assert not path_of(pair[1])._weights and not path_of(pair[1])._tensors
     assert relative(forward(pair[1], *inputs), forward(pair[0], *inputs)) < TOLERANCE
+
+
+def test_a_clone_takes_the_weights_over(pair, inputs):
+    """The host hands a model from clone to clone at every run; MLX does not make the weights again."""
+    forward(pair[1], *inputs)
+    weights = path_of(pair[1])._weights
+    forward(pair[1].clone(), *inputs)
+    assert path_of(pair[1])._weights is weights
 
 
 def test_without_mlx_nothing_is_installed(pair):
