@@ -12,6 +12,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ..ops import codecs
 from ..ops.packed import packed_weight
 from . import names
+from .check import FLOATS
 from .errors import PackError
 from .files import TensorFile
 from .klein import is_klein
@@ -22,11 +23,11 @@ GROUP = 128
 
 def matches(file: TensorFile) -> bool:
     return bool(file.tensors) and all(
-        isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in file.tensors.values())
+        isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATS for tensor in file.tensors.values())
 
 
 def decode(file: TensorFile) -> dict[str, torch.Tensor]:
-    tensors = names.normalise(file.tensors)
+    tensors = names.normalise(file.path, file.tensors)
     if not is_klein(tensors):
         return tensors
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +10,12 @@ from pathlib import Path
 import torch
 
 from ..ops.packed import is_packed
-from . import comfy, dense, gemlite, hqq, klein, mlx, names, qwen3
-from .check import check_tensors
+from . import bonsai, dense, gemlite, hqq, klein, mlx, names, qwen3, vae
 from .errors import DOWNLOAD_AGAIN, PackError
 from .files import TENSOR_SUFFIXES, TensorFile, open_tensors, read_json
 
 #: Every format that can be read, in the order they are tried. A format is a module with NAME, matches and decode.
-FORMATS = (gemlite, mlx, comfy, hqq, dense)
+FORMATS = (gemlite, mlx, bonsai, hqq, dense)
 
 #: File names that say nothing, used inside the folders of a repository.
 _GENERIC_STEMS = ("diffusion_pytorch_model", "state_dict", "model")
@@ -81,24 +81,34 @@ def detect(file: TensorFile):
     for module in FORMATS:
         if module.matches(file):
             return module
-    sample = next(iter(file.tensors), "no tensors")
+    name, value = next(iter(file.tensors.items()), ("no tensors", None))
+    kind = str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else type(value).__name__
     raise PackError(file.path, "a Bonsai Image model (GemLite, MLX, unpacked or our own format)",
-                    f"tensors such as {sample}", _FAMILY_ACTION)
+                    f"tensors such as {name} ({kind})", _FAMILY_ACTION)
 
 
 def _decode(file: TensorFile) -> tuple[str, dict[str, torch.Tensor]]:
     """Format name and canonical tensors of ``file``. Raises PackError."""
     module = detect(file)
+    if module is not hqq:
+        _refuse_other_than_tensors(file)
     try:
         return module.NAME, module.decode(file)
     except ValueError as error:
         raise PackError(file.path, f"a consistent {module.NAME} pack", str(error), DOWNLOAD_AGAIN) from error
 
 
+def _refuse_other_than_tensors(file: TensorFile) -> None:
+    """Raise PackError if a pickle holds anything else; only HQQ's does."""
+    for name, value in file.tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise PackError(file.path, f"{name} to be a tensor", f"a {type(value).__name__}", DOWNLOAD_AGAIN)
+
+
 def load_transformer(path: Path | str) -> Transformer:
     """Load the diffusion model at ``path`` (a file or folder in any known format). Raises PackError."""
     file = open_tensors(Path(path))
-    if not klein.is_klein(names.normalise(file.tensors)):
+    if not klein.is_klein(names.normalise(file.path, file.tensors)):
         raise PackError(file.path, "the diffusion model of Bonsai Image (FLUX.2 Klein)",
                         f"tensors such as {next(iter(file.tensors), 'none')}", _FAMILY_ACTION)
     name, tensors = _decode(file)
@@ -113,29 +123,25 @@ def load_text_encoder(path: Path | str) -> TextEncoder:
         raise PackError(file.path, "the text encoder of Bonsai Image (Qwen3-4B)",
                         f"tensors such as {next(iter(file.tensors), 'none')}", "choose a text encoder file")
     name, tensors = _decode(file)
-    tensors = qwen3.normalise(tensors)
+    tensors = qwen3.normalise(file.path, tensors)
     return TextEncoder(file.path, name, tensors, qwen3.check_qwen3(file.path, tensors, file.config))
 
 
 def load_vae(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors and the config of a diffusers AutoencoderKLFlux2 at ``path`` (a file or folder). Raises PackError."""
     file = open_tensors(Path(path))
-    if not _is_vae(file):
+    if not vae.is_vae(file.tensors):
         raise PackError(file.path, "the VAE of FLUX.2 in diffusers' layout",
                         f"tensors such as {next(iter(file.tensors), 'none')}", "choose the vae folder of the pack")
-    floating = {name: tensor for name, tensor in file.tensors.items() if tensor.is_floating_point()}
-    check_tensors(file.path, floating, {name: tuple(tensor.shape) for name, tensor in floating.items()})
+    _refuse_other_than_tensors(file)
+    vae.check_vae(file.path, file.tensors, file.config)
     return file.tensors, file.config
-
-
-def _is_vae(file: TensorFile) -> bool:
-    return "decoder.conv_in.weight" in file.tensors and "bn.running_mean" in file.tensors
 
 
 def find_repository(path: Path | str) -> Repository:
     """Find the parts of a downloaded repository by what its folders contain. Raises PackError without a transformer."""
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise PackError(path, "the folder of a downloaded Bonsai Image repository", "no such folder",
                         "download the whole repository, not one file of it")
     parts: dict[str, Path] = {}
@@ -145,12 +151,12 @@ def find_repository(path: Path | str) -> Repository:
         for candidate in (folder, folder / "tokenizer"):
             if (candidate / "tokenizer_config.json").is_file() or (candidate / "tokenizer.json").is_file():
                 parts.setdefault("tokenizer", candidate)
-        if not any(child.suffix in TENSOR_SUFFIXES for child in folder.iterdir()):
+        if not any(child.suffix in TENSOR_SUFFIXES and child.is_file() for child in folder.iterdir()):
             continue
         file = open_tensors(folder)
         if qwen3.is_qwen3(file.tensors):
             parts.setdefault("text_encoder", folder)
-        elif _is_vae(file):
+        elif vae.is_vae(file.tensors):
             parts.setdefault("vae", folder)
         elif klein.is_klein(file.tensors):
             parts.setdefault("transformer", folder)

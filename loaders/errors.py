@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+#: Longest quotation, in characters, of what a file or a library says.
+_LONGEST = 200
 
 
 class PackError(Exception):
@@ -10,7 +14,15 @@ class PackError(Exception):
 
     def __init__(self, path: Path | str, expected: str, found: str, action: str):
         self.path = Path(path)
-        super().__init__(f"{path}: expected {expected}, found {found}; {action}.")
+        super().__init__(f"{path}: expected {_phrase(expected)}, found {_phrase(found)}; {action}.")
+
+
+def _phrase(text: str) -> str:
+    """``text`` fit to stand inside one sentence. It may quote names from a hostile file and other libraries' errors:
+    only its first sentence counts, on one line, printable and short."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    sentence = re.split(r"[.!?:;]*(?:[.!?] |$)", line, maxsplit=1)[0]
+    return sentence if len(sentence) <= _LONGEST else f"{sentence[:_LONGEST]}..."
 
 
 #: What to do when a file is damaged rather than of the wrong kind.

@@ -6,8 +6,13 @@ A :class:`TensorFile` is what every format module decodes. Nothing here knows wh
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
+import reprlib
 import struct
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +27,12 @@ SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 TENSOR_SUFFIXES = SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES
 
-#: What ``torch.load(weights_only=True)`` raises on damaged or hostile bytes: its unpickler and zip reader pass on
-#: whatever they stumble over.
+#: What ``torch.load(weights_only=True)`` and ``zipfile`` raise on damaged or hostile bytes: they pass on whatever they
+#: stumble over.
 _UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError,
-                      AttributeError, AssertionError, OverflowError, MemoryError, ImportError, struct.error, OSError)
+                      AttributeError, AssertionError, OverflowError, MemoryError, ImportError, struct.error, OSError,
+                      zipfile.BadZipFile, zlib.error)
+_CHUNK = 1 << 20
 
 
 @dataclass
@@ -38,14 +45,17 @@ class TensorFile:
     config: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def is_pickle(self) -> bool:
-        return self.path.suffix in PICKLE_SUFFIXES
+    def stated_packing(self) -> tuple[Any, Any]:
+        """(bits, group size) as the JSON files state them; None where they are silent."""
+        for conf in (self.quantization, self.config.get("quantization"), self.config.get("quantization_config")):
+            if isinstance(conf, dict) and ("bits" in conf or "group_size" in conf):
+                return conf.get("bits"), conf.get("group_size")
+        return None, None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ``{}`` if there is no such file."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -61,49 +71,94 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        return safetensors.torch.load_file(path), metadata
+        tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError, ValueError, OverflowError, KeyError, AttributeError) as error:
-        raise PackError(path, "a whole safetensors file", f"a damaged or truncated one ({_first_line(error)})",
+        raise PackError(path, "a whole safetensors file", f"a damaged or truncated one, {error or 'unreadable'}",
                         DOWNLOAD_AGAIN) from error
+    for name, tensor in tensors.items():
+        check_stored(path, name, tensor)
+    return tensors, metadata
 
 
 def read_pickle(path: Path, mmap: bool) -> dict[str, Any]:
     """A pickled dict, through torch's restricted unpickler: nothing in the file can run.
 
-    With ``mmap`` the tensors stay on disk until touched; without, they are read, and freed as they are dropped.
+    With ``mmap`` the tensors stay on disk until touched; without, they are read, and freed as they are dropped, and
+    their checksums are verified.
     """
     try:
+        _check_archive(path, with_data=not mmap)
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except _UNPICKLING_ERRORS as error:
-        raise PackError(path, "a PyTorch file of plain tensors", f"one not safe to read ({_first_line(error)})",
+        raise PackError(path, "a PyTorch file of plain tensors", f"one not safe to read, {_reason(error)}",
                         "download it again from its publisher, or use the MLX pack") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise PackError(path, "a dict of tensors by name", f"a {type(value).__name__}", "choose another file")
+    for name, item in value.items():
+        if isinstance(item, torch.Tensor):
+            check_stored(path, name, item)
     return value
 
 
-def _first_line(error: Exception) -> str:
-    """The gist of an error, fit to stand inside a sentence."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".:; ")[:160]
+def _check_archive(path: Path, with_data: bool) -> None:
+    """Raise BadZipFile unless ``path`` is a sound zip as ``torch.save`` writes it.
+
+    torch verifies no checksum and matches no header, so a flipped bit would swap or shift tensors unnoticed; and it
+    inflates compressed records, which it never writes, without a limit.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{record.filename} is compressed")
+            with archive.open(record) as stream:
+                while (with_data or "/data/" not in record.filename) and stream.read(_CHUNK):
+                    pass
+
+
+def _reason(error: Exception) -> str:
+    """What ``torch.load`` stumbled over, without its advice, which is to open the file with the restrictions off."""
+    text = str(error)
+    if named := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"for it refers to {named[1]}"
+    return "for it holds more than tensors" if "weights_only" in text else text or type(error).__name__
+
+
+def check_stored(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raise PackError for a tensor that no pack holds: empty, sparse, or claiming more memory than it has on file."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not plain or not tensor.numel() or tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise PackError(path, f"every number of {name} in the file",
+                        f"an empty, sparse or partly stored tensor of shape {tuple(tensor.shape)}", DOWNLOAD_AGAIN)
+
+
+def _shards(folder: Path) -> dict[str, set[str]]:
+    """File name -> the tensors that the folder's index says it holds; ``{}`` without an index. Raises PackError."""
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise PackError(index, "a weight_map", "none", DOWNLOAD_AGAIN)
+        shards: dict[str, set[str]] = {}
+        for tensor, name in weight_map.items():
+            shards.setdefault(str(name), set()).add(tensor)
+        for name in shards:
+            inside = Path(name).name == name and name.endswith(SAFETENSORS_SUFFIXES)
+            if not inside or not os.path.isfile(folder / name):
+                raise PackError(index, "the names of safetensors files beside it",
+                                f"{reprlib.repr(name)}, which is none", "download the whole folder again")
+        return shards
+    return {}
 
 
 def tensor_files(path: Path) -> list[Path]:
     """The tensor files of a model: ``path`` itself, the shards its folder's index names, or the folder's one file."""
-    if path.is_file():
+    # os.path answers no, where Path raises, for a name that the system cannot hold.
+    if os.path.isfile(path):
         return [path]
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise PackError(path, "a file or folder", "nothing there", "check the path")
-    for index in sorted(path.glob("*.safetensors.index.json")):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise PackError(index, "a weight_map", "none", DOWNLOAD_AGAIN)
-        shards = sorted({str(name) for name in weight_map.values()})
-        missing = [name for name in shards if Path(name).name != name or not (path / name).is_file()]
-        if missing:
-            raise PackError(path / missing[0], "the shard that the index names", "no such file", DOWNLOAD_AGAIN)
-        return [path / name for name in shards]
-    found = sorted(child for child in path.iterdir() if child.suffix in TENSOR_SUFFIXES)
+    if shards := _shards(path):
+        return [path / name for name in sorted(shards)]
+    found = sorted(child for child in path.iterdir() if child.suffix in TENSOR_SUFFIXES and child.is_file())
     if not found:
         raise PackError(path, f"a tensor file ({', '.join(SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES[:1])})", "none",
                         "choose the folder that holds the weights")
@@ -117,14 +172,18 @@ def open_tensors(path: Path) -> TensorFile:
     """Open the model at ``path``, a file or folder, with the JSON files of its folder."""
     files = tensor_files(path)
     folder = files[0].parent
+    shards = _shards(folder) if os.path.isdir(path) else {}
     tensors: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     for file in files:
         if file.suffix in PICKLE_SUFFIXES:
             tensors.update(read_pickle(file, mmap=True))
-        else:
-            part, metadata = read_safetensors(file)
-            tensors.update(part)
+            continue
+        part, metadata = read_safetensors(file)
+        if shards and part.keys() != shards[file.name]:
+            raise PackError(file, "the tensors that the index names", f"{len(part)} tensors, not the same ones",
+                            "download the whole folder again")
+        tensors.update(part)
     return TensorFile(
         path=files[0] if len(files) == 1 else folder,
         tensors=tensors,

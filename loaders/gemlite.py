@@ -14,6 +14,7 @@ load what is written here).
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..ops import codecs
 from ..ops.packed import packed_weight
+from .check import FLOATS
 from .errors import DOWNLOAD_AGAIN, PackError
 from .files import TensorFile, read_pickle
 
@@ -29,8 +31,12 @@ NAME = "gemlite"
 #: Fields of ``metadata`` in order.
 _META = ("scaled_activations", "W_nbits", "group_size", "unpack_mask", "elements_per_sample", "input_dtype",
          "output_dtype", "acc_dtype", "meta_dtype", "channel_scale_mode", "W_group_mode", "data_contiguous")
-_FP32, _FP16 = 0, 1
+_FP32, _FP16, _BF16 = 0, 1, 2
 _FORMS = {4: "affine", 3: "zeropoint"}
+#: What these fields may hold: group scales and zeros, with activations that are not quantised.
+_ALLOWED = {"W_nbits": (1, 2, 4), "W_group_mode": tuple(_FORMS), "scaled_activations": (0,), "channel_scale_mode": (0,),
+            "data_contiguous": (0, 1), **dict.fromkeys(("input_dtype", "output_dtype", "acc_dtype", "meta_dtype"),
+                                                       (_FP32, _FP16, _BF16))}
 _PARTS = ("W_q", "scales", "zeros", "metadata", "orig_shape")
 _OPTIONAL = ("meta_scale",)
 
@@ -44,9 +50,6 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
     # layer's tensors once they are converted.
     stored = read_pickle(file.path, mmap=False)
     file.tensors.clear()
-    for name, value in stored.items():
-        if not isinstance(value, torch.Tensor):
-            raise PackError(file.path, f"{name} to be a tensor", f"a {type(value).__name__}", DOWNLOAD_AGAIN)
     result = {}
     for layer in [name.removesuffix(".W_q") for name in stored if name.endswith(".W_q")]:
         parts = {part: stored.pop(f"{layer}.{part}", None) for part in _PARTS}
@@ -55,31 +58,41 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
             raise PackError(file.path, f"{layer}.{missing[0]}", "none", DOWNLOAD_AGAIN)
         for part in _OPTIONAL:
             stored.pop(f"{layer}.{part}", None)
-        result[f"{layer}.weight"] = _weight(file.path, layer, **parts)
+        weight = _weight(file.path, layer, **parts)
+        packing = (weight._params.bits, weight._params.group)
+        for key, stated, own in zip(("bits", "group_size"), file.stated_packing(), packing, strict=True):
+            if stated not in (None, own):
+                raise PackError(file.path, f"{key} {reprlib.repr(stated)} as the configuration says",
+                                f"{own} in {layer}", "download the whole folder again")
+        result[f"{layer}.weight"] = weight
     return result | stored
 
 
 def _weight(path: Path, layer: str, W_q, scales, zeros, metadata, orig_shape) -> QuantizedTensor:
-    if metadata.numel() != len(_META) or orig_shape.numel() != 2 or W_q.ndim != 2:
-        raise PackError(path, f"{len(_META)} metadata fields and a 2-D weight in {layer}",
-                        f"{metadata.numel()} and {W_q.ndim}-D", "use a pack made with GemLite 0.5 or newer")
+    integers = all(part.dtype in (torch.int32, torch.int64) for part in (metadata, orig_shape))
+    if not integers or metadata.shape != (len(_META),) or orig_shape.shape != (2,) or W_q.ndim != 2:
+        raise PackError(path, f"{len(_META)} integer metadata fields and a 2-D weight in {layer}",
+                        f"{metadata.numel()} of {metadata.dtype} and {W_q.ndim}-D",
+                        "use a pack made with GemLite 0.5 or newer")
     meta = dict(zip(_META, metadata.tolist(), strict=True))
     (n, k), bits, group = orig_shape.tolist(), meta["W_nbits"], meta["group_size"]
-    form = _FORMS.get(meta["W_group_mode"])
-    if bits not in (1, 2, 4) or form is None or meta["scaled_activations"] or meta["channel_scale_mode"]:
-        raise PackError(path, f"{layer} packed at 1, 2 or 4 bits with group scales and zeros",
-                        ", ".join(f"{key} {meta[key]}" for key in ("W_nbits", "W_group_mode", "channel_scale_mode")),
+    odd = [f"{key} {meta[key]}" for key, values in _ALLOWED.items() if meta[key] not in values]
+    if odd:
+        raise PackError(path, f"{layer} packed at 1, 2 or 4 bits with group scales and zeros", ", ".join(odd),
                         "choose a Bonsai Image file")
+    form = _FORMS[meta["W_group_mode"]]
     width = {torch.uint8: 8, torch.int32: 32}.get(W_q.dtype)
     words = None if width is None else (k * bits // width, n)
-    if (tuple(W_q.shape) != words or group < 1 or tuple(scales.shape) != (k // group, n) or scales.shape != zeros.shape
-            or k % group or meta["elements_per_sample"] != width // bits):
+    consistent = (tuple(W_q.shape) == words and group >= 1 and k % group == 0
+                  and tuple(scales.shape) == (k // group, n) and scales.shape == zeros.shape
+                  and meta["elements_per_sample"] == width // bits and meta["unpack_mask"] == 2**bits - 1)
+    if not consistent:
         raise PackError(path, f"{layer} of {n} x {k} at {bits} bits in groups of {group}, as its metadata says",
                         f"W_q {tuple(W_q.shape)} with scales {tuple(scales.shape)} and zeros {tuple(zeros.shape)}",
                         DOWNLOAD_AGAIN)
-    if not scales.is_floating_point() or not zeros.is_floating_point():
-        raise PackError(path, f"floating-point scales and zeros in {layer}", f"{scales.dtype} and {zeros.dtype}",
-                        DOWNLOAD_AGAIN)
+    if scales.dtype not in FLOATS or scales.dtype != zeros.dtype:
+        raise PackError(path, f"scales and zeros of {layer} in one of BF16, FP16 and FP32",
+                        f"{scales.dtype} and {zeros.dtype}", DOWNLOAD_AGAIN)
     codes = codecs.from_gemlite(W_q)
     scale, shift = (table.t().contiguous() for table in (scales, zeros))
     symmetric = form == "affine" and bits <= 2 and torch.equal(scale, -shift if bits == 2 else -2 * shift)

@@ -3,6 +3,7 @@ state dict is exactly one such model."""
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 
+from ..ops.packed import is_packed
 from .check import check_tensors
-from .errors import PackError
-from .names import count_blocks, is_comfyui, name_map
+from .errors import DOWNLOAD_AGAIN, PackError
+from .names import count_blocks, is_comfyui, is_packable, name_map
 
 HEAD_DIM = 128
 MLP_RATIO = 3
@@ -114,9 +116,27 @@ def check_klein(path: Path, tensors: Mapping[str, torch.Tensor], config_json: Ma
     if hidden % HEAD_DIM or not double or not single:
         raise PackError(path, f"a width that is a multiple of {HEAD_DIM} and blocks of both kinds",
                         f"width {hidden}, {double} double and {single} single blocks", "choose a Bonsai Image file")
+    if in_channels != out_channels:
+        raise PackError(path, "as many latent channels out as in", f"{in_channels} in and {out_channels} out",
+                        "choose a Bonsai Image file")
     for key, value in config.diffusers().items():
-        stated = config_json.get(key)
-        if isinstance(value, int) and key not in ("out_channels", "guidance_embeds") and stated not in (None, value):
-            raise PackError(path, f"{key} {stated} as config.json says", f"{value} in the tensors",
+        stated, known = config_json.get(key), list(value) if isinstance(value, tuple) else value
+        if key != "guidance_embeds" and stated not in (None, known):
+            raise PackError(path, f"{key} {known} of this model", f"{reprlib.repr(stated)} in config.json",
                             "download the whole folder again")
+    for name, tensor in tensors.items():
+        if is_packed(tensor) and not is_packable(name):
+            raise PackError(path, f"{name} dense, as Bonsai leaves all but the linears of the blocks", "it packed",
+                            "choose a Bonsai Image file")
+    if not comfyui:
+        for sources in name_map(double, single).values():
+            check_alike(path, sources[0], [tensors[source] for source in sources])
     return config
+
+
+def check_alike(path: Path, name: str, weights: list[torch.Tensor]) -> None:
+    """Raise PackError unless ``weights``, which ComfyUI joins into one, are packed alike or all dense."""
+    kinds = {(w._params.bits, w._params.form, w._params.group) if is_packed(w) else None for w in weights}
+    if len(kinds) > 1:
+        raise PackError(path, f"{name} packed like the other projections of its block", "another packing",
+                        DOWNLOAD_AGAIN)

@@ -9,11 +9,14 @@ Source: the MLX quantisation documentation, and packs written with ``mlx.core.qu
 
 from __future__ import annotations
 
+import reprlib
+
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..ops import codecs
 from ..ops.packed import packed_weight
+from .check import FLOATS
 from .errors import DOWNLOAD_AGAIN, PackError
 from .files import TensorFile
 from .klein import is_klein
@@ -29,16 +32,8 @@ def matches(file: TensorFile) -> bool:
         tensor.dtype == torch.uint32 for tensor in file.tensors.values() if isinstance(tensor, torch.Tensor))
 
 
-def _stated(file: TensorFile) -> tuple[int | None, int | None]:
-    """(bits, group size) as the JSON files state them; None where they are silent."""
-    for conf in (file.quantization, file.config.get("quantization"), file.config.get("quantization_config")):
-        if isinstance(conf, dict) and ("bits" in conf or "group_size" in conf):
-            return conf.get("bits"), conf.get("group_size")
-    return None, None
-
-
 def decode(file: TensorFile) -> dict[str, torch.Tensor]:
-    stated_bits, stated_group = _stated(file)
+    stated_bits, stated_group = file.stated_packing()
     default = _GROUP_TRANSFORMER if is_klein(file.tensors) else _GROUP_TEXT_ENCODER
     group = default if stated_group is None else stated_group
     result = {}
@@ -53,28 +48,28 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
         if scales is None or biases is None or scales.shape != biases.shape or scales.ndim != 2:
             raise PackError(file.path, f"scales and biases of one shape beside {name}", "them missing or unequal",
                             DOWNLOAD_AGAIN)
-        if not scales.is_floating_point() or scales.dtype != biases.dtype:
-            raise PackError(file.path, f"scales and biases of {layer} in one floating dtype",
+        if scales.dtype not in FLOATS or scales.dtype != biases.dtype:
+            raise PackError(file.path, f"scales and biases of {layer} in one of BF16, FP16 and FP32",
                             f"{scales.dtype} and {biases.dtype}", DOWNLOAD_AGAIN)
         result[name] = _weight(file, name, tensor, scales, biases, stated_bits, group)
-    orphans = [n for n in file.tensors if n.endswith((".scales", ".biases")) and f"{n.rpartition('.')[0]}.weight"
-               not in file.tensors]
+    packed = {name for name, tensor in file.tensors.items() if tensor.dtype == torch.uint32}
+    orphans = [name for name in file.tensors if name.endswith((".scales", ".biases"))
+               and f"{name.rpartition('.')[0]}.weight" not in packed]
     if orphans:
-        raise PackError(file.path, f"a weight beside {orphans[0]}", "none", DOWNLOAD_AGAIN)
+        raise PackError(file.path, f"a packed weight beside {orphans[0]}", "none", DOWNLOAD_AGAIN)
     return result
 
 
 def _weight(file, name, words, scales, biases, stated_bits, group) -> QuantizedTensor:
     # words * 32 = K * bits and scales = K / group, so the shapes fix bits * group.
-    product = words.shape[1] * 32 / scales.shape[1] if words.ndim == 2 and scales.shape[1] else 0
-    bits = product / group if isinstance(group, int) and group > 0 else 0
-    if bits not in (1, 2, 4) or words.shape[0] != scales.shape[0]:
-        raise PackError(file.path, f"{name} packed at 1, 2 or 4 bits in groups of {group}",
+    bits = next((bits for bits in (1, 2, 4) if words.ndim == 2 and type(group) is int
+                 and words.shape[1] * 32 == scales.shape[1] * group * bits), None)
+    if bits is None or words.shape[0] != scales.shape[0]:
+        raise PackError(file.path, f"{name} packed at 1, 2 or 4 bits in groups of {reprlib.repr(group)}",
                         f"words {tuple(words.shape)} with scales {tuple(scales.shape)}", DOWNLOAD_AGAIN)
-    bits = int(bits)
     if stated_bits not in (None, bits):
-        raise PackError(file.path, f"{stated_bits} bits as the configuration says", f"{bits} in the shapes of {name}",
-                        "download the whole folder again")
+        raise PackError(file.path, f"{reprlib.repr(stated_bits)} bits as the configuration says",
+                        f"{bits} in the shapes of {name}", "download the whole folder again")
     codes = codecs.from_mlx(words)
     if bits == 2 and torch.equal(biases, -scales):
         return packed_weight(codes, scales, bits, dtype=scales.dtype)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 from ..ops.packed import is_packed, packed_weight
+from .errors import PackError
 
 _TOP = {
     "img_in": "x_embedder",
@@ -82,12 +84,23 @@ def is_comfyui(names: Mapping[str, object]) -> bool:
     return "img_in.weight" in names
 
 
-def normalise(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Strip a checkpoint prefix, and bring the norm names of older ComfyUI files (``.scale``) to ``.weight``."""
-    for prefix in _PREFIXES:
-        if f"{prefix}img_in.weight" in tensors:
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return {re.sub(r"_norm\.scale$", "_norm.weight", name): tensor for name, tensor in tensors.items()}
+def prefix(names: Mapping[str, object]) -> str:
+    """The prefix under which a checkpoint nests the diffusion model; empty without one."""
+    return next((prefix for prefix in _PREFIXES if f"{prefix}img_in.weight" in names), "")
+
+
+def normalise(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Strip a checkpoint prefix, and bring the norm names of older ComfyUI files (``.scale``) to ``.weight``.
+
+    Raises PackError where that makes two tensors one.
+    """
+    nested = prefix(tensors)
+    result = {re.sub(r"_norm\.scale$", "_norm.weight", name.removeprefix(nested)): tensor
+              for name, tensor in tensors.items()}
+    if len(result) < len(tensors):
+        raise PackError(path, "one tensor of a name", "some twice, under an older name or a prefix",
+                        "choose an unmodified file")
+    return result
 
 
 def cat_rows(weights: list[torch.Tensor]) -> torch.Tensor:

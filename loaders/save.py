@@ -17,7 +17,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from ..ops.packed import equal, is_packed
-from . import comfy, dense, gemlite, mlx
+from . import bonsai, dense, gemlite, mlx
 from .detect import Transformer, load_transformer
 from .errors import PackError
 from .files import SAFETENSORS_SUFFIXES
@@ -32,7 +32,7 @@ def _write(model: Transformer, target: str, base3: bool, path: Path) -> None:
     """Write ``model`` to ``path``: a file for ``comfy``, a folder for the others. Raises ValueError if it does not fit
     the format."""
     if target == "comfy":
-        save_file(comfy.encode(to_comfyui(model.tensors), base3), path, comfy.metadata(model.variant, model.source))
+        save_file(bonsai.encode(to_comfyui(model.tensors), base3), path, bonsai.metadata(model.variant, model.source))
         return
     path.mkdir()
     tensors = to_diffusers(model.tensors)
@@ -75,7 +75,11 @@ def _verify(model: Transformer, path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
+    """Bring what was written to disk, readable by whom the umask says (safetensors writes for the owner only)."""
+    probe = path.with_name("probe")
+    probe.touch()
     for file in [path] if path.is_file() else sorted(path.iterdir()):
+        file.chmod(probe.stat().st_mode)
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())
 

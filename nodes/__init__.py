@@ -6,6 +6,7 @@ from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import ComfyExtension, io, ui
+from server import PromptServer
 
 from ..loaders import PackError, find_repository, load_transformer, save_transformer
 from ..ops import backends
@@ -27,6 +28,11 @@ def _backend_input() -> io.Combo.Input:
     return io.Combo.Input(
         "backend", options=list(backends.NAMES), default="auto", advanced=True,
         tooltip="What multiplies the packed weights. auto: the fastest that works on this device.")
+
+
+def _show(text: str, node_id: str) -> None:
+    """Show ``text`` on the node: the frontend displays the text output of none but a few nodes of its own."""
+    PromptServer.instance.send_progress_text(text, node_id)
 
 
 class BonsaiPackLoader(io.ComfyNode):
@@ -114,10 +120,11 @@ class BonsaiSaveModel(io.ComfyNode):
             node_id="BonsaiSaveModel",
             display_name="Save Bonsai Model",
             category=_CATEGORY,
-            description="Save the packed diffusion model as one safetensors file, without loss. "
-                        "Move the file to models/diffusion_models to load it.",
+            description="Save the packed diffusion model as one safetensors file, without loss. Saved under "
+                        "diffusion_models, it appears in Load Bonsai Diffusion Model once the list is refreshed.",
             search_aliases=["bonsai", "export model", "convert", "safetensors"],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="A MODEL from a Bonsai loader. A LoRA cannot be stored in packed "
                                                 "weights: connect the loader directly."),
@@ -143,7 +150,9 @@ class BonsaiSaveModel(io.ComfyNode):
         file = f"{name}_{counter:05}_.safetensors"
         # From the file it was loaded from: the MODEL in memory may be offloaded or in use.
         save_transformer(load_transformer(origin.path), Path(folder) / file, "comfy", base3=storage == "base3")
-        return io.NodeOutput(ui=ui.PreviewText(f"{subfolder}/{file}".lstrip("/")))
+        saved = f"{subfolder}/{file}".lstrip("/")
+        _show(f"Saved {saved}", cls.hidden.unique_id)
+        return io.NodeOutput(ui=ui.PreviewText(saved))
 
 
 class BonsaiModelInfo(io.ComfyNode):
@@ -156,6 +165,7 @@ class BonsaiModelInfo(io.ComfyNode):
             description="Show what a MODEL is made of: variant, backend, bytes packed and dense, dtype, source.",
             search_aliases=["bonsai", "inspect model", "vram", "size"],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[io.Model.Input("model", tooltip="Any MODEL from a Bonsai loader.")],
             outputs=[io.String.Output("info", display_name="info")],
         )
@@ -163,6 +173,7 @@ class BonsaiModelInfo(io.ComfyNode):
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
         text = describe(model)
+        _show(text, cls.hidden.unique_id)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 

@@ -15,6 +15,7 @@ from ..loaders import PackError, Transformer, load_text_encoder, load_transforme
 from ..loaders.names import to_comfyui
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
+from . import lora
 from .operations import packed_operations
 
 #: The key under which a MODEL of ours carries its :class:`Origin`.
@@ -63,6 +64,7 @@ def load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", di
         raise PackError(path, "a model this ComfyUI knows", "FLUX.2 Klein, which it does not", "update ComfyUI")
     if dtype is not None:
         patcher.set_model_compute_dtype(dtype)
+    lora.install(patcher)
     patcher.cached_patcher_init = (load_model, (path, compute_dtype, backend))
     used = dtype or patcher.model.get_dtype_inference()
     patcher.set_attachments(ATTACHMENT, Origin(path, loaded.format, loaded.variant, loaded.source,
@@ -100,6 +102,7 @@ def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = Fa
         model_options={"custom_operations": packed_operations(compute_dtype=dtype),
                        "qwen3_4b_model_config": dimensions},
         disable_dynamic=disable_dynamic)
+    lora.install(clip.patcher)
     clip.patcher.cached_patcher_init = (_clip_patcher, (path, compute_dtype))
     return clip
 

@@ -12,23 +12,43 @@ from ..ops.packed import is_packed
 class HostLinear(PackedLinear, comfy.ops.CastWeightBiasOp):
     """A Linear that the host offloads, prefetches and interrupts like its own.
 
-    ``compute_dtype`` None means the dtype of the activations.
+    ``compute_dtype`` None means the dtype of the activations. ``side_paths`` add the effect of LoRAs beside the product
+    (see ``nodes/lora.py``); the weight itself, packed or dense, never changes.
     """
 
     comfy_cast_weights = True
     compute_dtype: torch.dtype | None = None
+    side_paths: tuple = ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         comfy.ops.run_every_op()
         dtype = self.compute_dtype or x.dtype
-        # Asking for the weight's own dtype keeps it packed; only a weight function needs it dense.
+        functions = self.weight_function
+        if functions:
+            # The host leaves a LoRA among the weight functions when it offloads a layer: it is a side path already.
+            self.weight_function = [function for function in functions if not hasattr(function, "is_lowvram_patch")]
+        # Asking for the weight's own dtype keeps it packed; only some other weight function needs it dense.
         packed = is_packed(self.weight) and not self.weight_function
-        weight, bias, stream = comfy.ops.cast_bias_weight(
-            self, dtype=self.weight.dtype if packed else dtype, device=x.device, bias_dtype=dtype, offloadable=True,
-            compute_dtype=dtype)
-        result = linear(x.to(dtype), weight, bias, self.backend).to(x.dtype)
+        try:
+            weight, bias, stream = comfy.ops.cast_bias_weight(
+                self, dtype=self.weight.dtype if packed else dtype, device=x.device, bias_dtype=dtype,
+                offloadable=True, compute_dtype=dtype)
+        finally:
+            self.weight_function = functions
+        x_cast = x.to(dtype)
+        result = linear(x_cast, weight, bias, self.backend)
+        for path in self.side_paths:
+            result = path.add(x_cast, result, weight)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-        return result
+        return result.to(x.dtype)
+
+    def convert_weight(self, weight: torch.Tensor, **_) -> torch.Tensor:
+        """How the host gets a dense weight, to merge it into another model or to extract a LoRA from it."""
+        return weight.dequantize() if is_packed(weight) else weight
+
+    def set_weight(self, weight: torch.Tensor, return_weight: bool = False, **_) -> torch.Tensor | None:
+        """How the host puts a patched weight back: not at all, its patches are side paths."""
+        return weight if return_weight else None
 
 
 class HostEmbedding(PackedEmbedding, comfy.ops.CastWeightBiasOp):

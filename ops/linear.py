@@ -62,12 +62,25 @@ class PackedModule(nn.Module):
         known = (f"{prefix}weight", f"{prefix}bias")
         unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
 
+    # Hosts look up every name of a state dict as an attribute.
+    @property
+    def weight_scale(self) -> torch.Tensor:
+        return self.weight._params.scale
+
+    @property
+    def weight_shift(self) -> torch.Tensor:
+        return self.weight._params.shift
+
+    @property
+    def comfy_quant(self) -> torch.Tensor:
+        return tag(self.weight)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if is_packed(self.weight):
             params = self.weight._params
             for suffix, tensor in PackedLayout.state_dict_tensors(self.weight._qdata, params).items():
                 destination[f"{prefix}weight{suffix}"] = tensor
-            destination[f"{prefix}comfy_quant"] = tag(self.weight)
+            destination[f"{prefix}comfy_quant"] = self.comfy_quant
             if self.bias is not None:
                 destination[f"{prefix}bias"] = self.bias
         else:

@@ -97,6 +97,14 @@ def test_convert_never_touches_an_existing_file_and_leaves_nothing_behind(pack, 
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_written_files_have_ordinary_permissions(pack, tmp_path):
+    (tmp_path / "ordinary").touch()
+    assert run("convert", pack, tmp_path / "a.safetensors", "--to", "comfy") == 0
+    assert run("convert", pack, tmp_path / "b", "--to", "mlx") == 0
+    expected = (tmp_path / "ordinary").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "a.safetensors", *(tmp_path / "b").iterdir())} == {expected}
+
+
 def test_a_failed_write_leaves_nothing(pack, tmp_path, monkeypatch):
     from bonsai_image.loaders import PackError, load_transformer, save
 

@@ -61,6 +61,14 @@ def test_gemlite_loads_without_its_folder(small, tmp_path):
     assert load_transformer(alone).variant == load_transformer(small.gemlite).variant
 
 
+def test_mlx_loads_without_its_folder(small, tmp_path):
+    """The group size is then the format's usual one; bits follow from the shapes."""
+    alone = tmp_path / "bonsai.safetensors"
+    alone.write_bytes((small.mlx / "diffusion_pytorch_model.safetensors").read_bytes())
+    ours, theirs = load_transformer(alone).tensors, load_transformer(small.mlx).tensors
+    assert all(equal(ours[name], tensor) for name, tensor in theirs.items() if is_packed(tensor))
+
+
 def test_gemlite_with_32_bit_words(small, tmp_path):
     state = torch.load(small.gemlite / "state_dict.pt", weights_only=True)
     for name in [name for name in state if name.endswith(".W_q")]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import comfy.model_management
 import folder_paths
 import pytest
@@ -28,6 +30,16 @@ def folders(tmp_path, monkeypatch, pack):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     (tmp_path / "diffusers" / pack.name).symlink_to(pack, target_is_directory=True)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def shown(monkeypatch):
+    """What the nodes show on themselves; outside the server nobody is there to see it."""
+    texts = []
+    monkeypatch.setattr(nodes, "_show", lambda text, node_id: texts.append(text))
+    for node in (nodes.BonsaiSaveModel, nodes.BonsaiModelInfo):
+        monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="1"))
+    return texts
 
 
 def test_pack_loader_gives_the_hosts_own_types(folders, pack):
@@ -69,9 +81,10 @@ def test_save_node_refuses_a_model_that_is_not_ours(folders, transformer):
         nodes.BonsaiSaveModel.execute(model, "x", "packed")
 
 
-def test_info_counts_bytes_and_names_the_parts(transformer):
+def test_info_counts_bytes_and_names_the_parts(transformer, shown):
     model = models.load_model(str(transformer), "bf16")
     text = nodes.BonsaiModelInfo.execute(model).args[0]
+    assert shown == [text]
     packed = [p for p in model.model.diffusion_model.parameters() if is_packed(p)]
     assert f"{sum(map(packed_nbytes, packed)):,} packed" in text
     for part in ("ternary", "mlx", "bfloat16", f"{len(packed)} linears of 2 bits in groups of 128, backend torch",

@@ -75,6 +75,10 @@ class Server:
         async with aiohttp.ClientSession() as session, session.get(self.url + path) as reply:
             return await reply.json()
 
+    async def post(self, path: str) -> None:
+        async with aiohttp.ClientSession() as session, session.post(self.url + path) as reply:
+            assert reply.status == 200
+
     async def run(self, prompt: dict, seconds: float = 300) -> list[dict]:
         """Queue ``prompt`` and return the messages of the websocket until it has succeeded or failed."""
         client = uuid.uuid4().hex

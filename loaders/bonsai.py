@@ -11,17 +11,19 @@ Metadata: ``modelspec.*`` and ``bonsai.source`` (the repository or path the weig
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
+from typing import get_args
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from safetensors import safe_open
 
 from ..ops import codecs
-from ..ops.packed import FORMAT_NAME, packed_weight, tag
+from ..ops.packed import FORMAT_NAME, Form, packed_weight, tag
 from . import names
 from .errors import DOWNLOAD_AGAIN, PackError
-from .files import TensorFile
+from .files import SAFETENSORS_SUFFIXES, TensorFile
 
 NAME = "comfy"
 _TAG = ".comfy_quant"
@@ -32,7 +34,7 @@ def matches(file: TensorFile) -> bool:
 
 
 def decode(file: TensorFile) -> dict[str, torch.Tensor]:
-    stored = names.normalise(dict(file.tensors))
+    stored = names.normalise(file.path, file.tensors)
     result = {}
     for layer in [name.removesuffix(_TAG) for name in stored if name.endswith(_TAG)]:
         conf = _conf(file.path, layer, stored.pop(f"{layer}{_TAG}"))
@@ -41,35 +43,40 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
             raise PackError(file.path, f"weight and weight_scale of {layer}", "one of them missing", DOWNLOAD_AGAIN)
         try:
             result[f"{layer}.weight"] = _weight(file, layer, conf, *parts)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise PackError(file.path, f"{layer} packed as its tag says ({json.dumps(conf)})", str(error),
-                            DOWNLOAD_AGAIN) from error
+        except ValueError as error:
+            raise PackError(file.path, f"{layer} packed as its tag says", str(error), DOWNLOAD_AGAIN) from error
     return result | stored
 
 
 def _conf(path: Path, layer: str, stored: torch.Tensor) -> dict:
+    # Checked first: bytes() takes a lone number for a length, and would allocate it.
+    text = bytes(stored.tolist()) if stored.dtype == torch.uint8 and stored.ndim == 1 else b""
     try:
-        conf = json.loads(bytes(stored.tolist()))
-    except (ValueError, TypeError, RecursionError) as error:
+        conf = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise PackError(path, f"JSON in {layer}{_TAG}", "something else", DOWNLOAD_AGAIN) from error
     if not isinstance(conf, dict) or conf.get("format") != FORMAT_NAME:
-        raise PackError(path, f"{layer} in the format {FORMAT_NAME}", json.dumps(conf)[:80],
+        raise PackError(path, f"{layer} in the format {FORMAT_NAME}", text.decode(errors="replace"),
                         "load it with ComfyUI's Load Diffusion Model instead")
     return conf
 
 
 def _weight(file: TensorFile, layer: str, conf: dict, codes, scale, shift) -> QuantizedTensor:
-    bits, group = conf["bits"] if conf.get("bits") in (1, 2, 4) else 0, conf.get("group_size")
-    if not bits or not isinstance(group, int) or group < 1:
-        raise ValueError(f"bits {conf.get('bits')} and group size {group}")
+    bits, group, form, storage = (conf.get(key) for key in ("bits", "group_size", "form", "storage"))
+    if type(bits) is not int or bits not in (1, 2, 4) or type(group) is not int or group < 1:
+        raise ValueError(f"bits {reprlib.repr(bits)} and group size {reprlib.repr(group)}")
+    if form not in get_args(Form) or storage not in (None, "base3"):
+        raise ValueError(f"form {reprlib.repr(form)} and storage {reprlib.repr(storage)}")
     if codes.dtype != torch.uint8 or codes.ndim != 2 or scale.ndim != 2:
         raise ValueError(f"weight {codes.dtype} {tuple(codes.shape)}, weight_scale {tuple(scale.shape)}")
-    if conf.get("storage") == "base3":
+    if storage == "base3":
+        if bits != 2 or form != "symmetric" or not file.path.name.endswith(SAFETENSORS_SUFFIXES):
+            raise ValueError(f"base 3 for {bits}-bit {form} weights, or outside a single safetensors file")
         # The stored bytes are needed once: through a handle of its own the pages they fill are given back at once.
         with safe_open(file.path, "pt") as own:
-            stored_name = next(name for name in own.keys() if name.endswith(f"{layer}.weight"))  # noqa: SIM118
-            codes = codecs.from_base3(own.get_tensor(stored_name), scale.shape[1] * group)
-    weight = packed_weight(codes, scale, bits, conf.get("form"), shift, dtype=scale.dtype)
+            prefix = names.prefix(file.tensors)
+            codes = codecs.from_base3(own.get_tensor(f"{prefix}{layer}.weight"), scale.shape[1] * group)
+    weight = packed_weight(codes, scale, bits, form, shift, dtype=scale.dtype)
     if weight._params.group != group:
         raise ValueError(f"groups of {weight._params.group}")
     return weight

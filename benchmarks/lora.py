@@ -1,0 +1,72 @@
+"""What LoRAs beside packed weights cost on this machine's CPU: all 80 block linears with and without, side by side.
+
+    COMFYUI_PATH=/path/to/ComfyUI python benchmarks/lora.py [--rows 1536] [--rank 16] [--counts 1 4] [--repeats 5]
+
+Only the linears are timed, so the share of a whole step (which has attention and norms as well) is smaller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+from linear import SHAPES, random_ternary
+
+sys.path.insert(0, os.environ["COMFYUI_PATH"])
+from comfy.cli_args import args as host_args
+
+host_args.cpu = True
+
+from comfy.weight_adapter import LoRAAdapter  # noqa: E402
+
+from bonsai_image.nodes.lora import side_paths  # noqa: E402
+from bonsai_image.ops import torch_backend  # noqa: E402
+from bonsai_image.ops.devices import DTYPES  # noqa: E402
+
+
+def patches(n: int, k: int, rank: int, count: int) -> list:
+    return [(0.7, LoRAAdapter(set(), (torch.randn(n, rank).half(), torch.randn(rank, k).half(), float(rank), None, None,
+                                      None)), 1.0, None, None) for _ in range(count)]
+
+
+def once(x: torch.Tensor, layer: SimpleNamespace, paths: tuple) -> float:
+    start = time.perf_counter()
+    y = torch_backend.linear(x, layer.weight, None)
+    for path in paths:
+        y = path.add(x, y, layer.weight)
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1536)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    args = parser.parse_args()
+    totals = dict.fromkeys([0, *args.counts], 0.0)
+    for n, k, occurrences in SHAPES:
+        x = torch.randn(args.rows, k).to(DTYPES[args.dtype])
+        layer = SimpleNamespace(weight=random_ternary(n, k))
+        paths = {count: side_paths(patches(n, k, args.rank, count), "weight", torch.Size((n, k)), x.device)
+                 for count in totals}
+        best = dict.fromkeys(totals, float("inf"))
+        for _ in range(args.repeats):
+            for count in totals:
+                best[count] = min(best[count], once(x, layer, paths[count]))
+        for count in totals:
+            totals[count] += occurrences * best[count]
+    print(f"{args.rows} rows, rank {args.rank}, {args.dtype}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads")
+    for count, seconds in totals.items():
+        print(f"{count} LoRAs on 80 linears: {seconds:6.2f} s, {seconds / totals[0]:.3f} of none")
+
+
+if __name__ == "__main__":
+    main()

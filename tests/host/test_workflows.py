@@ -1,0 +1,164 @@
+"""Every example workflow says what the node schemas say: nodes, inputs, widget values, outputs, links."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+
+import folder_paths
+import pytest
+from test_server import ROOT
+
+import nodes as host_nodes
+from bonsai_image.nodes import BonsaiExtension
+
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+#: Nodes that exist in the frontend only, and have no inputs, outputs or schema.
+NOTES = {"MarkdownNote", "Note"}
+#: The repository that the notes tell a user to download.
+DOWNLOADED = "bonsai-image-ternary-4B-mlx-2bit"
+CONTROLS = ("fixed", "increment", "decrement", "randomize")
+
+
+@pytest.fixture(scope="module")
+def schemas(tmp_path_factory) -> dict[str, type]:
+    """Node classes by id, on a machine where the repository of the notes has been downloaded."""
+    asyncio.run(host_nodes.init_builtin_extra_nodes())
+    root = tmp_path_factory.mktemp("diffusers")
+    (root / DOWNLOADED / "transformer").mkdir(parents=True)
+    (root / DOWNLOADED / "transformer" / "weights.safetensors").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(root)], {"folder"}))
+        ours = asyncio.run(BonsaiExtension().get_node_list())
+        yield host_nodes.NODE_CLASS_MAPPINGS | {node.GET_SCHEMA().node_id: node for node in ours}
+
+
+def choices(spec: tuple) -> list | None:
+    """The options of a combo, in either of the host's two spellings, or None for another input."""
+    if isinstance(spec[0], list):
+        return spec[0]
+    return spec[1]["options"] if spec[0] == "COMBO" else None
+
+
+def is_widget(spec: tuple) -> bool:
+    return choices(spec) is not None or spec[0] in ("INT", "FLOAT", "STRING", "BOOLEAN")
+
+
+def fits(value, spec: tuple) -> bool:
+    if choices(spec) is not None:
+        return value in choices(spec)
+    if spec[0] in ("INT", "FLOAT"):
+        kinds = int if spec[0] == "INT" else (int, float)
+        number = isinstance(value, kinds) and not isinstance(value, bool)
+        return number and spec[1].get("min", value) <= value <= spec[1].get("max", value)
+    return isinstance(value, str if spec[0] == "STRING" else bool)
+
+
+def node_problems(node: dict, schema: type) -> list[str]:
+    """What is wrong with one node by itself."""
+    found = []
+    types = schema.INPUT_TYPES()
+    required, specs = types["required"], types["required"] | types.get("optional", {})
+    sockets = {entry["name"]: entry for entry in node["inputs"]}
+    for name, entry in sockets.items():
+        expected = None if name not in specs else "COMBO" if choices(specs[name]) is not None else specs[name][0]
+        if entry["type"] != expected:
+            found.append(f"input {name} is a {entry['type']}, the schema has {expected}")
+    for name, spec in required.items():
+        if not is_widget(spec) and sockets.get(name, {}).get("link") is None:
+            found.append(f"input {name} is not connected")
+    if [output["type"] for output in node["outputs"]] != list(schema.RETURN_TYPES):
+        found.append(f"outputs are not {list(schema.RETURN_TYPES)}")
+    widgets = []
+    for name, spec in specs.items():
+        if is_widget(spec):
+            widgets.append((name, spec))
+            if spec[1].get("control_after_generate"):
+                widgets.append((f"control of {name}", ("COMBO", {"options": CONTROLS})))
+    if len(node["widgets_values"]) != len(widgets):
+        found.append(f"{len(node['widgets_values'])} widget values, the schema has {len(widgets)}")
+    pairs = zip(node["widgets_values"], widgets, strict=False)
+    found += [f"{name} cannot be {value!r}" for value, (name, spec) in pairs if not fits(value, spec)]
+    return found
+
+
+def link_problems(workflow: dict) -> list[str]:
+    """What is wrong between the nodes: each link is written down three times, and all three must agree."""
+    by_id = {node["id"]: node for node in workflow["nodes"]}
+    links = [tuple(link) for link in workflow["links"]]
+    starts = [(link, node["id"], slot, output["type"]) for node in by_id.values()
+              for slot, output in enumerate(node["outputs"]) for link in output["links"]]
+    ends = [(entry["link"], node["id"], slot, entry["type"]) for node in by_id.values()
+            for slot, entry in enumerate(node["inputs"]) if entry["link"] is not None]
+    found = []
+    if sorted(starts) != sorted((link, source, slot, kind) for link, source, slot, _, _, kind in links):
+        found.append("links and outputs disagree")
+    if sorted(ends) != sorted((link, target, slot, kind) for link, _, _, target, slot, kind in links):
+        found.append("links and inputs disagree")
+    if len(by_id) != len(workflow["nodes"]) or len({link[0] for link in links}) != len(links):
+        found.append("an id is used twice")
+    if workflow["last_node_id"] < max(by_id) or workflow["last_link_id"] < max(link[0] for link in links):
+        found.append("the next new node or link would take an id that is in use")
+    return found
+
+
+def problems(workflow: dict, schemas: dict[str, type]) -> list[str]:
+    found = link_problems(workflow)
+    for node in workflow["nodes"]:
+        if node["type"] in schemas:
+            found += [f"{node['type']}: {problem}" for problem in node_problems(node, schemas[node["type"]])]
+        elif node["type"] not in NOTES:
+            found.append(f"{node['type']}: no such node")
+    return found
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow_agrees_with_the_schemas(path, schemas):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    assert not problems(workflow, schemas)
+    picture = path.with_suffix(".jpg")
+    assert picture.stat().st_size < 300_000, "the thumbnail is loaded with the list of templates"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_note_names_the_repository_and_its_folder(path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    loaders = [node for node in workflow["nodes"] if node["type"] == "BonsaiPackLoader"]
+    notes = "\n".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES)
+    for loader in loaders:
+        assert f"huggingface.co/prism-ml/{loader['widgets_values'][0]})" in notes
+        assert f"models/diffusers/{loader['widgets_values'][0]}\n" in notes
+
+
+def node_of(workflow: dict, kind: str) -> dict:
+    return next(node for node in workflow["nodes"] if node["type"] == kind)
+
+
+MUTATIONS = {
+    "unknown node": (lambda w: node_of(w, "BonsaiPackLoader").update(type="BonsaiPackLoder"), "no such node"),
+    "too few widgets": (lambda w: node_of(w, "RandomNoise")["widgets_values"].pop(), "widget values"),
+    "value out of range": (lambda w: node_of(w, "Flux2Scheduler")["widgets_values"].__setitem__(0, 0), "cannot be 0"),
+    "value of another type": (lambda w: node_of(w, "PrimitiveInt")["widgets_values"].__setitem__(0, "1024"),
+                              "cannot be '1024'"),
+    "choice that is gone": (lambda w: node_of(w, "KSamplerSelect")["widgets_values"].__setitem__(0, "eular"),
+                            "cannot be 'eular'"),
+    "pack under another name": (lambda w: node_of(w, "BonsaiPackLoader")["widgets_values"].__setitem__(0, "bonsai"),
+                                "cannot be 'bonsai'"),
+    "renamed input": (lambda w: node_of(w, "BasicGuider")["inputs"][0].update(name="modell"), "input modell"),
+    "open input": (lambda w: node_of(w, "VAEDecode")["inputs"].pop(), "vae is not connected"),
+    "missing output": (lambda w: node_of(w, "BonsaiPackLoader")["outputs"].pop(), "outputs are not"),
+    "wrong link type": (lambda w: w["links"][0].__setitem__(5, "VAE"), "links and"),
+    "link to another slot": (lambda w: w["links"][0].__setitem__(2, 0), "links and outputs"),
+    "link to a node that is gone": (lambda w: w["links"][0].__setitem__(3, 99), "links and inputs"),
+    "id used twice": (lambda w: w["nodes"].append(copy.deepcopy(w["nodes"][1])), "used twice"),
+    "old last id": (lambda w: w.update(last_node_id=1), "in use"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_each_kind_of_mistake_is_found(mutation, schemas):
+    workflow = json.loads((ROOT / "example_workflows" / "text_to_image.json").read_text(encoding="utf-8"))
+    change, message = MUTATIONS[mutation]
+    change(workflow)
+    assert any(message in problem for problem in problems(workflow, schemas))

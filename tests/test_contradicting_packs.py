@@ -1,0 +1,228 @@
+"""Packs that contradict themselves end in PackError: JSON, tags and numbers against tensors, tensors among themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import bad_packs
+import pytest
+import torch
+from bad_packs import PACKS, QKV, TO_Q, UP, WEIGHTS, read, refusal, write
+
+from bonsai_image.loaders import load_text_encoder, load_transformer, load_vae
+
+LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_vae}
+INDEX, QUANTIZATION = f"{WEIGHTS}.index.json", "quantization_config.json"
+DEEP: list = []
+for _ in range(700):
+    DEEP = [DEEP]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return bad_packs.write_all(tmp_path_factory.mktemp("valid"))
+
+
+@pytest.fixture
+def copy(root, tmp_path):
+    return lambda name: Path(shutil.copytree(root / name, tmp_path / name))
+
+
+def cases(table: dict):
+    """Parametrise over the values of ``table``, with its keys for ids."""
+    return pytest.mark.parametrize("case", table.values(), ids=[str(key) for key in table])
+
+
+# JSON beside the weights.
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b'"bits"', b"[" * 100_000, b"\xff\xfe", b"9" * 5000],
+                         ids=["empty", "cut", "list", "null", "string", "deep", "not-utf8", "long-number"])
+@pytest.mark.parametrize(("name", "file"), [
+    ("mlx", "config.json"), ("mlx", QUANTIZATION), ("gemlite", QUANTIZATION), ("te-mlx", "config.json"),
+    ("te-dense", "config.json"), ("vae", "config.json"), ("sharded", INDEX)])
+def test_damaged_json(name, file, text, copy):
+    path = copy(name)
+    (path / file).write_bytes(text)
+    refusal(PACKS[name][0], path)
+
+
+CONTRADICTIONS = {
+    ("mlx", QUANTIZATION): {"bits": [1, 3, "2", 2.5, [2], -2, DEEP], "group_size": [64, 256, "128", 0, -128, 10**400,
+                                                                                 True, 128.0, DEEP]},
+    ("gemlite", QUANTIZATION): {"bits": [1, "2", DEEP], "group_size": [64, 0]},
+    ("mlx", "config.json"): {
+        "num_layers": [2, "1", DEEP, "1\n. Another line. " * 99], "num_single_layers": [20], "rope_theta": [10_000],
+        "num_attention_heads": [24], "joint_attention_dim": [7680], "in_channels": [128], "mlp_ratio": [4.0],
+        "attention_head_dim": [64], "axes_dims_rope": [[16, 56, 56]], "quantization": [{"bits": 2, "group_size": 64}]},
+    ("te-mlx", "config.json"): {
+        "num_hidden_layers": [36, "28"], "hidden_size": [2560], "vocab_size": [151_936], "head_dim": [128],
+        "rope_theta": [10_000.0], "rms_norm_eps": [1e-5],
+        "quantization": [{"bits": 8, "group_size": 64}, {"bits": 4, "group_size": 32}]},
+    ("vae", "config.json"): {"latent_channels": [16], "block_out_channels": [[128, 256]], "layers_per_block": [2]},
+    ("sharded", INDEX): {"weight_map": [None, {}, [], "a", {"x_embedder.weight": "a.safetensors"}]},
+}
+STATEMENTS = {f"{name}-{key}-{i}": (name, file, key, value) for (name, file), table in CONTRADICTIONS.items()
+              for key, values in table.items() for i, value in enumerate(values)}
+
+
+@cases(STATEMENTS)
+def test_contradicting_json(case, copy):
+    name, file, key, value = case
+    path = copy(name)
+    if key == "quantization" and name == "mlx":
+        (path / QUANTIZATION).unlink()
+    text = json.dumps({**json.loads((path / file).read_text()), key: value})
+    (path / file).write_text(text)
+    refusal(PACKS[name][0], path)
+
+
+@pytest.mark.parametrize("shard", ["c.safetensors", "b.safetensors", "../mlx/" + WEIGHTS, "/etc/passwd", "..", ".", "",
+                                   "config.json", "x.pt", "a" * 5000 + ".safetensors", "a\0.safetensors", 7, None, []])
+def test_index_names_another_shard(shard, copy):
+    copy("mlx")
+    path = copy("sharded")
+    (path / "x.pt").write_bytes(b"")
+    index = json.loads((path / INDEX).read_text())
+    index["weight_map"]["x_embedder.weight"] = shard
+    (path / INDEX).write_text(json.dumps(index))
+    message = refusal(load_transformer, path)
+    assert "root:" not in message
+
+
+# Tensors beside each other.
+
+def _edit(path: Path, name: str, change) -> None:
+    file = path / PACKS[name][1]
+    tensors = read(file)
+    change(tensors)
+    write(file, tensors)
+
+
+def _renamed(old: str, new: str):
+    return lambda t: t.update({new: t.pop(old)})
+
+
+def _added(name: str, shape: tuple[int, ...] = (4, 4), value: float = 1.0):
+    return lambda t: t.update({name: torch.full(shape, value, dtype=torch.bfloat16)})
+
+
+def _to_four_bits(t):
+    t.update({f"{TO_Q}.weight": torch.cat([t[f"{TO_Q}.weight"]] * 2, 1)})
+
+
+def _set(name: str, index: int, value: float):
+    return lambda t: t[name].view(-1).__setitem__(index, value)
+
+
+def _dense(t):
+    del t[f"{TO_Q}.scales"], t[f"{TO_Q}.biases"]
+    t[f"{TO_Q}.weight"] = torch.ones(128, 128, dtype=torch.bfloat16)
+
+
+def _pack_embedder(t):
+    t["context_embedder.weight"] = torch.zeros(128, 24, dtype=torch.uint8).view(torch.uint32)
+    t["context_embedder.scales"], t["context_embedder.biases"] = torch.ones(2, 128, 3, dtype=torch.bfloat16).clone()
+
+
+MIXTURES = {
+    **{f"{name}-{kind}": (name, change) for name in PACKS for kind, change in {
+        "extra": _added("extra|weight" if name == "te-hqq" else "extra.weight"),
+        "name-of-two-lines": _added("a\x00\nb. C|weight" if name == "te-hqq" else "a\x00\nb. C.weight"),
+        "long-name": _added("n" * 20_000 + ("|weight" if name == "te-hqq" else ".weight")),
+        "renamed": _renamed(PACKS[name][2], "renamed" + ("|weight" if name == "te-hqq" else ".weight"))}.items()},
+    "mlx-orphan-scales": ("mlx", _added("x_embedder.scales")), "mlx-orphan-biases": ("mlx", _added("y.biases")),
+    "mlx-linear-bias": ("mlx", _added(f"{TO_Q}.bias", (128,))), "mlx-q-of-4-bits": ("mlx", _to_four_bits),
+    "mlx-q-dense": ("mlx", _dense), "mlx-packed-embedder": ("mlx", _pack_embedder),
+    "gemlite-orphan-scales": ("gemlite", _added("x_embedder.scales")),
+    "gemlite-linear-bias": ("gemlite", _added(f"{TO_Q}.bias", (128,))),
+    "gemlite-not-a-tensor": ("gemlite", lambda t: t.update(extra="text")),
+    "gemlite-float-metadata": ("gemlite", lambda t: t.update({f"{TO_Q}.metadata": t[f"{TO_Q}.metadata"].float()})),
+    "gemlite-short-metadata": ("gemlite", lambda t: t.update({f"{TO_Q}.metadata": t[f"{TO_Q}.metadata"][:11]})),
+    "comfy-no-tag": ("comfy", lambda t: t.pop(f"{QKV}.comfy_quant")),
+    "comfy-orphan-scale": ("comfy", _added("img_in.weight_scale")),
+    "comfy-shift-of-symmetric": ("comfy", _added(f"{QKV}.weight_shift", (384, 1))),
+    "comfy-tag-alone": ("comfy", lambda t: t.update({"x.comfy_quant": t[f"{QKV}.comfy_quant"].clone()})),
+    # A row of 128 codes fills 25 bytes and 3 of the 5 digits of the 26th.
+    "base3-byte-above-242": ("base3", _set(f"{QKV}.weight", 0, 243)), "base3-byte-255": ("base3", _set(
+        f"{QKV}.weight", 30, 255)), "base3-padding": ("base3", _set(f"{QKV}.weight", 25, 27)),
+    "base3-too-wide": ("base3", lambda t: t.update({f"{QKV}.weight": t[f"{QKV}.weight"].repeat(1, 2)[:, :27]})),
+    "base3-too-narrow": ("base3", lambda t: t.update({f"{QKV}.weight": t[f"{QKV}.weight"][:, :25]})),
+    "single-twice-by-prefix": ("single", lambda t: t.update(
+        {f"model.diffusion_model.{name}": t[name].clone() for name in list(t)})),
+    "single-norm-twice": ("single", _added("single_blocks.0.norm.query_norm.scale", (128,))),
+    "single-not-bonsai": ("single", _set("single_blocks.0.linear2.weight", 0, 7)),
+    "te-mlx-norm-twice": ("te-mlx", _added("norm.weight", (128,))),
+    "te-hqq-bias": ("te-hqq", _added(f"{UP}|bias", (128,))),
+    "te-dense-bias": ("te-dense", _added(f"{UP}.bias", (128,))),
+    "te-dense-too-few-layers": ("te-dense", lambda t: [t.pop(name) for name in list(t) if ".27." in name]),
+    "vae-too-few-blocks": ("vae", lambda t: [t.pop(name) for name in list(t) if ".down_blocks.1." in name]),
+    "vae-no-batch-norm": ("vae", lambda t: t.pop("bn.num_batches_tracked")),
+}
+
+
+@cases(MIXTURES)
+def test_mixed_tensors(case, copy):
+    name, change = case
+    path = copy(name)
+    _edit(path, name, change)
+    refusal(PACKS[name][0], path)
+
+
+GEMLITE_FIELDS = {f"metadata-{i}={value}": ("metadata", i, value) for i in range(12) for value in (-1, 77, 2**31 - 1)}
+GEMLITE_FIELDS |= {f"orig_shape-{i}={value}": ("orig_shape", i, value) for i in range(2)
+                   for value in (0, -128, 256, 2**31 - 1)}
+GEMLITE_FIELDS |= {"W_group_mode=2": ("metadata", 10, 2), "W_nbits=1": ("metadata", 1, 1),
+                   "W_nbits=4": ("metadata", 1, 4), "group_size=64": ("metadata", 2, 64)}
+
+
+@cases(GEMLITE_FIELDS)
+def test_gemlite_numbers(case, copy):
+    part, index, value = case
+    path = copy("gemlite")
+    _edit(path, "gemlite", lambda t: t[f"{TO_Q}.{part}"].__setitem__(index, value))
+    refusal(load_transformer, path)
+
+
+def _laughs() -> list:
+    bomb: list = ["ha"]
+    for _ in range(64):
+        bomb = [bomb, bomb]
+    return bomb
+
+
+HQQ_FIELDS = {
+    "nbits": [8, 4.0, "4", None, torch.tensor(4), torch.ones(9), _laughs()], "axis": [0, True], "packing": ["4bit", 4],
+    "group_size": [128, 63, 0, -64, "64", True, 10**30], "quant_zero": [True, 1, "yes"], "view_as_float": [True],
+    "shape": [None, (128,), (-128, -128), (128.0, 128.0), "ab", (0, 128), (128, 10**30), [_laughs(), 1], (127, 128)],
+    "meta": [{"nbits": 8}, {"W_q": 5}], "W_q": [None, "text"], "scale": [None, 1.0], "zero": [8, []]}
+
+
+@cases({f"{key}-{i}": (key, value) for key, values in HQQ_FIELDS.items() for i, value in enumerate(values)})
+def test_hqq_fields(case, copy):
+    path = copy("te-hqq")
+    _edit(path, "te-hqq", lambda t: t.update({f"{UP}|{case[0]}": case[1]}))
+    refusal(load_text_encoder, path)
+
+
+TAG = {"format": "bonsai_packed", "bits": 2, "group_size": 128, "form": "symmetric"}
+TAGS = {
+    **{f"text-{i}": text for i, text in enumerate((b"{", b"[]", b"\xff", b"null", b"[" * 100_000, b"7"))},
+    **{f"{key}={str(value)[:12]}": json.dumps({**TAG, key: value}).encode() for key, values in {
+        "format": ["int8", None, [], "f\n. G" * 999], "bits": [1, 4, 0, 3, 8, -2, "2", 2.0, True, [2], 10**30, DEEP],
+        "group_size": [64, 0, -128, "128", 128.0, True, 10**400, None, DEEP],
+        "form": [None, "affine", "weird", ["symmetric"], DEEP], "storage": ["base4", "base3", 3, True]}.items()
+       for value in values},
+    "int64": torch.tensor(list(json.dumps(TAG).encode())), "a-number": torch.tensor(10**15),
+    "float": torch.tensor([123.0, 125.0]), "matrix": torch.tensor([[123, 125]], dtype=torch.uint8),
+}
+
+
+@cases(TAGS)
+def test_comfy_tag(case, copy):
+    path = copy("comfy")
+    value = torch.tensor(list(case), dtype=torch.uint8) if isinstance(case, bytes) else case
+    _edit(path, "comfy", lambda t: t.update({f"{QKV}.comfy_quant": value}))
+    refusal(load_transformer, path)
