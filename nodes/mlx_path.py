@@ -7,6 +7,7 @@ Importing this imports MLX.
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ import torch
 from comfy.ldm.flux.model import Flux
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..loaders.names import normalise
 from ..ops import mlx_arrays, mlx_backend, mlx_klein
 from ..ops.mlx_step import Step, refusal
 from ..ops.packed import is_packed
@@ -133,14 +133,16 @@ def _name(declined: str | None) -> str:
 
 
 def _tensors(flux) -> dict[str, torch.Tensor]:
-    return normalise(dict(flux.named_parameters()))
+    """Parameters by the names of ``ops/mlx_klein.py``; older hosts call the weights of their norms ``scale``."""
+    return {re.sub(r"_norm\.scale$", "_norm.weight", name): tensor for name, tensor in flux.named_parameters()}
 
 
 def _changed_layers(flux) -> Iterator[str]:
     """Names of the parts of ``flux`` that do not compute as they were loaded."""
     yield from (name for name in _METHODS if getattr(flux, name).__module__ != Flux.__module__)
     for name, module in flux.named_modules():
-        functions = [*getattr(module, "weight_function", ()), *getattr(module, "bias_function", ())]
+        functions = [function for kind in ("weight_function", "bias_function", "side_paths")
+                     for function in getattr(module, kind, ())]
         weight = getattr(module, "weight", None)
         if (functions or "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
                 or (is_packed(weight) and not mlx_backend.serves(weight))):

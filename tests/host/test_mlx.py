@@ -117,15 +117,17 @@ def test_what_it_does_not_know_goes_to_the_host(pair, inputs, reference_latents,
 
 def test_a_patched_clone_goes_to_the_host_and_the_original_does_not(pair, inputs):
     clone = pair[1].clone()
-    key = "diffusion_model.img_in.weight"
-    clone.add_patches({key: (torch.full((256, 128), 0.01),)}, 1.0)
-    assert "because of patches on 1 weights" in describe(clone)
+    generator = torch.Generator().manual_seed(6)
+    patch = {"diffusion_model.img_in.weight": (torch.randn(256, 128, generator=generator) / 100,),
+             "diffusion_model.single_blocks.0.linear1.weight": (torch.randn(2304, 256, generator=generator) / 100,)}
+    clone.add_patches(patch, 1.0)
+    assert "because of patches on 2 weights" in describe(clone)
     patched, plain = forward(clone, *inputs), forward(pair[1], *inputs)
     assert path_of(clone).steps == {"the host": 1, "MLX": 1}
     assert relative(plain, forward(pair[0], *inputs)) < TOLERANCE
     assert relative(patched, plain) > 1e-3
     reference = pair[0].clone()
-    reference.add_patches({key: (torch.full((256, 128), 0.01),)}, 1.0)
+    reference.add_patches(patch, 1.0)
     assert relative(patched, forward(reference, *inputs)) < TOLERANCE
 
 
