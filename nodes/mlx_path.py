@@ -73,8 +73,6 @@ class MlxPath:
         model = self._model()
         if model is None or model.diffusion_model is not flux or model.current_patcher is None:
             self.declined = "a run outside of the MODEL that was loaded"
-        elif x.dtype not in mlx_arrays.DTYPES:
-            self.declined = f"activations in {x.dtype}"
         else:
             inputs = {"y": y, "guidance": guidance, "control": control, **kwargs}
             self.declined = refusal(self._facts(model.current_patcher, flux, x, inputs, options))

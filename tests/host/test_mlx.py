@@ -166,12 +166,6 @@ def test_a_replaced_method_goes_to_the_host(pair, inputs):
     assert "forward_orig" in path_of(pair[1]).declined
 
 
-def test_float64_goes_to_the_host(pair, inputs):
-    torch_out, mlx_out = (forward(patcher, *(tensor.double() for tensor in inputs)) for patcher in pair)
-    assert path_of(pair[1]).declined == "activations in torch.float64"
-    assert relative(mlx_out, torch_out) < TOLERANCE
-
-
 def test_other_wrappers_run_around_it(pair, inputs):
     seen = []
 
