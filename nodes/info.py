@@ -7,7 +7,7 @@ from collections import Counter
 from ..loaders.names import is_packable
 from ..ops import backends
 from ..ops.packed import is_packed, packed_nbytes
-from .models import ATTACHMENT, Origin
+from .models import ATTACHMENT, MLX_ATTACHMENT, Origin
 
 
 def describe(patcher) -> str:
@@ -26,6 +26,9 @@ def describe(patcher) -> str:
     kinds = Counter((p._params.bits, p._params.group) for p in packed.values())
     lines += [f"packed: {count} linears of {bits} bits in groups of {group}, backend {backend}"
               for (bits, group), count in sorted(kinds.items())]
+    path = patcher.get_attachment(MLX_ATTACHMENT)
+    if path is not None:
+        lines.append(f"path: {path.describe(patcher)}")
     lines.append(f"dense: {sum(not is_packable(name) and p.ndim == 2 for name, p in dense.items())} linears, "
                  f"backend torch")
     lines.append(f"bytes: {sum(map(packed_nbytes, packed.values())):,} packed, "

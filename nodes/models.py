@@ -23,6 +23,8 @@ from .operations import packed_operations
 
 #: The key under which a MODEL of ours carries its :class:`Origin`.
 ATTACHMENT = "bonsai_image"
+#: The key under which a MODEL that MLX serves carries its ``mlx_path.MlxPath``.
+MLX_ATTACHMENT = "bonsai_image_mlx"
 #: What ComfyUI's Klein text encoder is detected by.
 _TEXT_WIDTH = 2560
 
@@ -80,6 +82,10 @@ def load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", di
     used = dtype or patcher.model.get_dtype_inference()
     patcher.set_attachments(ATTACHMENT, Origin(path, loaded.format, loaded.variant, loaded.source,
                                                str(used).removeprefix("torch."), backend))
+    if backends.resolve(backend, patcher.load_device) == "mlx":
+        from . import mlx_path
+
+        patcher.set_attachments(MLX_ATTACHMENT, mlx_path.install(patcher))
     return patcher
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from . import accelerator, torch_backend
+from . import accelerator, mlx_backend, torch_backend
 
 #: Name -> module. ``auto`` is no backend but the choice among them.
-BACKENDS = {"torch": torch_backend}
+BACKENDS = {"torch": torch_backend, "mlx": mlx_backend}
 
 #: What users choose from. All of these are exact.
 NAMES = ("auto", *BACKENDS, "triton", "gemlite")
@@ -35,6 +35,8 @@ def select(backend: str, precision: str) -> str:
 
 def resolve(backend: str, device: torch.device) -> str:
     """The name of the backend that serves ``backend`` (from :func:`select`) on ``device``."""
+    if backend == "mlx" or (backend == "auto" and mlx_backend.is_apple_silicon(device)):
+        return "mlx" if mlx_backend.available() else "torch"
     if backend == "torch" or not accelerator.serves(device):
         return "torch"
     return "triton" if backend == "auto" else backend

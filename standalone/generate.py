@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..loaders import PackError, find_repository, load_text_encoder, load_transformer
 from ..loaders.files import Progress
-from ..ops import backends
+from ..ops import backends, mlx_backend
 from ..ops.packed import is_packed, packed_nbytes
 from . import models
 
@@ -97,6 +97,7 @@ def generate(
             raise PackError(pack, f"a folder with the {part.replace('_', ' ')}", "none",
                             "download the whole repository")
     stages: dict[str, dict[str, float]] = {}
+    served = backends.resolve(backend, device)
 
     with _stage("load text encoder", stages, device, progress) as bar:
         loaded = load_text_encoder(repository.text_encoder, _follow(bar))
@@ -107,13 +108,15 @@ def generate(
         embeddings, _ = pipeline.encode_prompt(prompt, device=device)
         embeddings = embeddings.to(dtype)
     del encoder, loaded, pipeline
+    if served == "mlx":
+        mlx_backend.clear_cache()
 
     with _stage("load diffusion model", stages, device, progress) as bar:
         loaded = load_transformer(repository.transformer, _follow(bar))
         packed = sum(packed_nbytes(tensor) for tensor in loaded.tensors.values() if is_packed(tensor))
         settings = {"prompt": prompt, "width": width, "height": height, "steps": steps, "seed": seed,
                     "dtype": str(dtype).removeprefix("torch."), "device": str(device),
-                    "backend": backends.resolve(backend, device), "variant": loaded.variant,
+                    "backend": served, "variant": loaded.variant,
                     "format": loaded.format, "source": loaded.source, "packed_bytes": packed}
         transformer = models.transformer_module(loaded, device, dtype, backend)
         del loaded
@@ -133,6 +136,8 @@ def generate(
         latents = pipeline(prompt_embeds=embeddings, width=width, height=height, num_inference_steps=steps,
                            guidance_scale=1.0, generator=generator, output_type="latent",
                            callback_on_step_end=advance).images
+    if served == "mlx":
+        mlx_backend.clear_cache()
     with _stage("decode image", stages, device, progress):
         decoded = vae.decode(latents.to(dtype), return_dict=False)[0]
         image = pipeline.image_processor.postprocess(decoded.float(), output_type="pil")[0]

@@ -13,8 +13,10 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 from ..loaders import PackError, TextEncoder, Transformer, load_vae
 from ..loaders.names import to_diffusers
 from ..loaders.qwen3 import TAPPED_LAYERS
+from ..ops import backends
 from ..ops.linear import PackedEmbedding, PackedLinear
 from ..ops.packed import is_packed
+from .mlx_transformer import MlxTransformer, servable
 
 #: The scheduler of FLUX.2 Klein, for packs that bring no scheduler folder.
 _SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
@@ -45,8 +47,10 @@ def _assign(module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: t
 
 
 def transformer_module(model: Transformer, device: torch.device, dtype: torch.dtype,
-                       backend: str = "auto") -> Flux2Transformer2DModel:
-    """diffusers' FLUX.2 transformer over the tensors of ``model``, computing in ``dtype``."""
+                       backend: str = "auto") -> Flux2Transformer2DModel | MlxTransformer:
+    """diffusers' FLUX.2 transformer over the tensors of ``model``, computing in ``dtype``; or the same in MLX."""
+    if backends.resolve(backend, device) == "mlx" and servable(model):
+        return MlxTransformer(model, device, dtype)
     with init_empty_weights():
         module = Flux2Transformer2DModel(**model.config.diffusers())
     return _fill(module, to_diffusers(model.tensors), device, dtype, backend)

@@ -1,0 +1,173 @@
+"""The MLX transformer at the host's diffusion-model wrapper, so that MODEL stays the host's own.
+
+The wrapper takes a step only where ``ops/mlx_step.py`` finds nothing it would not honour. Tokens, position ids and
+reference latents are prepared by the host's own ``Flux._forward``, run on a stand-in whose ``forward_orig`` is MLX.
+Importing this imports MLX.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+
+import comfy.ops
+import torch
+from comfy.ldm.flux.model import Flux
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+from ..ops import mlx_arrays, mlx_backend, mlx_klein
+from ..ops.mlx_step import Step, refusal
+from ..ops.packed import is_packed
+
+#: The key of the wrapper and the callbacks.
+_KEY = "bonsai_image_mlx"
+
+#: The methods of ``Flux`` that one step runs through, which other node packs like to replace.
+_METHODS = ("forward", "_forward", "forward_orig", "process_img")
+
+
+def install(patcher) -> MlxPath:
+    """Let MLX take the steps of ``patcher``, a freshly loaded MODEL of FLUX.2 Klein, and of its clones."""
+    path = MlxPath(patcher.model)
+    patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, _KEY, path)
+    patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, path.after_sampling)
+    patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _KEY, path.detached)
+    return path
+
+
+class MlxPath:
+    """The wrapper of one model: its weights in MLX, and which path the steps took.
+
+    The weights are made at the first step, and again after the host moved or replaced a tensor. Where memory is
+    shared, they are the host's own tensors.
+    """
+
+    def __init__(self, model):
+        self._model = weakref.ref(model)
+        self._names = _tensors(model.diffusion_model).keys()
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._dtype: torch.dtype | None = None
+        self._weights: dict = {}
+        self.declined: str | None = None
+        self.steps: Counter[str] = Counter()
+
+    def __call__(self, executor, *args, **kwargs):
+        """The wrapper. Further wrappers run inside it, around whichever path takes the step."""
+        if torch.compiler.is_compiling():  # torch.compile of the whole model cannot look into MLX
+            self.declined = "torch.compile"
+            return executor(*args, **kwargs)
+        flux = executor.class_obj
+
+        def forward(*args, **kwargs):
+            return self._take(flux, executor.original, *args, **kwargs)
+
+        inner = type(executor).new_class_executor(forward, flux, executor.wrappers, executor.idx + 1)
+        return inner.execute(*args, **kwargs)
+
+    def _take(self, flux, original, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None,
+              transformer_options=None, **kwargs):
+        options = transformer_options or {}
+        arguments = (x, timestep, context, y, guidance, ref_latents, control, options)
+        model = self._model()
+        if model is None or model.diffusion_model is not flux or model.current_patcher is None:
+            self.declined = "a run outside of the MODEL that was loaded"
+        else:
+            inputs = {"y": y, "guidance": guidance, "control": control, **kwargs}
+            self.declined = refusal(self._facts(model.current_patcher, flux, x, inputs, options))
+        if self.declined is None:
+            result = type(flux)._forward(_StandIn(flux, self), *arguments, **kwargs)
+        else:
+            result = original(*arguments, **kwargs)
+        self.steps["MLX" if self.declined is None else "the host"] += 1
+        return result
+
+    def _facts(self, patcher, flux, x: torch.Tensor, inputs: dict, options: dict) -> Step:
+        return Step(
+            options=options,
+            inputs=[name for name, value in inputs.items() if value is not None],
+            patched=len(patcher.patches),
+            changed=[*_changed_layers(flux), *self._names ^ _tensors(flux).keys(),
+                     *(key for key in patcher.object_patches if key.startswith("diffusion_model"))],
+            hooks=patcher.current_hooks is not None,
+            managed=patcher.is_dynamic(),
+            gradient=torch.is_grad_enabled() and x.requires_grad,
+        )
+
+    def weights(self, flux, dtype: torch.dtype) -> dict:
+        """The weights of ``flux`` in MLX for activations of ``dtype``."""
+        tensors = _tensors(flux)
+        if dtype != self._dtype or any(tensor is not self._tensors.get(name) for name, tensor in tensors.items()):
+            self._drop()
+            self._weights = mlx_klein.load(tensors, dtype)
+            self._tensors, self._dtype = tensors, dtype
+        return self._weights
+
+    def detached(self, _patcher, unpatched: bool) -> None:
+        """The host unloads the model, or (not ``unpatched``) hands it from one clone to the next."""
+        if unpatched:
+            self._drop()
+
+    def _drop(self) -> None:
+        self._tensors, self._weights, self._dtype = {}, {}, None
+        mlx_arrays.clear_cache()
+
+    def after_sampling(self, _patcher) -> None:
+        """Give the memory of the activations back: the VAE comes next."""
+        mlx_arrays.clear_cache()
+
+    def describe(self, patcher) -> str:
+        """Which path steps take, and why."""
+        if not self.steps:
+            declined = self.declined or refusal(Step(patched=len(patcher.patches), managed=patcher.is_dynamic()))
+            return f"{_name(declined)} (no step counted yet)"
+        taken = " and ".join(f"{count} in {path}" for path, count in sorted(self.steps.items()))
+        return f"{_name(self.declined)} (last step; {taken} so far)"
+
+
+def _name(declined: str | None) -> str:
+    if declined is None:
+        return "whole transformer in MLX"
+    return f"the host's transformer, MLX in each packed layer, because of {declined}"
+
+
+def _tensors(flux) -> dict[str, torch.Tensor]:
+    """Parameters by the names of ``ops/mlx_klein.py``; older hosts call the weights of their norms ``scale``."""
+    return {re.sub(r"_norm\.scale$", "_norm.weight", name): tensor for name, tensor in flux.named_parameters()}
+
+
+def _changed_layers(flux) -> Iterator[str]:
+    """Names of the parts of ``flux`` that do not compute as they were loaded."""
+    yield from (name for name in _METHODS if getattr(flux, name).__module__ != Flux.__module__)
+    for name, module in flux.named_modules():
+        functions = [function for kind in ("weight_function", "bias_function", "side_paths")
+                     for function in getattr(module, kind, ())]
+        weight = getattr(module, "weight", None)
+        if (functions or "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+                or (is_packed(weight) and not mlx_backend.serves(weight))):
+            yield name
+
+
+class _StandIn:
+    """``flux`` to its own ``_forward``, but for the transformer itself."""
+
+    def __init__(self, flux, path: MlxPath):
+        self._flux = flux
+        self._path = path
+
+    def __getattr__(self, name: str):
+        return getattr(self._flux, name)
+
+    def forward_orig(self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, control=None,
+                     transformer_options=None, **inputs):
+        """The host's signature. What the host itself adds to the inputs here is looked up in the same table."""
+        flux, path = self._flux, self._path
+        path.declined = refusal(Step(inputs=[name for name, value in inputs.items() if value is not None]))
+        if path.declined is not None:
+            return flux.forward_orig(img, img_ids, txt, txt_ids, timesteps, y, guidance, control,
+                                     transformer_options=transformer_options, **inputs)
+        eps = flux.double_blocks[0].img_attn.norm.query_norm.eps
+        return mlx_klein.step(
+            path.weights(flux, img.dtype), img, img_ids[0], txt, txt_ids[0], timesteps, torch.finfo(torch.float32).eps
+            if eps is None else eps, flux.params.axes_dim, flux.params.theta, after_block=comfy.ops.run_every_op)
