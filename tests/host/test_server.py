@@ -40,7 +40,7 @@ def graph(pack: str, prompt: str = "a bonsai", width: int = 64, height: int = 48
 class Server:
     """One ComfyUI process on the CPU with a base directory of its own."""
 
-    def __init__(self, comfyui: Path, base: Path, pack: Path):
+    def __init__(self, comfyui: Path, base: Path, pack: Path, *options: str):
         self.base = base
         (base / "custom_nodes").mkdir(parents=True)
         (base / "models" / "diffusers").mkdir(parents=True)
@@ -52,7 +52,7 @@ class Server:
         self.log = base / "server.log"
         self.process = subprocess.Popen(
             [sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base),
-             "--disable-api-nodes", "--database-url", f"sqlite:///{base / 'comfyui.db'}"],
+             "--disable-api-nodes", "--database-url", f"sqlite:///{base / 'comfyui.db'}", *options],
             cwd=comfyui, stdout=self.log.open("w"), stderr=subprocess.STDOUT, env=dict(os.environ, PYTHONPATH=""))
 
     @property
