@@ -40,11 +40,12 @@ def graph(pack: str, prompt: str = "a bonsai", width: int = 64, height: int = 48
 class Server:
     """One ComfyUI process on the CPU with a base directory of its own."""
 
-    def __init__(self, comfyui: Path, base: Path, pack: Path, *options: str):
+    def __init__(self, comfyui: Path, base: Path, pack: Path, folder: str = "bonsai-image",
+                 options: tuple[str, ...] = ()):
         self.base = base
         (base / "custom_nodes").mkdir(parents=True)
         (base / "models" / "diffusers").mkdir(parents=True)
-        (base / "custom_nodes" / "bonsai-image").symlink_to(ROOT, target_is_directory=True)
+        (base / "custom_nodes" / folder).symlink_to(ROOT, target_is_directory=True)
         (base / "models" / "diffusers" / pack.name).symlink_to(pack, target_is_directory=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

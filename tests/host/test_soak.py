@@ -28,7 +28,7 @@ ALLOWED_GROWTH = 150
 def server(comfyui, pack, binary_transformer, tmp_path_factory):
     base = tmp_path_factory.mktemp("soak") / "base"
     # The default cache keeps the outputs of old prompts until memory is short, which would hide a leak.
-    running = Server(comfyui, base, pack, "--cache-classic")
+    running = Server(comfyui, base, pack, options=("--cache-classic",))
     models = base / "models"
     (models / "diffusion_models").mkdir()
     (models / "diffusion_models" / "binary.safetensors").symlink_to(binary_transformer)
@@ -92,7 +92,6 @@ def test_soak(server, pack):
         assert ends[-1] in allowed, (number, ends[-1], server.log.read_text()[-3000:])
         memory.append(process.memory_info().rss / 1e6)
     settled, last = max(memory[WARM_UP - 5 : WARM_UP]), max(memory[-5:])
-    cancelled, total = ends.count("execution_interrupted"), len(ends)
-    print(f"\n{total} prompts, {cancelled} cancelled; resident {settled:.0f} MB after {WARM_UP}, {last:.0f} at the end; "
-          f"every tenth: {', '.join(f'{value:.0f}' for value in memory[9::10])}")
+    print(f"\n{len(ends)} prompts, {ends.count('execution_interrupted')} cancelled; resident {settled:.0f} MB after "
+          f"{WARM_UP}, {last:.0f} at the end; every tenth: {', '.join(f'{value:.0f}' for value in memory[9::10])}")
     assert last - settled < ALLOWED_GROWTH

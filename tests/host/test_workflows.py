@@ -1,19 +1,32 @@
-"""Every example workflow says what the node schemas say: nodes, inputs, widget values, outputs, links."""
+"""Every example workflow says what the node schemas say: nodes, inputs, widget values, outputs, links.
+
+With UPDATE_WORKFLOWS=1 they are written anew by tools/workflows.py; otherwise nothing in the repository changes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import copy
+import importlib.util
 import json
+import os
+import sys
+from pathlib import Path
 
 import folder_paths
 import pytest
 from test_server import ROOT
 
 import nodes as host_nodes
+from bonsai_image import __version__
 from bonsai_image.nodes import BonsaiExtension
 
-WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+_spec = importlib.util.spec_from_file_location("workflows", ROOT / "tools" / "workflows.py")
+tool = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = tool
+_spec.loader.exec_module(tool)
+
+WORKFLOWS = [ROOT / "example_workflows" / f"{name}.json" for name in tool.WORKFLOWS]
 #: Nodes that exist in the frontend only, and have no inputs, outputs or schema.
 NOTES = {"MarkdownNote", "Note"}
 #: The repository that the notes tell a user to download.
@@ -21,15 +34,31 @@ DOWNLOADED = "bonsai-image-ternary-4B-mlx-2bit"
 CONTROLS = ("fixed", "increment", "decrement", "randomize")
 
 
+#: What else the notes tell a user to get: files by the host's folder kind.
+FILES = {
+    "diffusion_models": "bonsai-image-binary-4B-mlx-1bit.safetensors",
+    "text_encoders": "bonsai-image-qwen3-4B-mlx-4bit.safetensors",
+    "vae": "bonsai-image-vae.safetensors",
+    "loras": "flux2_klein_4b_lora.safetensors",
+}
+
+
 @pytest.fixture(scope="module")
-def schemas(tmp_path_factory) -> dict[str, type]:
-    """Node classes by id, on a machine where the repository of the notes has been downloaded."""
+def schemas(tmp_path_factory, comfyui) -> dict[str, type]:
+    """Node classes by id, on a machine where all that the notes name has been downloaded."""
     asyncio.run(host_nodes.init_builtin_extra_nodes())
-    root = tmp_path_factory.mktemp("diffusers")
-    (root / DOWNLOADED / "transformer").mkdir(parents=True)
-    (root / DOWNLOADED / "transformer" / "weights.safetensors").touch()
+    root = tmp_path_factory.mktemp("models")
+    (root / "diffusers" / DOWNLOADED / "transformer").mkdir(parents=True)
+    (root / "diffusers" / DOWNLOADED / "transformer" / "weights.safetensors").touch()
+    for kind, name in FILES.items():
+        (root / kind).mkdir()
+        (root / kind / name).touch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(root)], {"folder"}))
+        for kind in ("diffusers", *FILES):
+            extensions = folder_paths.folder_names_and_paths[kind][1]
+            patch.setitem(folder_paths.folder_names_and_paths, kind, ([str(root / kind)], extensions))
+        patch.setattr(folder_paths, "filename_list_cache", {})
+        patch.setattr(folder_paths, "input_directory", str(comfyui / "input"))
         ours = asyncio.run(BonsaiExtension().get_node_list())
         yield host_nodes.NODE_CLASS_MAPPINGS | {node.GET_SCHEMA().node_id: node for node in ours}
 
@@ -74,7 +103,7 @@ def node_problems(node: dict, schema: type) -> list[str]:
     for name, spec in specs.items():
         if is_widget(spec):
             widgets.append((name, spec))
-            if spec[1].get("control_after_generate"):
+            if len(spec) > 1 and spec[1].get("control_after_generate"):
                 widgets.append((f"control of {name}", ("COMBO", {"options": CONTROLS})))
     if len(node["widgets_values"]) != len(widgets):
         found.append(f"{len(node['widgets_values'])} widget values, the schema has {len(widgets)}")
@@ -113,6 +142,23 @@ def problems(workflow: dict, schemas: dict[str, type]) -> list[str]:
     return found
 
 
+def write(path: Path, content: dict) -> None:
+    if os.environ.get("UPDATE_WORKFLOWS") == "1":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow_is_the_tools(path, schemas):
+    made = tool.lay_out(path.stem, schemas, __version__)
+    write(path, made)
+    assert json.loads(path.read_text(encoding="utf-8")) == made
+
+
+def test_every_file_is_a_workflow_of_the_tool():
+    assert sorted((ROOT / "example_workflows").glob("*.json")) == sorted(WORKFLOWS)
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflow_agrees_with_the_schemas(path, schemas):
     workflow = json.loads(path.read_text(encoding="utf-8"))
@@ -122,13 +168,29 @@ def test_workflow_agrees_with_the_schemas(path, schemas):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_note_names_the_repository_and_its_folder(path):
+def test_notes_say_which_file_goes_where(path):
     workflow = json.loads(path.read_text(encoding="utf-8"))
-    loaders = [node for node in workflow["nodes"] if node["type"] == "BonsaiPackLoader"]
     notes = "\n".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES)
-    for loader in loaders:
+    packs = [node for node in workflow["nodes"] if node["type"] == "BonsaiPackLoader"]
+    files = [entry for node in workflow["nodes"] for entry in node["properties"].get("models", [])]
+    assert packs or files
+    for loader in packs:
         assert f"huggingface.co/prism-ml/{loader['widgets_values'][0]})" in notes
         assert f"models/diffusers/{loader['widgets_values'][0]}\n" in notes
+    for entry in files:
+        assert entry["url"].startswith("https://huggingface.co/prism-ml/") and entry["url"].endswith(".safetensors")
+        assert f"({entry['url']}) as\n```\nmodels/{entry['directory']}/{entry['name']}\n" in notes
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_loader_of_single_files_says_where_to_get_them(path):
+    """The frontend offers them for download: the name must be the one chosen, the folder the loader's."""
+    folders = {"BonsaiModelLoader": "diffusion_models", "BonsaiTextEncoderLoader": "text_encoders", "VAELoader": "vae"}
+    for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+        if node["type"] in folders:
+            (entry,) = node["properties"]["models"]
+            assert (entry["name"], entry["directory"]) == (node["widgets_values"][0], folders[node["type"]])
+            assert entry["name"] == FILES[entry["directory"]]
 
 
 def node_of(workflow: dict, kind: str) -> dict:
