@@ -1,0 +1,62 @@
+"""The packed text encoder as a CLIP of the host: what users type, and where the host moves it."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import folder_paths
+import pytest
+import torch
+from reference import relative
+from safetensors.torch import save_file
+
+from bonsai_image.nodes import models
+
+
+@pytest.fixture(scope="module")
+def encoder(pack):
+    return str(pack / "text_encoder-mlx-4bit")
+
+
+@pytest.fixture(scope="module")
+def clip(encoder):
+    return models.load_clip(encoder, "fp32")
+
+
+def encode(clip, text):
+    return clip.encode_from_tokens(clip.tokenize(text))
+
+
+def test_empty_and_long_prompts(clip):
+    assert encode(clip, "").shape == (1, 512, 7680)
+    long = encode(clip, "a bonsai in a pot, " * 150)
+    assert long.shape[1] > 512 and bool(torch.isfinite(long).all())
+
+
+def test_prompt_weighting_is_plain_text_as_in_klein(clip):
+    """The host switches weights off for this encoder; the brackets reach it as characters."""
+    tokens = clip.tokenize("a (red:1.5) pot")
+    assert {weight for batch in tokens["qwen3_4b"] for _, weight in batch} == {1.0}
+    assert relative(encode(clip, "a (red:1.5) pot"), encode(clip, "a red pot")) > 1e-3
+
+
+def test_embeddings_folder(encoder, tmp_path, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", ([str(tmp_path)], {".safetensors"}))
+    save_file({"qwen3_4b": torch.randn(3, 2560)}, tmp_path / "style.safetensors")
+    clip = models.load_clip(encoder, "fp32")
+    assert relative(encode(clip, "a pot, embedding:style"), encode(clip, "a pot, style")) > 1e-3
+
+
+def test_offloaded_and_loaded_again(clip):
+    before = encode(clip, "a bonsai")
+    comfy.model_management.unload_all_models()
+    assert torch.equal(encode(clip, "a bonsai"), before)
+
+
+def test_bf16_products_stay_close(encoder, clip):
+    fast = encode(models.load_clip(encoder, "bf16"), "a bonsai")
+    assert fast.dtype == torch.float32 and relative(fast, encode(clip, "a bonsai")) < 0.05
+
+
+def test_clone_for_another_device_reloads_the_file(clip):
+    clone = clip.patcher.deepclone_multigpu(torch.device("cpu"))
+    assert clone.model is not clip.patcher.model
