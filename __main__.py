@@ -1,7 +1,38 @@
-"""``python -m bonsai_image``: the command line (see ``standalone/cli.py``)."""
+"""The command line: ``bonsai-image``, ``python -m bonsai_image``, or this file by its path.
 
+By its path it works in any folder of any name, such as one under ``custom_nodes`` that was never pip-installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
 import sys
+from pathlib import Path
 
-from .standalone.cli import main
 
-sys.exit(main())
+def _package() -> str:
+    """The name that this folder is imported under; run by its path it has none yet, and becomes ``bonsai_image``."""
+    if __package__:
+        return __package__
+    folder = Path(__file__).absolute().parent  # by its letters: it may be a link from custom_nodes
+    # Python has put the folder itself first, where ``nodes`` and ``tests`` would be mistaken for other packages.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder.resolve()]
+    spec = importlib.util.spec_from_file_location("bonsai_image", folder / "__init__.py",
+                                                  submodule_search_locations=[str(folder)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return spec.name
+
+
+def main() -> int:
+    """Run one command. ``download`` needs no torch, so it does not import it."""
+    package = _package()
+    if sys.argv[1:2] == ["download"]:
+        return importlib.import_module(f"{package}.standalone.download").main(sys.argv[2:])
+    return importlib.import_module(f"{package}.standalone.cli").main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

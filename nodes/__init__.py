@@ -63,6 +63,10 @@ class BonsaiPackLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, pack: str) -> str | bool:
+        return models.absent("diffusers", pack)
+
+    @classmethod
     def execute(cls, pack: str, compute_dtype: str = "auto", backend: str = "auto",
                 precision: str = "exact") -> io.NodeOutput:
         repository = find_repository(models.resolve("diffusers", pack))
@@ -98,6 +102,10 @@ class BonsaiModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model_name: str) -> str | bool:
+        return models.absent("diffusion_models", model_name)
+
+    @classmethod
     def execute(cls, model_name: str, compute_dtype: str = "auto", backend: str = "auto",
                 precision: str = "exact") -> io.NodeOutput:
         return io.NodeOutput(models.load_model(models.resolve("diffusion_models", model_name), compute_dtype,
@@ -119,6 +127,10 @@ class BonsaiTextEncoderLoader(io.ComfyNode):
             ],
             outputs=[io.Clip.Output()],
         )
+
+    @classmethod
+    def validate_inputs(cls, text_encoder_name: str) -> str | bool:
+        return models.absent("text_encoders", text_encoder_name)
 
     @classmethod
     def execute(cls, text_encoder_name: str) -> io.NodeOutput:

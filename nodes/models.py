@@ -18,7 +18,7 @@ from ..loaders.files import Progress
 from ..loaders.names import to_comfyui
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
-from . import lora
+from . import checks, lora
 from .operations import packed_operations
 
 #: The key under which a MODEL of ours carries its :class:`Origin`.
@@ -78,6 +78,7 @@ def load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", di
         logging.info("Bonsai Image: the backend %s is not available on %s, %s serves.", backend, patcher.load_device,
                      served)
     lora.install(patcher)
+    checks.install(patcher, loaded.config.text_width)
     patcher.cached_patcher_init = (load_model, (path, compute_dtype, backend))
     used = dtype or patcher.model.get_dtype_inference()
     patcher.set_attachments(ATTACHMENT, Origin(path, loaded.format, loaded.variant, loaded.source,
@@ -161,4 +162,15 @@ def resolve(kind: str, name: str) -> str:
     for root in map(Path, folder_paths.get_folder_paths(kind)):
         if inside and (root / name).exists():
             return str(root / name)
-    raise PackError(name, f"a file or folder under models/{kind}", "nothing of that name", "refresh the node list")
+    action = checks.how_to_download(name) if kind == "diffusers" else "put it there and press R to refresh the list"
+    raise PackError(name, f"a file or folder under models/{kind}", "nothing of that name", action)
+
+
+def absent(kind: str, name: str) -> str | bool:
+    """For a node's ``validate_inputs``: why the choice cannot be used, or True. The host's own check of a choice only
+    says that it is not in the list."""
+    try:
+        resolve(kind, name)
+    except PackError as error:
+        return str(error)
+    return True

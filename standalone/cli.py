@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("target", type=Path)
     command.add_argument("--to", choices=TARGETS, required=True, dest="format")
     command.add_argument("--base3", action="store_true", help="store ternary codes five a byte (with --to comfy)")
+
+    # Listed here; run by __main__ before this module, and torch with it, is imported.
+    commands.add_parser("download", help="fetch a pack from the Hugging Face Hub", add_help=False)
     return parser
 
 

@@ -235,12 +235,14 @@ def test_a_missing_node_is_noticed(server, tmp_path):
     asyncio.run(scenario())
 
 
-#: Widgets by node title and name that make a workflow quick here.
+#: Limits, by node title and name of the widget, that make a workflow quick here.
 SMALL = {("Width", "value"): 64, ("Height", "value"): 48, ("Scale to multiples of 16", "megapixels"): 0.01,
          ("Empty Latent", "batch_size"): 2}
-SHRINK = """(sizes => {
-    for (const node of app.graph.nodes) for (const widget of node.widgets ?? [])
-        widget.value = sizes[`${node.title}/${widget.name}`] ?? widget.value;
+SHRINK = """(limits => {
+    for (const node of app.graph.nodes) for (const widget of node.widgets ?? []) {
+        const limit = limits[`${node.title}/${widget.name}`];
+        if (limit !== undefined) widget.value = Math.min(widget.value, limit);
+    }
 })"""
 
 

@@ -58,7 +58,7 @@ def test_choices_are_files_and_folders(folders, transformer):
     assert choices == ["mini", "mini/diffusion_pytorch_model.safetensors"]
     for choice in choices:
         assert load_transformer(models.resolve("diffusion_models", choice)).variant == "ternary"
-    with pytest.raises(PackError, match="refresh"):
+    with pytest.raises(PackError, match="press R"):
         models.resolve("diffusion_models", "../diffusers")
 
 

@@ -1,0 +1,59 @@
+"""Errors that teach: what goes wrong for many in a first graph, each in one sentence with what to do about it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import comfy.model_management
+import folder_paths
+from comfy.patcher_extension import WrappersMP
+
+_KEY = "bonsai_image"
+#: Pixels along each side of one position of the latent.
+_PATCH = 16
+
+
+def how_to_download(name: str) -> str:
+    """The command that fetches the pack ``name`` on this very installation, and the way by hand."""
+    program = Path(__file__).absolute().parent.parent / "__main__.py"
+    variant = "binary" if "binary" in name else "ternary"
+    gemlite = "gemlite" in name
+    repository = f"bonsai-image-{variant}-4B-{'gemlite' if gemlite else 'mlx'}-{1 if variant == 'binary' else 2}bit"
+    form = " --format gemlite" if gemlite else ""
+    folder = folder_paths.get_folder_paths("diffusers")[0]
+    return (f'run "{sys.executable}" "{program}" download --variant {variant}{form} --to "{folder}" in a terminal, or '
+            f'put all of https://huggingface.co/prism-ml/{repository} into a folder of its name there, and press R')
+
+
+def install(patcher, text_width: int) -> None:
+    """Check what the sampler hands to the model of ``patcher`` before its first layer does, with less to say.
+
+    ``text_width`` is the width of the conditioning that the model takes.
+    """
+    channels = patcher.model.latent_format.latent_channels
+
+    def check(executor, x, timestep, context, *args, **kwargs):
+        if x.shape[1] != channels:
+            raise ValueError(f"This latent has {x.shape[1]} channels, Bonsai Image takes {channels}: use Empty Flux 2 "
+                             "Latent, or VAE Encode with the VAE of Bonsai Image.")
+        if context.shape[-1] != text_width:
+            raise ValueError(f"This conditioning is {context.shape[-1]} wide, Bonsai Image takes {text_width}: it "
+                             "comes from the text encoder of another model, so connect the CLIP of a Bonsai loader.")
+        try:
+            return executor(x, timestep, context, *args, **kwargs)
+        except Exception as error:
+            if not comfy.model_management.is_oom(error):
+                raise
+            batch, width, height = x.shape[0], x.shape[3] * _PATCH, x.shape[2] * _PATCH
+            raise comfy.model_management.OOM_EXCEPTION(
+                f"Out of memory while drawing {batch} at once of {width} x {height}: lower "
+                f"{'batch_size to 1' if batch > 1 else f'the size, for example to {_half(width)} x {_half(height)}'}, "
+                "or start ComfyUI with --lowvram.") from error
+
+    patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, _KEY, check)
+
+
+def _half(side: int) -> int:
+    """A side for half the area, in whole positions of the latent."""
+    return max(_PATCH, int(side * 0.7) // _PATCH * _PATCH)

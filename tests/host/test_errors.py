@@ -1,0 +1,109 @@
+"""What goes wrong in a first graph ends in one sentence that says what to do."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import folder_paths
+import pytest
+import torch
+
+from bonsai_image import nodes
+from bonsai_image.loaders import PackError
+from bonsai_image.nodes import models
+
+TEXT_WIDTH = 3 * 2560
+MISSING = "bonsai-image-binary-4B-mlx-1bit"
+
+
+def one_sentence(text: str) -> bool:
+    return text.endswith(".") and "\n" not in text and ". " not in text
+
+
+def sample(model, latent: torch.Tensor, width: int = TEXT_WIDTH) -> torch.Tensor:
+    """One step of the host's own sampler."""
+    latent = comfy.sample.fix_empty_latent_channels(model, latent)
+    condition = [[torch.zeros(1, 8, width), {}]]
+    sampler = comfy.samplers.sampler_object("euler")
+    return comfy.sample.sample_custom(model, torch.randn(latent.shape), 1.0, sampler, torch.tensor([1.0, 0.0]),
+                                      condition, condition, latent, disable_pbar=True)
+
+
+@pytest.fixture
+def model(transformer):
+    return models.load_model(str(transformer), "fp32")
+
+
+def test_a_missing_pack_prints_the_command_of_this_installation(tmp_path, monkeypatch):
+    folder = tmp_path / "with a space" / "diffusers"
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(folder)], {"folder"}))
+    text = nodes.BonsaiPackLoader.validate_inputs(MISSING)
+    assert one_sentence(text) and MISSING in text and "huggingface.co" in text
+    command = shlex.split(text[text.index(" run ") + 5:text.index(" in a terminal")])
+    assert command[-5:] == ["download", "--variant", "binary", "--to", str(folder)]
+    shown = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, env={})
+    assert shown.returncode == 0 and "--variant" in shown.stdout
+    assert "gemlite" in nodes.BonsaiPackLoader.validate_inputs("bonsai-image-ternary-4B-gemlite-2bit").split("--to")[0]
+    with pytest.raises(PackError, match="download --variant"):
+        models.resolve("diffusers", MISSING)
+
+
+@pytest.mark.parametrize("node", [nodes.BonsaiModelLoader, nodes.BonsaiTextEncoderLoader])
+def test_a_missing_file_says_where_to_put_it(node):
+    text = node.validate_inputs("gone.safetensors")
+    assert one_sentence(text.replace("gone.safetensors", "gone")) and "press R" in text and "models/" in text
+
+
+def test_what_is_there_is_accepted(pack, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(pack.parent)], {"folder"}))
+    assert nodes.BonsaiPackLoader.validate_inputs(pack.name) is True
+
+
+@pytest.mark.parametrize(("load", "part"), [(models.load_model, "vae"), (models.load_model, "text_encoder-mlx-4bit"),
+                                            (models.load_clip, "transformer-packed-mflux"), (models.load_clip, "vae"),
+                                            (models.load_vae_model, "transformer-packed-mflux")])
+def test_the_wrong_kind_of_file(pack, load, part):
+    with pytest.raises(PackError, match=r"expected the .* of .*found tensors such as .*; choose") as caught:
+        load(str(pack / part))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_latent_of_another_model(model):
+    with pytest.raises(ValueError, match="16 channels, Bonsai Image takes 128: use Empty Flux 2 Latent") as caught:
+        sample(model, torch.ones(1, 16, 8, 8))
+    assert one_sentence(str(caught.value))
+
+
+def test_an_empty_latent_of_another_model_is_made_to_fit_by_the_host(model):
+    assert sample(model, torch.zeros(1, 16, 4, 4)).shape == (1, 128, 4, 4)
+
+
+def test_a_conditioning_of_another_text_encoder(model):
+    with pytest.raises(ValueError, match=r"2560 wide, Bonsai Image takes 7680.*CLIP of a Bonsai loader") as caught:
+        sample(model, torch.zeros(1, 128, 4, 4), 2560)
+    assert one_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize(("batch", "advice"), [
+    (3, "3 at once of 1024 x 512: lower batch_size to 1"),
+    (1, "1 at once of 1024 x 512: lower the size, for example to 704 x 352"),
+])
+def test_out_of_memory_says_what_to_lower(model, monkeypatch, batch, advice):
+    def exhausted(*args, **kwargs):
+        raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(model.model.diffusion_model, "_forward", exhausted)
+    with pytest.raises(comfy.model_management.OOM_EXCEPTION, match=advice) as caught:
+        sample(model, torch.zeros(batch, 128, 32, 64))
+    assert one_sentence(str(caught.value))
+    assert comfy.model_management.is_oom(caught.value), "the host must still see that memory ran out, and free it"
+
+
+def test_a_size_that_is_no_multiple_of_16_is_rounded_down_by_the_host():
+    from comfy_extras.nodes_flux import EmptyFlux2LatentImage
+
+    assert EmptyFlux2LatentImage.execute(1000, 1031).args[0]["samples"].shape == (1, 128, 64, 62)
