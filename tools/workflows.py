@@ -1,6 +1,6 @@
 """The example workflows, laid out: what is in each, and where. Sockets, widgets and outputs come from the node schemas.
 
-Written to ``example_workflows`` and ``subgraphs`` with ComfyUI's own Python by
+Written to ``example_workflows`` with ComfyUI's own Python by
 ``UPDATE_WORKFLOWS=1 COMFYUI_PATH=... python -m pytest tests/host/test_workflows.py``;
 their pictures by ``UPDATE_PICTURES=1 COMFYUI_PATH=... python -m pytest tests/host/test_browser.py``.
 """

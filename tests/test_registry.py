@@ -1,0 +1,48 @@
+"""What ComfyUI's registry gets, by its own command line (comfy-cli), where that is on the path."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMFY = shutil.which("comfy")
+pytestmark = pytest.mark.skipif(COMFY is None, reason="no comfy on the path (pip install comfy-cli)")
+#: Everything at the top of the archive; the rest of the repository stays out.
+WANTED = {"__init__.py", "__main__.py", "loaders", "nodes", "ops", "standalone", "web", "locales", "example_workflows",
+          "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "CHANGELOG.md"}
+
+
+def comfy(folder: Path, *words: str) -> str:
+    done = subprocess.run([COMFY, "--skip-prompt", "node", *words], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """The tracked files as they are now, in a repository of their own."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        target = tmp_path / "clone" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target)
+    for words in (("init", "-q"), ("add", "-A")):
+        subprocess.run(["git", *words], cwd=tmp_path / "clone", check=True)
+    return tmp_path / "clone"
+
+
+def test_the_registry_has_nothing_to_say_against_it(clone):
+    said = comfy(clone, "validate")
+    assert "passed" in said and "warning" not in said.lower()
+
+
+def test_the_archive_holds_what_users_need_and_nothing_else(clone):
+    comfy(clone, "pack")
+    with zipfile.ZipFile(clone / "node.zip") as archive:
+        assert {name.split("/")[0] for name in archive.namelist()} == WANTED
+        assert len([name for name in archive.namelist() if name.startswith("web/docs/")]) == 5
