@@ -12,7 +12,7 @@ import pytest
 import torch
 from reference import random_weight
 
-from bonsai_image.ops import backends, mlx_backend, torch_backend
+from bonsai_image.ops import accelerator, backends, mlx_backend, torch_backend
 from bonsai_image.ops.mlx_step import Step, refusal
 
 needs_mlx = pytest.mark.skipif(importlib.util.find_spec("mlx") is None, reason="MLX is not installed")
@@ -59,6 +59,7 @@ def test_refusals(step, reason):
     ("torch", "mps", "arm64", "torch")])
 def test_resolve(backend, device, machine, expected, monkeypatch):
     monkeypatch.setattr(mlx_backend.platform, "machine", lambda: machine)
+    monkeypatch.setattr(accelerator, "TRITON_INSTALLED", False)
     assert backends.resolve(backend, torch.device(device)) == expected
 
 
