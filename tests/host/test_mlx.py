@@ -237,4 +237,5 @@ def test_a_clone_takes_the_weights_over(pair, inputs):
 
 def test_without_mlx_nothing_is_installed(pair):
     assert path_of(pair[0]) is None and "path:" not in describe(pair[0])
-    assert WrappersMP.DIFFUSION_MODEL not in pair[0].wrappers
+    assert "bonsai_image_mlx" not in pair[0].wrappers[WrappersMP.DIFFUSION_MODEL]
+    assert "bonsai_image_mlx" in pair[1].wrappers[WrappersMP.DIFFUSION_MODEL]
