@@ -77,7 +77,7 @@ def difference(latents: Path, case: dict, size: int) -> float | None:
     """Relative difference of the final latent to the dense model's in the same host; only ternary has that twin."""
     if case["variant"] != "ternary":
         return None
-    a, b = (torch.load(latents / f"{name}-{size}.pt").float()
+    a, b = (torch.load(latents / f"{name}-{size}.pt", weights_only=True).float()
             for name in (case["name"], f"{case['kind']}-{case['mode']}-dense-exact"))
     return float((a - b).norm() / b.norm())
 
