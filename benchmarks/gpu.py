@@ -25,7 +25,7 @@ import torch
 
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.loaders.qwen3 import Qwen3Config
-from bonsai_image.standalone import miniature
+from bonsai_image.standalone import random_pack
 
 CASE = Path(__file__).with_name("gpu_case.py")
 KLEIN = KleinConfig(hidden=3072, text_width=7680, in_channels=128, out_channels=128, double_blocks=5, single_blocks=20)
@@ -42,7 +42,7 @@ LATENT_TOLERANCE = 0.05
 
 def write_packs(folder: Path, tiny: bool) -> dict[str, Path]:
     klein, text, vae = (TINY_KLEIN, TINY_QWEN3, TINY_VAE) if tiny else (KLEIN, QWEN3, VAE)
-    return {name: miniature.write_miniature(folder / name, bits, 0, klein, text, vae)
+    return {name: random_pack.write_random_pack(folder / name, bits, 0, klein, text, vae)
             for name, bits in (("ternary", 2), ("binary", 1))}
 
 

@@ -18,7 +18,7 @@ from bonsai_image.loaders import Transformer
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.ops import int8_reference
 from bonsai_image.ops.linear import PackedLinear
-from bonsai_image.standalone import miniature, models
+from bonsai_image.standalone import models, random_pack
 
 STEPS, SIDE, TOKENS, TEXT_WIDTH = 4, 8, 32, 384
 
@@ -60,7 +60,7 @@ def main() -> None:
     for variant, bits in (("ternary", 2), ("binary", 1)):
         for hidden, double, single in ((256, 1, 2), (512, 2, 6)):
             config = KleinConfig(hidden, TEXT_WIDTH, 128, 128, double, single)
-            tensors = miniature.random_transformer(config, bits, torch.Generator().manual_seed(0))
+            tensors = random_pack.random_transformer(config, bits, torch.Generator().manual_seed(0))
             module = models.transformer_module(Transformer(Path("random"), "random", tensors, config),
                                                torch.device("cpu"), torch.float32)
             exact, errors = sample(module, 1), []

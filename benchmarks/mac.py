@@ -28,8 +28,8 @@ from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.ops import mlx_backend
 from bonsai_image.ops.packed import is_packed, packed_nbytes
 from bonsai_image.standalone.generate import generate
-from bonsai_image.standalone.miniature import write_miniature
 from bonsai_image.standalone.models import transformer_module
+from bonsai_image.standalone.random_pack import write_random_pack
 
 #: Name -> what it is. ``mlx`` is what ``auto`` means on a Mac.
 PATHS = {"mlx": "whole transformer in MLX", "layers": "MLX in each layer", "torch": "torch, packed",
@@ -132,7 +132,7 @@ def draw(pack: Path, sizes: list[int], steps: int, tiny: bool) -> None:
     device, dtype = (torch.device("cpu"), torch.float32) if tiny else (torch.device("mps"), torch.bfloat16)
     for pixels in sizes:
         mx.reset_peak_memory()
-        stages = generate(pack, "a bonsai tree in a clay pot", device, dtype, "mlx", pixels, pixels, steps,
+        stages = generate(pack, ["a bonsai tree in a clay pot"], device, dtype, "mlx", pixels, pixels, steps,
                           progress=False).stages
         print(f"\nimage {pixels} x {pixels}: {sum(stage['seconds'] for stage in stages.values()):.2f} s, "
               f"MLX peak {mx.get_peak_memory() / 1e6:.0f} MB, process peak {peak_bytes() / 1e6:.0f} MB")
@@ -186,7 +186,7 @@ def main() -> int:
             results.append(json.loads(done.stdout.splitlines()[-1]))
     table(results)
     with tempfile.TemporaryDirectory() as folder:
-        pack = args.pack or (write_miniature(Path(folder) / "bonsai-miniature") if args.tiny else None)
+        pack = args.pack or (write_random_pack(Path(folder) / "bonsai-miniature") if args.tiny else None)
         if pack is not None:
             draw(pack, sizes, args.steps, args.tiny)
     return 0

@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
+from PIL import Image, UnidentifiedImageError
 
 from .. import __version__
 from ..loaders import TARGETS, PackError, find_repository, load_transformer, save_transformer
 from ..loaders.files import tensor_files
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
-from .generate import SIZE_STEP, Result, generate
+from . import demo
+from .generate import SIZE_STEP, Result, generate, save_png
 from .inspect import inspect, report
-from .miniature import write_miniature
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,13 +38,13 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("generate", parents=[drawing], help="draw a prompt with a downloaded pack")
     command.add_argument("--pack", type=Path, required=True, help="folder of a downloaded repository")
     command.add_argument("--prompt", required=True)
+    command.add_argument("--image", type=Path, action="append", default=[], help="a reference to edit (repeatable)")
+    command.add_argument("--transformer", type=Path, help="another diffusion model, in any format, for the pack's own")
     command.add_argument("--width", type=int, default=1024, help=f"pixels, a multiple of {SIZE_STEP}")
     command.add_argument("--height", type=int, default=1024, help=f"pixels, a multiple of {SIZE_STEP}")
     command.add_argument("--out", type=Path, default=Path("bonsai.png"))
 
-    command = commands.add_parser("demo", parents=[drawing], help="build a miniature random pack and draw with it")
-    command.add_argument("--width", type=int, default=256)
-    command.add_argument("--height", type=int, default=256)
+    command = commands.add_parser("demo", parents=[drawing], help="draw a contact sheet with a trained miniature")
     command.add_argument("--out", type=Path, default=Path("bonsai-demo.png"))
 
     command = commands.add_parser("inspect", help="what a file, folder or repository holds")
@@ -68,34 +68,56 @@ def _device(name: str | None) -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def _table(result: Result) -> str:
-    rows = [f"{'stage':<22}{'seconds':>9}{'MB in use':>11}"]
-    rows += [f"{name:<22}{stage['seconds']:>9.2f}{stage['megabytes']:>11.0f}" for name, stage in result.stages.items()]
-    rows.append(f"{'total':<22}{sum(stage['seconds'] for stage in result.stages.values()):>9.2f}")
+def _table(results: dict[str, Result]) -> str:
+    """Seconds and megabytes of every stage, a pair of columns for each of ``results``."""
+    rows = [f"{'':<22}" + "".join(f"{name:>20}" for name in results) if len(results) > 1 else "",
+            f"{'stage':<22}" + f"{'seconds':>9}{'MB in use':>11}" * len(results)]
+    stages = [result.stages for result in results.values()]
+    rows += [f"{name:<22}" + "".join(f"{each[name]['seconds']:>9.2f}{each[name]['megabytes']:>11.0f}"
+                                     for each in stages) for name in stages[0]]
+    totals = (sum(stage["seconds"] for stage in each.values()) for each in stages)
+    rows.append(f"{'total':<22}" + "".join(f"{total:>9.2f}{'':>11}" for total in totals).rstrip())
     return "\n".join(rows)
 
 
-def _draw(args: argparse.Namespace, pack: Path, prompt: str) -> None:
+def _run_on(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, str]:
     device = _device(args.device)
     dtype = default_dtype(device) if args.dtype == "auto" else DTYPES[args.dtype]
-    backend = backends.select(args.backend, args.precision)
-    result = generate(pack, prompt, device, dtype, backend, args.width, args.height, args.steps, args.seed,
-                      progress=not args.json)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    return device, dtype, backends.select(args.backend, args.precision)
+
+
+def _reference(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise PackError(path, "an image", str(error), "give a PNG or JPEG file with --image") from error
+
+
+def _generate(args: argparse.Namespace) -> None:
+    device, dtype, backend = _run_on(args)
+    result = generate(args.pack, [args.prompt], device, dtype, backend, args.width, args.height, args.steps, args.seed,
+                      progress=not args.json, images=[_reference(path) for path in args.image],
+                      transformer=args.transformer)
     result.save(args.out)
     if args.json:
         print(json.dumps({"out": str(args.out), "settings": result.settings, "stages": result.stages}))
     else:
-        print(f"\n{_table(result)}\n\n{args.out}: {args.width} x {args.height}, {result.settings['variant']}, "
-              f"{result.settings['dtype']} on {device}")
+        print(f"\n{_table({args.out.name: result})}\n\n{args.out}: {args.width} x {args.height}, "
+              f"{result.settings['variant']}, {result.settings['dtype']} on {device}")
 
 
 def _demo(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        pack = write_miniature(Path(folder) / "bonsai-miniature")
-        _draw(args, pack, "a bonsai tree in a clay pot")
-    if not args.json:
-        print("The picture is noise: the miniature pack has random weights. It shows that every stage runs here.")
+    device, dtype, backend = _run_on(args)
+    results = demo.draw(device, dtype, backend, args.steps, args.seed, progress=not args.json)
+    save_png(demo.sheet(results), {name: result.settings for name, result in results.items()}, args.out)
+    if args.json:
+        print(json.dumps({"out": str(args.out), "variants": {name: {
+            "settings": result.settings, "stages": result.stages, "file_bytes": demo.file_bytes(name)}
+            for name, result in results.items()}}))
+    else:
+        sizes = ", ".join(f"{name} {demo.file_bytes(name) / 1e6:.2f} MB" for name in results)
+        print(f"\n{_table(results)}\n\nweights: {sizes}\n{args.out}: {len(demo.PROMPTS)} prompts by "
+              f"{len(results)} variants of the miniature on {device}")
 
 
 def _transformer_path(source: Path) -> Path:
@@ -114,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         if args.command == "generate":
-            _draw(args, args.pack, args.prompt)
+            _generate(args)
         elif args.command == "demo":
             _demo(args)
         elif args.command == "inspect":

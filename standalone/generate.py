@@ -1,11 +1,12 @@
-"""Text to image through diffusers' ``Flux2KleinPipeline``, one stage at a time so that each part's memory is freed."""
+"""Text (and reference images) to images through diffusers' ``Flux2KleinPipeline``, one stage at a time so that each
+part's memory is freed."""
 
 from __future__ import annotations
 
 import gc
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,21 +26,30 @@ from ..ops.packed import is_packed, packed_nbytes
 from . import models
 
 SIZE_STEP = 16
+#: What FLUX.2 Klein pads and cuts a prompt to, where the tokenizer states no less.
+MAX_TOKENS = 512
 
 
 @dataclass
 class Result:
-    """An image with what it took: seconds and megabytes (process memory, or device memory on CUDA) per stage."""
+    """An image for each prompt, with what they took: seconds and megabytes (process memory, or device memory on CUDA)
+    per stage."""
 
-    image: Image.Image
+    images: list[Image.Image]
     settings: dict[str, Any]
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write a PNG whose ``bonsai`` text chunk holds the settings as JSON."""
-        info = PngInfo()
-        info.add_text("bonsai", json.dumps(self.settings))
-        self.image.save(path, pnginfo=info)
+        """Write the first image as a PNG."""
+        save_png(self.images[0], self.settings, path)
+
+
+def save_png(image: Image.Image, settings: dict[str, Any], path: Path) -> None:
+    """Write a PNG whose ``bonsai`` text chunk holds ``settings`` as JSON."""
+    info = PngInfo()
+    info.add_text("bonsai", json.dumps(settings))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, pnginfo=info)
 
 
 def _memory_mb(device: torch.device) -> float:
@@ -75,7 +85,7 @@ def _follow(bar: tqdm) -> Progress:
 @torch.inference_mode()
 def generate(
     pack: Path,
-    prompt: str,
+    prompts: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
     backend: str = "auto",
@@ -84,9 +94,16 @@ def generate(
     steps: int = 4,
     seed: int = 0,
     progress: bool = True,
+    images: Sequence[Image.Image] = (),
+    transformer: Path | None = None,
+    dense: Path | None = None,
 ) -> Result:
-    """Draw ``prompt`` with the repository folder ``pack``. Raises PackError on an unusable pack, ValueError on a size
-    that is not a multiple of 16 or on fewer than one step."""
+    """Draw ``prompts`` with the repository folder ``pack``, each from the noise of the same ``seed``.
+
+    ``images`` are references for an edit. ``transformer`` replaces the diffusion model of the pack by another file or
+    folder, ``dense`` by a folder of diffusers' with ordinary weights, to compare with. Raises PackError on an unusable
+    pack, ValueError on a size that is not a multiple of 16 or on fewer than one step.
+    """
     if width < SIZE_STEP or height < SIZE_STEP or width % SIZE_STEP or height % SIZE_STEP:
         raise ValueError(f"width and height must be positive multiples of {SIZE_STEP}, got {width} x {height}")
     if steps < 1:
@@ -105,25 +122,31 @@ def generate(
         pipeline = Flux2KleinPipeline(scheduler=models.scheduler(repository.scheduler), vae=None, text_encoder=encoder,
                                       tokenizer=models.tokenizer(repository.tokenizer), transformer=None)
     with _stage("encode prompt", stages, device, progress):
-        embeddings, _ = pipeline.encode_prompt(prompt, device=device)
+        length = min(MAX_TOKENS, pipeline.tokenizer.model_max_length)
+        embeddings, _ = pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=length)
         embeddings = embeddings.to(dtype)
     del encoder, loaded, pipeline
     if served == "mlx":
         mlx_backend.clear_cache()
 
     with _stage("load diffusion model", stages, device, progress) as bar:
-        loaded = load_transformer(repository.transformer, _follow(bar))
-        packed = sum(packed_nbytes(tensor) for tensor in loaded.tensors.values() if is_packed(tensor))
-        settings = {"prompt": prompt, "width": width, "height": height, "steps": steps, "seed": seed,
-                    "dtype": str(dtype).removeprefix("torch."), "device": str(device),
-                    "backend": served, "variant": loaded.variant,
-                    "format": loaded.format, "source": loaded.source, "packed_bytes": packed}
-        transformer = models.transformer_module(loaded, device, dtype, backend)
-        del loaded
+        settings = {"prompt": prompts[0] if len(prompts) == 1 else list(prompts), "width": width, "height": height,
+                    "steps": steps, "seed": seed, "dtype": str(dtype).removeprefix("torch."), "device": str(device),
+                    "backend": served}
+        if dense is not None:
+            module = models.dense_transformer(dense, device, dtype)
+            settings |= {"variant": "dense", "format": "dense", "source": str(dense), "packed_bytes": 0}
+        else:
+            loaded = load_transformer(transformer or repository.transformer, _follow(bar))
+            packed = sum(packed_nbytes(tensor) for tensor in loaded.tensors.values() if is_packed(tensor))
+            settings |= {"variant": loaded.variant, "format": loaded.format, "source": loaded.source,
+                         "packed_bytes": packed}
+            module = models.transformer_module(loaded, device, dtype, backend)
+            del loaded
     with _stage("load VAE", stages, device, progress):
         vae = models.vae_module(repository.vae, device, dtype)
         pipeline = Flux2KleinPipeline(scheduler=models.scheduler(repository.scheduler), vae=vae, text_encoder=None,
-                                      tokenizer=None, transformer=transformer, is_distilled=True)
+                                      tokenizer=None, transformer=module, is_distilled=True)
         pipeline.set_progress_bar_config(disable=True)
     with _stage("denoise", stages, device, progress, total=steps) as bar:
 
@@ -131,14 +154,15 @@ def generate(
             bar.update()
             return tensors
 
-        # Drawn on the CPU, so that a seed means the same noise on every device.
-        generator = torch.Generator("cpu").manual_seed(seed)
-        latents = pipeline(prompt_embeds=embeddings, width=width, height=height, num_inference_steps=steps,
-                           guidance_scale=1.0, generator=generator, output_type="latent",
+        # Drawn on the CPU, so that a seed means the same noise on every device; one each, so that a picture does not
+        # depend on those beside it.
+        generators = [torch.Generator("cpu").manual_seed(seed) for _ in prompts]
+        latents = pipeline(image=list(images) or None, prompt_embeds=embeddings, width=width, height=height,
+                           num_inference_steps=steps, guidance_scale=1.0, generator=generators, output_type="latent",
                            callback_on_step_end=advance).images
     if served == "mlx":
         mlx_backend.clear_cache()
     with _stage("decode image", stages, device, progress):
         decoded = vae.decode(latents.to(dtype), return_dict=False)[0]
-        image = pipeline.image_processor.postprocess(decoded.float(), output_type="pil")[0]
-    return Result(image, settings, stages)
+        pictures = pipeline.image_processor.postprocess(decoded.float(), output_type="pil")
+    return Result(pictures, settings, stages)

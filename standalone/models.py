@@ -56,6 +56,12 @@ def transformer_module(model: Transformer, device: torch.device, dtype: torch.dt
     return _fill(module, to_diffusers(model.tensors), device, dtype, backend)
 
 
+def dense_transformer(path: Path, device: torch.device, dtype: torch.dtype) -> Flux2Transformer2DModel:
+    """diffusers' FLUX.2 transformer with ordinary weights, from a folder in diffusers' layout."""
+    module = Flux2Transformer2DModel.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
+    return module.to(device=device).eval().requires_grad_(False)
+
+
 def text_encoder_module(model: TextEncoder, device: torch.device, dtype: torch.dtype,
                         backend: str = "auto") -> Qwen3Model:
     """transformers' Qwen3 over the tensors of ``model``, without the layers behind the last one that is read."""

@@ -12,12 +12,12 @@ from PIL import Image
 
 from bonsai_image.ops.torch_backend import cpu_has_fast_bfloat16
 from bonsai_image.standalone.cli import main
-from bonsai_image.standalone.miniature import write_miniature
+from bonsai_image.standalone.random_pack import write_random_pack
 
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-    return write_miniature(tmp_path_factory.mktemp("cli") / "bonsai-mini")
+    return write_random_pack(tmp_path_factory.mktemp("cli") / "bonsai-mini")
 
 
 def run(*argv) -> int:

@@ -1,4 +1,4 @@
-"""A miniature pack: a whole repository in the published layout, a few million random weights.
+"""A random pack: a whole repository in the published layout, a few million random weights.
 
 It exercises every stage on any machine in seconds. What it draws is noise.
 """
@@ -74,7 +74,7 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def write_miniature(folder: Path, bits: int = 2, seed: int = 0, klein: KleinConfig = _KLEIN,
+def write_random_pack(folder: Path, bits: int = 2, seed: int = 0, klein: KleinConfig = _KLEIN,
                     text: Qwen3Config = _TEXT, vae: Mapping[str, object] = _VAE) -> Path:
     """Write a random repository in the layout of the MLX packs to ``folder`` and return it."""
     generator = torch.Generator().manual_seed(seed)

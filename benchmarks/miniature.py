@@ -1,0 +1,92 @@
+"""How often the trained miniature draws what the prompt says: dense, ternary and binary, and the fast paths against the
+exact one.
+
+    python benchmarks/miniature.py [--prompts 300]
+
+Held-out prompts (``tools/miniature/scenes.py``), four steps, CFG 1; what a picture shows is measured by a program
+(``tools/miniature/measure.py``). PSNR is against the exact path: the same packed weights in FP32. Plain torch on the
+CPU; int8 activations by ``ops/int8_reference.py``, which the Triton kernel equals (``tests/test_triton.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import Flux2KleinPipeline
+from int8_error import round_activations
+
+from bonsai_image.loaders import find_repository, load_text_encoder, load_transformer
+from bonsai_image.standalone import demo, models
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools" / "miniature"))
+from measure import held_out_scenes, score
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+#: Row of the table: variant, dtype of the diffusion model's activations, whether they are rounded to int8.
+ROWS = (("dense", "fp32", False), ("dense", "bf16", False), ("ternary", "fp32", False), ("ternary", "bf16", False),
+        ("ternary", "fp32", True), ("binary", "fp32", False), ("binary", "bf16", False), ("binary", "fp32", True))
+COLUMNS = ("colour", "shape", "position", "size", "count", "background", "leaves", "all")
+
+
+def transformer(variant: str, dtype: torch.dtype, int8: bool) -> torch.nn.Module:
+    path = demo.MINIATURE / demo.VARIANTS[variant]
+    if variant == "dense":
+        return models.dense_transformer(path, CPU, dtype)
+    module = models.transformer_module(load_transformer(path), CPU, dtype, "torch")
+    if int8:
+        round_activations(module, [])
+    return module
+
+
+def pictures(pipeline: Flux2KleinPipeline, module: torch.nn.Module, embeddings: torch.Tensor) -> torch.Tensor:
+    """(N, 3, 128, 128) in -1 to 1, decoded in FP32."""
+    pipeline.register_modules(transformer=module)
+    parts = []
+    for i in range(0, len(embeddings), 50):
+        part = embeddings[i:i + 50]
+        generators = [torch.Generator().manual_seed(i + j) for j in range(len(part))]
+        latents = pipeline(prompt_embeds=part.to(module.dtype), width=demo.SIDE, height=demo.SIDE,
+                           num_inference_steps=4, guidance_scale=1.0, generator=generators,
+                           output_type="latent").images
+        parts.append(pipeline.vae.decode(latents.float(), return_dict=False)[0].clamp(-1, 1))
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=300)
+    args = parser.parse_args()
+    repository = find_repository(demo.MINIATURE / "ternary")
+    encoder = models.text_encoder_module(load_text_encoder(repository.text_encoder), CPU, torch.float32, "torch")
+    pipeline = Flux2KleinPipeline(
+        scheduler=models.scheduler(repository.scheduler), vae=models.vae_module(repository.vae, CPU, torch.float32),
+        text_encoder=encoder, tokenizer=models.tokenizer(repository.tokenizer), transformer=None, is_distilled=True)
+    pipeline.set_progress_bar_config(disable=True)
+    scenes = held_out_scenes(args.prompts)
+    embeddings, _ = pipeline.encode_prompt([scene.caption() for scene in scenes], device=CPU,
+                                           max_sequence_length=pipeline.tokenizer.model_max_length)
+    exact: dict[str, torch.Tensor] = {}
+    reference = 0.0
+    print(f"{args.prompts} held-out prompts, 4 steps\n\n| weights | activations |"
+          + "".join(f" {name} |" for name in COLUMNS) + " of dense | PSNR to exact |\n"
+          + "|---" * (len(COLUMNS) + 4) + "|")
+    for variant, dtype, int8 in ROWS:
+        drawn = pictures(pipeline, transformer(variant, DTYPES[dtype], int8), embeddings)
+        right = score(scenes, drawn)
+        first = variant not in exact
+        reference = reference or right["all"]
+        psnr = "" if first else f"{10 * np.log10(4 / float((drawn - exact[variant]).square().mean())):.1f} dB"
+        exact.setdefault(variant, drawn)
+        print(f"| {variant} | {'int8' if int8 else dtype} |"
+              + "".join(f" {100 * right[name]:.1f} % |" for name in COLUMNS)
+              + f" {100 * right['all'] / reference:.1f} % | {psnr} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The demo: six prompts drawn by a trained miniature, its dense, ternary and binary weights side by side."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from ..loaders import PackError
+from .generate import Result, generate
+
+#: The miniature in a clone of the repository (``tools/miniature`` trains it).
+MINIATURE = Path(__file__).parent.parent / "miniature"
+SIDE = 128
+PROMPTS = (
+    "a bonsai tree with green leaves in a blue pot on a cream background",
+    "a bonsai tree with pink leaves in a purple pot on a white background",
+    "a large red star in the middle on a black background",
+    "three orange circles on a grey background",
+    "a small blue triangle at the top right on a white background",
+    "a large green ring at the bottom left on a cream background",
+)
+#: Row of the sheet: the file or folder that it is drawn with.
+VARIANTS = {"dense": "dense", "ternary": "ternary/transformer-packed-mflux", "binary": "binary.safetensors"}
+_MARGIN, _LABEL, _LINES = 8, 118, 66
+
+
+def draw(device: torch.device, dtype: torch.dtype, backend: str = "auto", steps: int = 4, seed: int = 0,
+         progress: bool = True) -> dict[str, Result]:
+    """:data:`PROMPTS` by every variant. Raises PackError where the miniature is not there."""
+    if not MINIATURE.is_dir():
+        raise PackError(MINIATURE, "the trained miniature", "no such folder",
+                        "clone the repository, the registry's archive leaves it out")
+    results = {}
+    for variant, name in VARIANTS.items():
+        model = {"dense" if variant == "dense" else "transformer": MINIATURE / name}
+        results[variant] = generate(MINIATURE / "ternary", PROMPTS, device, dtype, backend, SIDE, SIDE, steps, seed,
+                                    progress, **model)
+    return results
+
+
+def file_bytes(variant: str) -> int:
+    """The bytes of a variant's weights on disk."""
+    path = MINIATURE / VARIANTS[variant]
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
+def sheet(results: dict[str, Result]) -> Image.Image:
+    """The pictures, a row for each variant, over their prompts."""
+    step = SIDE + _MARGIN
+    image = Image.new("RGB", (_LABEL + len(PROMPTS) * step, len(results) * step + _MARGIN + _LINES), "white")
+    pen = ImageDraw.Draw(image)
+    font, small = ImageFont.load_default(15), ImageFont.load_default(11)
+    for row, (variant, result) in enumerate(results.items()):
+        top = _MARGIN + row * step
+        pen.text((_MARGIN, top + 44), variant, "black", font)
+        pen.text((_MARGIN, top + 64), f"{file_bytes(variant) / 1e6:.2f} MB", "#555555", small)
+        for column, picture in enumerate(result.images):
+            image.paste(picture, (_LABEL + column * step, top))
+    for column, prompt in enumerate(PROMPTS):
+        pen.multiline_text((_LABEL + column * step, _MARGIN + len(results) * step), textwrap.fill(prompt, 21), "black",
+                           small, spacing=3)
+    return image

@@ -1,0 +1,126 @@
+"""What a picture shows, measured: background, colours, shape by template, position, size and count."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import torch
+from scenes import BACKGROUNDS, COLOURS, POSITIONS, ROWS, SHAPES, SIDE, SIZES, Scene, draw, random_scene
+
+#: How far, in 0 to 255 over three channels, a pixel must be from the background to belong to an object.
+_DIFFERENT = 60.0
+_SMALLEST = 40
+_TEMPLATE = 32
+_COUNTS = {1: "one", 2: "two", 3: "three"}
+_POT_TOP, _LEAVES_BOTTOM = 98, 72
+
+
+def nearest(rgb: torch.Tensor, names: dict[str, tuple[int, int, int]]) -> str:
+    """The name of the colour nearest to ``rgb`` (3,), 0 to 255."""
+    return min(names, key=lambda name: float((rgb - torch.tensor(names[name])).norm()))
+
+
+def components(mask: torch.Tensor) -> list[torch.Tensor]:
+    """The connected parts (8 neighbours) of a boolean mask (H, W), without specks, from left to right."""
+    labels = torch.arange(1, mask.numel() + 1, dtype=torch.float32).view_as(mask) * mask
+    while True:
+        spread = torch.nn.functional.max_pool2d(labels[None, None], 3, 1, 1)[0, 0] * mask
+        if torch.equal(spread, labels):
+            break
+        labels = spread
+    parts = [labels == value for value in labels.unique() if value]
+    parts = [part for part in parts if int(part.sum()) >= _SMALLEST]
+    return sorted(parts, key=lambda part: float(part.nonzero()[:, 1].float().mean()))
+
+
+def _box(mask: torch.Tensor) -> tuple[int, int, int, int]:
+    rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def _template(mask: torch.Tensor) -> torch.Tensor:
+    top, bottom, left, right = _box(mask)
+    return torch.nn.functional.interpolate(mask[None, None, top:bottom, left:right].float(), (_TEMPLATE, _TEMPLATE),
+                                           mode="area")[0, 0] > 0.5
+
+
+@cache
+def _templates() -> dict[str, torch.Tensor]:
+    return {shape: _template(_objects(draw(Scene(shape, "blue", "white")))) for shape in (*SHAPES, "bonsai")}
+
+
+def _background(pixels: torch.Tensor) -> torch.Tensor:
+    """The median colour of the outermost rows and columns of (3, H, W)."""
+    edge = torch.cat([pixels[:, :2].flatten(1), pixels[:, -2:].flatten(1), pixels[:, :, :2].flatten(1),
+                      pixels[:, :, -2:].flatten(1)], 1)
+    return edge.median(1).values
+
+
+def _pixels(picture: torch.Tensor) -> torch.Tensor:
+    return (picture.clamp(-1, 1) + 1) * 127.5
+
+
+def _objects(picture: torch.Tensor) -> torch.Tensor:
+    pixels = _pixels(picture)
+    return (pixels - _background(pixels)[:, None, None]).norm(dim=0) > _DIFFERENT
+
+
+def _inner_colour(pixels: torch.Tensor, mask: torch.Tensor) -> str:
+    """The median colour of a part's inside, where it has one."""
+    inside = -torch.nn.functional.max_pool2d(-mask[None, None].float(), 3, 1, 1)[0, 0] > 0
+    chosen = inside if int(inside.sum()) >= 8 else mask
+    return nearest(pixels[:, chosen].median(1).values, COLOURS) if chosen.any() else "none"
+
+
+def describe(picture: torch.Tensor) -> dict[str, str]:
+    """What ``picture`` (3, 128, 128), in -1 to 1, shows; "none" where there is nothing to see."""
+    if picture.shape != (3, SIDE, SIDE):
+        raise ValueError(f"expected a picture of shape (3, {SIDE}, {SIDE}), got {tuple(picture.shape)}")
+    pixels, mask = _pixels(picture), _objects(picture)
+    seen = {"background": nearest(_background(pixels), BACKGROUNDS)}
+    parts = components(mask)
+    if not parts:
+        return seen | dict.fromkeys(("shape", "colour", "position", "size", "count", "leaves"), "none")
+    whole = torch.stack(parts).any(0)
+    agreement = {}
+    for shape, template in _templates().items():
+        found = _template(whole if shape == "bonsai" else parts[0])
+        agreement[shape] = float((found & template).sum() / (found | template).sum())
+    seen["shape"] = max(agreement, key=agreement.get)
+    seen["count"] = "one" if seen["shape"] == "bonsai" else _COUNTS.get(len(parts), "many")
+    top, bottom, left, right = _box(parts[0])
+    centre = torch.tensor([(left + right) / 2, (top + bottom) / 2])
+    seen["position"] = min(POSITIONS, key=lambda name: float((centre - torch.tensor(POSITIONS[name])).norm()))
+    seen["size"] = min(SIZES, key=lambda name: abs(SIZES[name] - (right - left) / 2))
+    row = torch.arange(SIDE)[:, None]
+    pot = whole & (row > _POT_TOP) if seen["shape"] == "bonsai" else whole
+    seen["colour"] = _inner_colour(pixels, pot)
+    seen["leaves"] = _inner_colour(pixels, whole & (row < _LEAVES_BOTTOM))
+    return seen
+
+
+def expected(scene: Scene) -> dict[str, str]:
+    """The attributes that a scene's caption fixes."""
+    wanted = {"background": scene.background, "shape": scene.shape, "colour": scene.colour, "count": scene.count}
+    if scene.shape == "bonsai":
+        return wanted | {"leaves": scene.leaves}
+    return wanted if scene.count in ROWS else wanted | {"position": scene.position, "size": scene.size}
+
+
+def score(scenes: list[Scene], pictures: torch.Tensor) -> dict[str, float]:
+    """Per attribute the share of scenes, of those that fix it, whose picture shows it; ``all`` counts those right in
+    everything."""
+    right: dict[str, list[bool]] = {}
+    for scene, picture in zip(scenes, pictures, strict=True):
+        seen, wanted = describe(picture), expected(scene)
+        for name, value in wanted.items():
+            right.setdefault(name, []).append(seen[name] == value)
+        right.setdefault("all", []).append(all(seen[name] == value for name, value in wanted.items()))
+    return {name: sum(values) / len(values) for name, values in right.items()}
+
+
+def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
+    """Scenes that training never saw."""
+    source = random.Random(seed)
+    return [random_scene(source, held=True) for _ in range(count)]
