@@ -24,12 +24,31 @@ def run(*argv) -> int:
     return main([str(word) for word in argv])
 
 
-def test_demo_draws_and_says_it_is_noise(tmp_path, capsys):
-    out = tmp_path / "demo.png"
-    assert run("demo", "--out", out, "--width", 64, "--height", 96, "--steps", 2) == 0
-    assert Image.open(out).size == (64, 96)
+def test_demo_draws_a_contact_sheet(tmp_path, capsys):
+    out = tmp_path / "new" / "demo.png"
+    assert run("demo", "--out", out, "--device", "cpu") == 0
+    image = Image.open(out)
+    assert json.loads(image.text["bonsai"]).keys() == {"dense", "ternary", "binary"}
+    # Prompt 3, a red star on black, in the second row, that of the ternary model.
+    left, top = 118 + 2 * 136, 8 + 136
+    assert image.getpixel((left + 4, top + 4)) < (60, 60, 60) and image.getpixel((left + 64, top + 64))[0] > 150
     printed = capsys.readouterr().out
-    assert "noise" in printed and "denoise" in printed and "MB" in printed
+    assert all(word in printed for word in ("dense", "ternary", "binary", "denoise", "MB", "weights:"))
+
+
+def test_demo_without_the_miniature_is_one_sentence(tmp_path, capsys, monkeypatch):
+    from bonsai_image.standalone import demo
+
+    monkeypatch.setattr(demo, "MINIATURE", tmp_path / "none")
+    assert run("demo", "--out", tmp_path / "demo.png") == 2
+    assert "clone the repository" in capsys.readouterr().err and not (tmp_path / "demo.png").exists()
+
+
+def test_a_reference_that_is_no_image_is_one_sentence(pack, tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    assert run("generate", "--pack", pack, "--prompt", "x", "--image", tmp_path / "a.png") == 2
+    error = capsys.readouterr().err
+    assert "a.png" in error and len(error.strip().splitlines()) == 1
 
 
 def test_generate_is_reproducible_and_carries_its_settings(pack, tmp_path, capsys):
