@@ -41,7 +41,7 @@ class Server:
     """One ComfyUI process on the CPU with a base directory of its own."""
 
     def __init__(self, comfyui: Path, base: Path, pack: Path, folder: str = "bonsai-image",
-                 options: tuple[str, ...] = ()):
+                 options: tuple[str, ...] = (), environment: tuple[tuple[str, str], ...] = ()):
         self.base = base
         (base / "custom_nodes").mkdir(parents=True)
         (base / "models" / "diffusers").mkdir(parents=True)
@@ -54,7 +54,8 @@ class Server:
         self.process = subprocess.Popen(
             [sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base),
              "--disable-api-nodes", "--database-url", f"sqlite:///{base / 'comfyui.db'}", *options],
-            cwd=comfyui, stdout=self.log.open("w"), stderr=subprocess.STDOUT, env=dict(os.environ, PYTHONPATH=""))
+            cwd=comfyui, stdout=self.log.open("w"), stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": "", **dict(environment)})
 
     @property
     def url(self) -> str:
@@ -80,8 +81,11 @@ class Server:
         async with aiohttp.ClientSession() as session, session.post(self.url + path) as reply:
             assert reply.status == 200
 
-    async def run(self, prompt: dict, seconds: float = 300) -> list[dict]:
-        """Queue ``prompt`` and return the messages of the websocket until it has succeeded or failed."""
+    async def run(self, prompt: dict, seconds: float = 300, cancel_at: tuple[str, str] | None = None) -> list[dict]:
+        """Queue ``prompt`` and return the messages of the websocket until it has succeeded or failed.
+
+        ``cancel_at``: interrupt at the messages of this type about this node.
+        """
         client = uuid.uuid4().hex
         messages = []
         address = f"{self.url}/ws?clientId={client}"
@@ -94,6 +98,8 @@ class Server:
                     if message.type != aiohttp.WSMsgType.TEXT:
                         continue
                     messages.append(json.loads(message.data))
+                    if cancel_at == (messages[-1]["type"], messages[-1]["data"].get("node")):
+                        await self.post("/interrupt")
                     if messages[-1]["type"] in ("execution_success", "execution_error", "execution_interrupted"):
                         return messages
         raise AssertionError("the socket closed before the prompt ended")

@@ -3,45 +3,17 @@
     python gemlite_pack.py IN OUT
 
 IN is a ``torch.save`` of ``{layer: (codes uint8 (N, K), scale (N, G), zero (N, G), bits)}``; OUT receives the merged
-``state_dict()`` of one ``GemLiteLinearTriton`` per layer. GemLite asks for a CUDA device when imported; a stub that
-only names one satisfies it, since packing needs no kernel.
+``state_dict()`` of one ``GemLiteLinearTriton`` per layer. Packing needs no kernel, so a device in name is enough.
 """
 
 import sys
-from types import SimpleNamespace
 
+import stub_device
 import torch
 
 
-class _Driver:
-    utils = SimpleNamespace(get_device_properties=lambda _index: {"max_shared_mem": 101376, "multiprocessor_count": 1})
-
-    def get_current_target(self):
-        return SimpleNamespace(backend="cuda", arch=80, warp_size=32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, *_):
-        return 0
-
-    def get_device_interface(self):
-        return torch.cuda
-
-    def get_benchmarker(self):
-        return lambda *_args, **_kwargs: [0.0, 0.0, 0.0]
-
-    def is_active(self):
-        return True
-
-
 def main(source: str, target: str) -> None:
-    torch.cuda.get_device_capability = lambda *_: (8, 0)
-    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(
-        name="stub", multi_processor_count=1, major=8, minor=0, total_memory=1 << 30)
-    import triton
-
-    triton.runtime.driver.set_active(_Driver())
+    stub_device.install()
     from gemlite.core import DType, GemLiteLinearTriton
 
     merged = {}
