@@ -66,11 +66,17 @@ def _objects(picture: torch.Tensor) -> torch.Tensor:
     return (pixels - _background(pixels)[:, None, None]).norm(dim=0) > _DIFFERENT
 
 
-def _inner_colour(pixels: torch.Tensor, mask: torch.Tensor) -> str:
-    """The median colour of a part's inside, where it has one."""
+def _inner_colour(pixels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The median colour (3,) of a part's inside, where it has one."""
     inside = -torch.nn.functional.max_pool2d(-mask[None, None].float(), 3, 1, 1)[0, 0] > 0
-    chosen = inside if int(inside.sum()) >= 8 else mask
-    return nearest(pixels[:, chosen].median(1).values, COLOURS) if chosen.any() else "none"
+    return pixels[:, inside if int(inside.sum()) >= 8 else mask].median(1).values
+
+
+def _sharpened(pixels: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """``part`` up to the middle of its edge: where a pixel is nearer to its colour than to the background's."""
+    colour, background = _inner_colour(pixels, part), _background(pixels)
+    nearer = (pixels - colour[:, None, None]).norm(dim=0) < (pixels - background[:, None, None]).norm(dim=0)
+    return part & nearer if int((part & nearer).sum()) >= _SMALLEST else part
 
 
 def describe(picture: torch.Tensor) -> dict[str, str]:
@@ -84,19 +90,21 @@ def describe(picture: torch.Tensor) -> dict[str, str]:
         return seen | dict.fromkeys(("shape", "colour", "position", "size", "count", "leaves"), "none")
     whole = torch.stack(parts).any(0)
     agreement = {}
+    sharp = _sharpened(pixels, parts[0])
     for shape, template in _templates().items():
-        found = _template(whole if shape == "bonsai" else parts[0])
+        found = _template(whole if shape == "bonsai" else sharp)
         agreement[shape] = float((found & template).sum() / (found | template).sum())
     seen["shape"] = max(agreement, key=agreement.get)
     seen["count"] = "one" if seen["shape"] == "bonsai" else _COUNTS.get(len(parts), "many")
-    top, bottom, left, right = _box(parts[0])
+    top, bottom, left, right = _box(sharp)
     centre = torch.tensor([(left + right) / 2, (top + bottom) / 2])
     seen["position"] = min(POSITIONS, key=lambda name: float((centre - torch.tensor(POSITIONS[name])).norm()))
     seen["size"] = min(SIZES, key=lambda name: abs(SIZES[name] - (right - left) / 2))
     row = torch.arange(SIDE)[:, None]
     pot = whole & (row > _POT_TOP) if seen["shape"] == "bonsai" else whole
-    seen["colour"] = _inner_colour(pixels, pot)
-    seen["leaves"] = _inner_colour(pixels, whole & (row < _LEAVES_BOTTOM))
+    leaves = whole & (row < _LEAVES_BOTTOM)
+    for name, mask in (("colour", pot), ("leaves", leaves)):
+        seen[name] = nearest(_inner_colour(pixels, mask), COLOURS) if mask.any() else "none"
     return seen
 
 

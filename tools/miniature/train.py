@@ -23,10 +23,11 @@ from training import loss_picture, train
 
 VAE = {"block_out_channels": (8, 16, 32, 64), "layers_per_block": 1, "latent_channels": 32, "norm_num_groups": 1,
        "sample_size": 128}
-STAGES = {"vae": 2000, "text": 300, "dense": 2200, "ternary": 1200, "binary": 1200, "lora": 200}
+STAGES = {"vae": 2000, "text": 300, "dense": 2200, "decoder": 500, "ternary": 1200, "binary": 1200, "lora": 200}
 _PICTURES = 3000
 _SCENES = 8000
 _EDITS = 2500
+_JITTER = 2
 _KL = 0.1
 
 
@@ -47,6 +48,33 @@ def train_vae(folder: Path, steps: int) -> AutoencoderKLFlux2:
     return vae.eval().requires_grad_(False)
 
 
+def train_decoder(folder: Path, vae: AutoencoderKLFlux2, dense: torch.nn.Module, data: dict[str, torch.Tensor],
+                  steps: int) -> None:
+    """Sharpen the decoder: half of its latents are the encoder's, half the dense transformer's last step towards them.
+
+    The encoder stays as it is, and with it the latents that the transformers learn.
+    """
+    scenes = jittered(random.Random(_JITTER))[:_PICTURES]
+    pictures = torch.stack([draw(scene, random.Random(seed)) for scene, seed in scenes]).half()
+    spread = (data["variance"] + vae.config.batch_norm_eps).sqrt()
+    last = transformer.visited(data["latents"].shape[-1])[-1]
+    dense.eval().requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+
+    def loss(_step: int) -> torch.Tensor:
+        index = torch.randint(0, _PICTURES, (8,))
+        clean = transformer.tokens(data["latents"][index].float())
+        noisy = last * torch.randn_like(clean[4:]) + (1 - last) * clean[4:]
+        flow = transformer.velocity(dense, noisy, last.expand(4), data["text"][data["caption"][index[4:]]].float())
+        latents = torch.cat([clean[:4], noisy - last * flow]).mT.unflatten(2, data["latents"].shape[-2:])
+        latents = torch.nn.functional.pixel_shuffle(latents * spread[:, None, None] + data["mean"][:, None, None], 2)
+        error = vae.decode(latents).sample - pictures[index].float()
+        return error.abs().mean() + error.square().mean()
+
+    train(folder, "decoder", vae, loss, steps, (0.01, 1e-3), lambda name, _: name != "decoder.conv_out.weight")
+    vae.requires_grad_(False)
+
+
 def edit_captions() -> dict[str, dict[str, str]]:
     return {f"make {what} {colour}": {"colour": colour, "edit": what}
             for what in ("it", "them", "the pot") for colour in COLOURS}
@@ -55,6 +83,11 @@ def edit_captions() -> dict[str, dict[str, str]]:
 def training_scenes() -> list[Scene]:
     source = random.Random(1)
     return [random_scene(source) for _ in range(_SCENES)]
+
+
+def jittered(source: random.Random) -> list[tuple[Scene, float]]:
+    """The training scenes, each with the seed of its picture."""
+    return [(scene, source.random()) for scene in training_scenes()]
 
 
 def training_captions() -> dict[str, dict[str, str]]:
@@ -77,9 +110,8 @@ def prepare(folder: Path, vae: AutoencoderKLFlux2, encoder: torch.nn.Module, tok
     else:
         captions = list(training_captions())
         row = {caption: i for i, caption in enumerate(captions)}
-        source = random.Random(2)
-        scenes = [(scene, source.random()) for scene in training_scenes()]
-        edits = []
+        source = random.Random(_JITTER)
+        scenes, edits = jittered(source), []
         for index in range(_EDITS):
             scene, seed = scenes[index]
             colour = source.choice([name for name in COLOURS if name != scene.colour])
@@ -129,6 +161,7 @@ def main() -> None:
 
     dense = transformer.new_transformer()
     transformer.train_transformer(args.work, "dense", dense, data, STAGES["dense"], (0.02, 2e-3))
+    train_decoder(args.work, vae, dense, data, STAGES["decoder"])
     models = {"dense": transformer.canonical(dense, None)}
     for name, bits in (("binary", 1), ("ternary", 2)):
         model = transformer.fake_quantise(copy.deepcopy(dense), bits)
