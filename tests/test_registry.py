@@ -45,4 +45,5 @@ def test_the_archive_holds_what_users_need_and_nothing_else(clone):
     comfy(clone, "pack")
     with zipfile.ZipFile(clone / "node.zip") as archive:
         assert {name.split("/")[0] for name in archive.namelist()} == WANTED
-        assert len([name for name in archive.namelist() if name.startswith("web/docs/")]) == 5
+        help_pages = [Path(name) for name in archive.namelist() if name.startswith("web/docs/")]
+        assert {path.suffix for path in help_pages} == {".md", ".jpg"} and len({p.stem for p in help_pages}) == 5
