@@ -14,7 +14,7 @@ COMFY = shutil.which("comfy")
 pytestmark = pytest.mark.skipif(COMFY is None, reason="no comfy on the path (pip install comfy-cli)")
 #: Everything at the top of the archive; the rest of the repository stays out.
 WANTED = {"__init__.py", "__main__.py", "loaders", "nodes", "ops", "standalone", "web", "locales", "example_workflows",
-          "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "CHANGELOG.md"}
+          "subgraphs", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "CHANGELOG.md"}
 
 
 def comfy(folder: Path, *words: str) -> str:

@@ -33,8 +33,8 @@ def model(text: str, height: int = 300, more: Node | None = None) -> Group:
     return Group("1. Model", [[loader, note("Before the first run", text, height), *([more] if more else [])]])
 
 
-def prompt(text: str, clip: tuple[str, int] = ("pack", 1)) -> Group:
-    return Group("2. Prompt", [[Node("prompt", "CLIPTextEncode", 300, [text], {"clip": clip}, "Prompt", 160)]])
+def prompt(text: str, clip: tuple[str, int] = ("pack", 1), width: int = 300) -> Group:
+    return Group("2. Prompt", [[Node("prompt", "CLIPTextEncode", width, [text], {"clip": clip}, "Prompt", 160)]])
 
 
 def size(pixels: int = 1024) -> Group:
@@ -167,7 +167,8 @@ def lora() -> list[Column]:
              for key, source, strength, title in (("lora", ("pack", 0), 1.0, "First LoRA"),
                                                   ("second", ("lora", 0), 0.6, "Second LoRA"))]
     return [Column(0, [model(where_the_pack_goes(TERNARY), 120, text)]),
-            Column(180, [Group("LoRA", [loras]), prompt(PROMPT), size()]), sampling(source=("second", 0)), image()]
+            Column(180, [Group("LoRA", [[node] for node in loras]), prompt(PROMPT, width=660), size()]),
+            sampling(source=("second", 0)), image()]
 
 
 def batch_variations() -> list[Column]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -67,6 +68,28 @@ def overlaps(boxes: list[list[float]]) -> list[tuple]:
             if a[0] < b[0] + b[2] and b[0] < a[0] + a[2] and a[1] < b[1] + b[3] and b[1] < a[1] + a[3]]
 
 
+#: Both ends of every link.
+LINKS = """[...app.graph.links.values()].map(link => [
+    [...app.graph.getNodeById(link.origin_id).getOutputPos(link.origin_slot)],
+    [...app.graph.getNodeById(link.target_id).getInputPos(link.target_slot)]])"""
+
+
+def hidden(links: list, boxes: list[list[float]]) -> list[tuple]:
+    """Links that run behind a node: (start, end, box). They are the curves that LiteGraph draws, less their ends."""
+    found = []
+    for (x0, y0), (x3, y3) in links:
+        x1, x2 = (end + sign * math.hypot(x3 - x0, y3 - y0) / 4 for end, sign in ((x0, 1), (x3, -1)))
+        for step in range(101):
+            t, u = step / 100, 1 - step / 100
+            x = u**3 * x0 + 3 * u * u * t * x1 + 3 * u * t * t * x2 + t**3 * x3
+            y = u**3 * y0 + 3 * u * u * t * y0 + 3 * u * t * t * y3 + t**3 * y3
+            behind = [b for b in boxes if b[0] < x < b[0] + b[2] and b[1] < y < b[1] + b[3]]
+            if behind and min(math.hypot(x - x0, y - y0), math.hypot(x - x3, y - y3)) > 25:
+                found.append(((x0, y0), (x3, y3), behind[0]))
+                break
+    return found
+
+
 async def complaints(page: Page, nodes: list[dict]) -> list[str]:
     """Everything the frontend has against the workflow that was just dropped."""
     text = await page.evaluate("document.body.innerText")
@@ -82,8 +105,10 @@ def test_workflow_opens_without_a_complaint(server, path, modern, tmp_path):
             assert not [problem for problem in page.problems if "bonsai" in problem.lower()]
             nodes = await drop(page, path.read_text(encoding="utf-8"), path.stem)
             assert not await complaints(page, nodes)
-            assert not overlaps([node["box"] for node in nodes])
+            boxes = [node["box"] for node in nodes]
+            assert not overlaps(boxes)
             if not modern:
+                assert not hidden(await page.evaluate(LINKS), boxes)
                 clip = await page.evaluate(f"{PLACE}({LEFT}, {TOP})")
                 await page.resize(max(WIDTH, clip["x"] + clip["width"]), max(HEIGHT, clip["y"] + clip["height"]))
                 await asyncio.sleep(1)
