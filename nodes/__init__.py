@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import folder_paths
@@ -35,6 +36,16 @@ def _precision_input() -> io.Combo.Input:
         "precision", options=list(backends.PRECISIONS), default="exact", optional=True, advanced=True,
         tooltip="exact: activations keep their dtype. fast: they are rounded to int8, which changes the picture a "
                 "little; NVIDIA cards since Ampere, exact elsewhere. The packed weights stay exact in any case.")
+
+
+def _chosen(backend: str, precision: str) -> str:
+    """What was chosen on a node, for ``load_model``. Who chose a backend by name is told if it is not there; ``auto``
+    takes another, and so does every backend on a device of another kind."""
+    problem = backends.problem(backend)
+    if problem is not None:
+        raise ValueError(f"The backend {backend} cannot be used: {problem}; run pip as \"{sys.executable}\" -m pip, or "
+                         "set backend to auto.")
+    return backends.select(backend, precision)
 
 
 def _show(text: str, node_id: str) -> None:
@@ -75,7 +86,7 @@ class BonsaiPackLoader(io.ComfyNode):
                 raise PackError(repository.path, f"a folder with the {part.replace('_', ' ')}", "none",
                                 "download the whole repository again")
         return io.NodeOutput(
-            models.load_model(str(repository.transformer), compute_dtype, backends.select(backend, precision)),
+            models.load_model(str(repository.transformer), compute_dtype, _chosen(backend, precision)),
             models.load_clip(str(repository.text_encoder)),
             models.load_vae_model(str(repository.vae)),
         )
@@ -109,7 +120,7 @@ class BonsaiModelLoader(io.ComfyNode):
     def execute(cls, model_name: str, compute_dtype: str = "auto", backend: str = "auto",
                 precision: str = "exact") -> io.NodeOutput:
         return io.NodeOutput(models.load_model(models.resolve("diffusion_models", model_name), compute_dtype,
-                                               backends.select(backend, precision)))
+                                               _chosen(backend, precision)))
 
 
 class BonsaiTextEncoderLoader(io.ComfyNode):
