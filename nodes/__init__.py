@@ -74,8 +74,10 @@ class BonsaiPackLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, pack: str) -> str | bool:
-        return models.absent("diffusers", pack)
+    def validate_inputs(cls, pack: str) -> bool:
+        """In place of the host's check, which only says that a name is not in the list. The frontend hides what this
+        would say behind an icon, and shows in full what ``execute`` raises."""
+        return True
 
     @classmethod
     def execute(cls, pack: str, compute_dtype: str = "auto", backend: str = "auto",
@@ -113,8 +115,8 @@ class BonsaiModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str) -> str | bool:
-        return models.absent("diffusion_models", model_name)
+    def validate_inputs(cls, model_name: str) -> bool:
+        return True  # as in BonsaiPackLoader
 
     @classmethod
     def execute(cls, model_name: str, compute_dtype: str = "auto", backend: str = "auto",
@@ -140,8 +142,8 @@ class BonsaiTextEncoderLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, text_encoder_name: str) -> str | bool:
-        return models.absent("text_encoders", text_encoder_name)
+    def validate_inputs(cls, text_encoder_name: str) -> bool:
+        return True  # as in BonsaiPackLoader
 
     @classmethod
     def execute(cls, text_encoder_name: str) -> io.NodeOutput:

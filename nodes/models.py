@@ -170,13 +170,3 @@ def resolve(kind: str, name: str) -> str:
             return str(root / name)
     action = checks.how_to_download(name) if kind == "diffusers" else "put it there and press R to refresh the list"
     raise PackError(name, f"a file or folder under models/{kind}", "nothing of that name", action)
-
-
-def absent(kind: str, name: str) -> str | bool:
-    """For a node's ``validate_inputs``: why the choice cannot be used, or True. The host's own check of a choice only
-    says that it is not in the list."""
-    try:
-        resolve(kind, name)
-    except PackError as error:
-        return str(error)
-    return True

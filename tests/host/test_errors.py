@@ -45,26 +45,27 @@ def model(transformer):
 def test_a_missing_pack_prints_the_command_of_this_installation(tmp_path, monkeypatch):
     folder = tmp_path / "with a space" / "diffusers"
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(folder)], {"folder"}))
-    text = nodes.BonsaiPackLoader.validate_inputs(MISSING)
+
+    def said(pack: str) -> str:
+        with pytest.raises(PackError) as caught:
+            nodes.BonsaiPackLoader.execute(pack)
+        return str(caught.value)
+
+    text = said(MISSING)
     assert one_sentence(text) and MISSING in text and "huggingface.co" in text
     command = shlex.split(text[text.index(" run ") + 5:text.index(" in a terminal")])
     assert command[-5:] == ["download", "--variant", "binary", "--to", str(folder)]
     shown = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, env={})
     assert shown.returncode == 0 and "--variant" in shown.stdout
-    assert "gemlite" in nodes.BonsaiPackLoader.validate_inputs("bonsai-image-ternary-4B-gemlite-2bit").split("--to")[0]
-    with pytest.raises(PackError, match="download --variant"):
-        models.resolve("diffusers", MISSING)
+    assert "--format gemlite" in said("bonsai-image-ternary-4B-gemlite-2bit").split("--to")[0]
 
 
 @pytest.mark.parametrize("node", [nodes.BonsaiModelLoader, nodes.BonsaiTextEncoderLoader])
 def test_a_missing_file_says_where_to_put_it(node):
-    text = node.validate_inputs("gone.safetensors")
+    with pytest.raises(PackError) as caught:
+        node.execute("gone.safetensors")
+    text = str(caught.value)
     assert one_sentence(text.replace("gone.safetensors", "gone")) and "press R" in text and "models/" in text
-
-
-def test_what_is_there_is_accepted(pack, monkeypatch):
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(pack.parent)], {"folder"}))
-    assert nodes.BonsaiPackLoader.validate_inputs(pack.name) is True
 
 
 @pytest.mark.parametrize(("load", "part"), [(models.load_model, "vae"), (models.load_model, "text_encoder-mlx-4bit"),
