@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import folder_paths
@@ -37,6 +38,16 @@ def _precision_input() -> io.Combo.Input:
                 "little; NVIDIA cards since Ampere, exact elsewhere. The packed weights stay exact in any case.")
 
 
+def _chosen(backend: str, precision: str) -> str:
+    """What was chosen on a node, for ``load_model``. Who chose a backend by name is told if it is not there; ``auto``
+    takes another, and so does every backend on a device of another kind."""
+    problem = backends.problem(backend)
+    if problem is not None:
+        raise ValueError(f"The backend {backend} cannot be used: {problem}; run pip as \"{sys.executable}\" -m pip, or "
+                         "set backend to auto.")
+    return backends.select(backend, precision)
+
+
 def _show(text: str, node_id: str) -> None:
     """Show ``text`` on the node: the frontend displays the text output of none but a few nodes of its own."""
     PromptServer.instance.send_progress_text(text, node_id)
@@ -63,8 +74,10 @@ class BonsaiPackLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, pack: str) -> str | bool:
-        return models.absent("diffusers", pack)
+    def validate_inputs(cls, pack: str) -> bool:
+        """In place of the host's check, which only says that a name is not in the list. The frontend hides what this
+        would say behind an icon, and shows in full what ``execute`` raises."""
+        return True
 
     @classmethod
     def execute(cls, pack: str, compute_dtype: str = "auto", backend: str = "auto",
@@ -75,7 +88,7 @@ class BonsaiPackLoader(io.ComfyNode):
                 raise PackError(repository.path, f"a folder with the {part.replace('_', ' ')}", "none",
                                 "download the whole repository again")
         return io.NodeOutput(
-            models.load_model(str(repository.transformer), compute_dtype, backends.select(backend, precision)),
+            models.load_model(str(repository.transformer), compute_dtype, _chosen(backend, precision)),
             models.load_clip(str(repository.text_encoder)),
             models.load_vae_model(str(repository.vae)),
         )
@@ -102,14 +115,14 @@ class BonsaiModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str) -> str | bool:
-        return models.absent("diffusion_models", model_name)
+    def validate_inputs(cls, model_name: str) -> bool:
+        return True  # as in BonsaiPackLoader
 
     @classmethod
     def execute(cls, model_name: str, compute_dtype: str = "auto", backend: str = "auto",
                 precision: str = "exact") -> io.NodeOutput:
         return io.NodeOutput(models.load_model(models.resolve("diffusion_models", model_name), compute_dtype,
-                                               backends.select(backend, precision)))
+                                               _chosen(backend, precision)))
 
 
 class BonsaiTextEncoderLoader(io.ComfyNode):
@@ -129,8 +142,8 @@ class BonsaiTextEncoderLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, text_encoder_name: str) -> str | bool:
-        return models.absent("text_encoders", text_encoder_name)
+    def validate_inputs(cls, text_encoder_name: str) -> bool:
+        return True  # as in BonsaiPackLoader
 
     @classmethod
     def execute(cls, text_encoder_name: str) -> io.NodeOutput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.model_management
@@ -49,9 +50,30 @@ def install(patcher, text_width: int) -> None:
             raise comfy.model_management.OOM_EXCEPTION(
                 f"Out of memory while drawing {batch} at once of {width} x {height}: lower "
                 f"{'batch_size to 1' if batch > 1 else f'the size, for example to {_half(width)} x {_half(height)}'}, "
-                "or start ComfyUI with --lowvram.") from error
+                "or start ComfyUI with --novram.") from error
 
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, _KEY, check)
+
+
+def name_out_of_memory(patcher, methods: tuple[str, ...], advice: str) -> None:
+    """Where one of ``methods`` of the model of ``patcher`` runs out of memory, say ``advice``.
+
+    The host still sees that memory ran out: a VAE is tried again in tiles, and ``advice`` is read if these fail too.
+    """
+    for name in methods:
+        patcher.add_object_patch(name, _advising(getattr(patcher.model, name), advice))
+
+
+def _advising(method: Callable, advice: str) -> Callable:
+    def run(*args, **kwargs):
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            if not comfy.model_management.is_oom(error):
+                raise
+            raise comfy.model_management.OOM_EXCEPTION(advice) from error
+
+    return run
 
 
 def _half(side: int) -> int:

@@ -117,6 +117,9 @@ def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = Fa
                        "qwen3_4b_model_config": dimensions},
         disable_dynamic=disable_dynamic)
     lora.install(clip.patcher)
+    checks.name_out_of_memory(clip.patcher, ("encode_token_weights",), (
+        "Out of memory in the text encoder: close what else uses this device, or start ComfyUI with --novram, which "
+        "runs the text encoder on the CPU."))
     clip.patcher.cached_patcher_init = (_clip_patcher, (path, compute_dtype))
     return clip
 
@@ -131,6 +134,9 @@ def load_vae_model(path: str, disable_dynamic: bool = False):
     vae = comfy.sd.VAE(sd=dict(tensors))
     if vae.first_stage_model is None:
         raise PackError(path, "a VAE this ComfyUI knows", "another", "update ComfyUI")
+    checks.name_out_of_memory(vae.patcher, ("encode", "decode"), (
+        "Out of memory in the VAE, even in tiles: lower batch_size or the size, use the (Tiled) node of VAE Encode or "
+        "Decode with a tile_size of 256, or start ComfyUI with --cpu-vae."))
     vae.patcher.cached_patcher_init = (_vae_patcher, (path,))
     return vae
 
@@ -164,13 +170,3 @@ def resolve(kind: str, name: str) -> str:
             return str(root / name)
     action = checks.how_to_download(name) if kind == "diffusers" else "put it there and press R to refresh the list"
     raise PackError(name, f"a file or folder under models/{kind}", "nothing of that name", action)
-
-
-def absent(kind: str, name: str) -> str | bool:
-    """For a node's ``validate_inputs``: why the choice cannot be used, or True. The host's own check of a choice only
-    says that it is not in the list."""
-    try:
-        resolve(kind, name)
-    except PackError as error:
-        return str(error)
-    return True

@@ -17,7 +17,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from . import int8_reference, torch_backend
-from .choice import Card, candidates, gemlite_refusal, int8_refusal
+from .choice import Card, candidates, gemlite_problem, gemlite_refusal, int8_refusal
 
 #: What this module is asked for: ``triton`` chooses the fastest exact way, ``gemlite`` prefers GemLite for any number
 #: of rows, ``int8`` rounds activations to int8.
@@ -114,14 +114,26 @@ def works(way: str, device: torch.device, bits: int, form: str, group: int, dtyp
         return _check(way, device, bits, form, group, dtype, scale_dtype)
 
 
+def _version(name: str) -> str | None:
+    """The version of an installed library (Triton is published under several names, but has one), or None."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    return importlib.import_module(name).__version__ if name == "triton" else importlib.metadata.version(name)
+
+
+def problem(policy: str) -> str | None:
+    """Why what is installed cannot serve ``policy`` (``triton`` or ``gemlite``) on any device, or None."""
+    if policy == "gemlite":
+        return gemlite_problem(_version("gemlite"), _version("triton"))
+    return None if TRITON_INSTALLED else "triton is not installed (pip install triton)"
+
+
 @functools.cache
 def _refusal(way: str, device: torch.device) -> str | None:
     """Why ``way`` is known not to serve ``device``, logged once, or None."""
     reason = None
     if way == "gemlite":
-        installed = importlib.util.find_spec("gemlite") is not None
-        reason = gemlite_refusal(card(device), importlib.metadata.version("gemlite") if installed else None,
-                                 importlib.import_module("triton").__version__)
+        reason = gemlite_refusal(card(device), _version("gemlite"), _version("triton"))
     elif way == "int8":
         reason = int8_refusal(card(device))
     if reason is not None:

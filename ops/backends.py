@@ -33,6 +33,13 @@ def select(backend: str, precision: str) -> str:
     return "int8"
 
 
+def problem(backend: str) -> str | None:
+    """Why what is installed here cannot serve ``backend`` (a name in :data:`NAMES`), in one sentence, or None."""
+    if backend == "mlx":
+        return mlx_backend.problem()
+    return accelerator.problem(backend) if backend in accelerator.POLICIES else None
+
+
 def resolve(backend: str, device: torch.device) -> str:
     """The name of the backend that serves ``backend`` (from :func:`select`) on ``device``."""
     if backend == "mlx" or (backend == "auto" and mlx_backend.is_apple_silicon(device)):

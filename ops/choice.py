@@ -80,18 +80,26 @@ def int8_refusal(card: Card) -> str | None:
 def gemlite_refusal(card: Card, gemlite: str | None, triton: str) -> str | None:
     """Why GemLite cannot serve ``card`` with these versions (None: not installed), or None.
 
-    Sources: GemLite 0.5.1 uses what Triton 3.8 removed; its kernels compile to scalar code on Turing; 0.6 needs
-    Triton 3.6.
+    Source: its kernels compile to scalar code on Turing.
     """
-    if gemlite is None:
-        return "gemlite is not installed"
-    if card.vendor != "nvidia":
+    if gemlite is not None and card.vendor != "nvidia":
         return f"gemlite is untried on {card.name}"
-    if card.capability < _AMPERE:
+    if gemlite is not None and card.capability < _AMPERE:
         return f"gemlite is slow before Ampere, {card.name} is {card.architecture}"
+    return gemlite_problem(gemlite, triton)
+
+
+def gemlite_problem(gemlite: str | None, triton: str | None) -> str | None:
+    """Why these versions (None: not installed) of GemLite and Triton cannot serve any card, or None.
+
+    Sources: GemLite 0.5.1 uses what Triton 3.8 removed; 0.6 needs Triton 3.6.
+    """
+    if gemlite is None or triton is None:
+        missing = "gemlite" if gemlite is None else "triton"
+        return f"{missing} is not installed (pip install {missing})"
     old, triton_release = _release(gemlite) < (0, 6), _release(triton)
     if old and triton_release >= (3, 8):
-        return f"gemlite {gemlite} does not work with triton {triton}; update gemlite to 0.6"
+        return f"gemlite {gemlite} does not work with triton {triton}; update it (pip install --upgrade gemlite)"
     if not old and triton_release < (3, 6):
         return f"gemlite {gemlite} needs triton 3.6, found {triton}"
     return None

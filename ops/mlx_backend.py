@@ -11,6 +11,7 @@ zeropoint form ``s * (c - z)`` would need the rounded product ``-s * z``, so tor
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 import platform
@@ -34,6 +35,7 @@ def is_apple_silicon(device: torch.device) -> bool:
     return device.type == "mps" and platform.machine() == "arm64"
 
 
+@functools.cache
 def problem() -> str | None:
     """Why MLX cannot serve on this machine, in one sentence, or None. Imports MLX and multiplies once."""
     if importlib.util.find_spec("mlx") is None:
@@ -44,7 +46,10 @@ def problem() -> str | None:
         from . import mlx_arrays
 
         error = mlx_arrays.self_check_error()
-    except (ImportError, RuntimeError, ValueError) as failure:
+    except ValueError as failure:
+        return (f"MLX {importlib.metadata.version('mlx')} is too old ({str(failure).splitlines()[0]}): update it "
+                "(pip install --upgrade mlx)")
+    except (ImportError, RuntimeError) as failure:
         return f"MLX fails on this machine ({str(failure).splitlines()[0]}): {_REMEDIES}"
     if error is not None:
         return f"MLX multiplies packed weights wrongly on this machine ({error}): {_REMEDIES}"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bonsai_image.ops import accelerator, backends, choice
-from bonsai_image.ops.choice import Card, candidates, gemlite_refusal, int8_refusal
+from bonsai_image.ops.choice import Card, candidates, gemlite_problem, gemlite_refusal, int8_refusal
 from bonsai_image.ops.packed import packed_weight
 
 HOPPER = Card("nvidia", "NVIDIA H200", (9, 0))
@@ -77,6 +77,17 @@ def test_other_dtypes_stay_with_torch():
 ])
 def test_what_gemlite_cannot_serve_is_refused_by_name(card, gemlite, triton, said):
     reason = gemlite_refusal(card, gemlite, triton)
+    assert reason is None if said is None else said in reason
+
+
+@pytest.mark.parametrize(("gemlite", "triton", "said"), [
+    ("0.6.0", "3.9.0", None),
+    (None, "3.9.0", "gemlite is not installed (pip install gemlite)"),
+    ("0.6.0", None, "triton is not installed (pip install triton)"),
+    ("0.5.1", "3.8.0", "update it (pip install --upgrade gemlite)"),
+])
+def test_what_is_installed_is_judged_without_a_card(gemlite, triton, said):
+    reason = gemlite_problem(gemlite, triton)
     assert reason is None if said is None else said in reason
 
 

@@ -84,9 +84,11 @@ def test_mlx_is_imported_only_when_asked_for():
 
 @pytest.fixture
 def fresh_verdict():
-    mlx_backend.available.cache_clear()
+    for verdict in (mlx_backend.problem, mlx_backend.available):
+        verdict.cache_clear()
     yield
-    mlx_backend.available.cache_clear()
+    for verdict in (mlx_backend.problem, mlx_backend.available):
+        verdict.cache_clear()
 
 
 @needs_mlx
@@ -125,6 +127,8 @@ def test_a_broken_mlx_is_named_once_and_torch_serves(failure, fresh_verdict, mon
     assert "\n" not in message and "torch serves" in message
     if failure == "missing":
         assert "pip install mlx" in message
+    elif failure == "bits":
+        assert "is too old" in message and "pip install --upgrade mlx" in message
     else:
         assert "--force-reinstall" in message and "update macOS" in message
 

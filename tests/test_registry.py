@@ -1,24 +1,31 @@
-"""What ComfyUI's registry gets, by its own command line (comfy-cli), where that is on the path."""
+"""What ComfyUI's registry gets, by its own command line (comfy-cli).
+
+It asks nothing, sends nothing and needs no network for this; its settings go into a folder that is thrown away.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMFY = shutil.which("comfy")
-pytestmark = pytest.mark.skipif(COMFY is None, reason="no comfy on the path (pip install comfy-cli)")
+COMFY = shutil.which("comfy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+pytestmark = pytest.mark.skipif(COMFY is None, reason="no comfy beside this Python (pip install comfy-cli)")
 #: Everything at the top of the archive; the rest of the repository stays out.
 WANTED = {"__init__.py", "__main__.py", "loaders", "nodes", "ops", "standalone", "web", "locales", "example_workflows",
-          "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "CHANGELOG.md"}
+          "subgraphs", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "CHANGELOG.md"}
 
 
 def comfy(folder: Path, *words: str) -> str:
-    done = subprocess.run([COMFY, "--skip-prompt", "node", *words], cwd=folder, capture_output=True, text=True)
+    home = {name: str(folder.parent / "home") for name in ("HOME", "USERPROFILE", "APPDATA", "XDG_CONFIG_HOME")}
+    done = subprocess.run([COMFY, "--skip-prompt", "node", *words], cwd=folder, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, env=os.environ | home | {"DO_NOT_TRACK": "1"}, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -45,4 +52,5 @@ def test_the_archive_holds_what_users_need_and_nothing_else(clone):
     comfy(clone, "pack")
     with zipfile.ZipFile(clone / "node.zip") as archive:
         assert {name.split("/")[0] for name in archive.namelist()} == WANTED
-        assert len([name for name in archive.namelist() if name.startswith("web/docs/")]) == 5
+        help_pages = [Path(name) for name in archive.namelist() if name.startswith("web/docs/")]
+        assert {path.suffix for path in help_pages} == {".md", ".jpg"} and len({p.stem for p in help_pages}) == 5

@@ -1,58 +1,18 @@
-"""The example workflows, laid out: what is in each, and where. Sockets, widgets and outputs come from the node schemas.
+"""The example workflows and the subgraph blueprint: what is in each, and where. ``layout.py`` writes them down.
 
-Written to ``example_workflows`` with ComfyUI's own Python by
+Written to ``example_workflows`` and ``subgraphs`` with ComfyUI's own Python by
 ``UPDATE_WORKFLOWS=1 COMFYUI_PATH=... python -m pytest tests/host/test_workflows.py``;
 their pictures by ``UPDATE_PICTURES=1 COMFYUI_PATH=... python -m pytest tests/host/test_browser.py``.
 """
 
 from __future__ import annotations
 
-import uuid
-from dataclasses import dataclass, field
+from layout import BYPASSED, Column, Group, Node
 
 TERNARY = "bonsai-image-ternary-4B-mlx-2bit"
 BINARY = "bonsai-image-binary-4B-mlx-1bit"
 _HUB = "https://huggingface.co/prism-ml"
 PROMPT = "A tiny bonsai tree in a blue ceramic pot on a wooden windowsill, soft morning light, photograph"
-#: Pixels on the canvas: height of a title bar, of a row of sockets, of a widget; space around nodes and groups.
-_TITLE, _ROW, _WIDGET, _MARGIN, _GAP = 30, 20, 28, 20, 22
-#: Version of the frontend whose format this is.
-_FRONTEND = "1.47.10"
-
-
-@dataclass
-class Node:
-    """One node. ``inputs`` maps a socket to (key of the source node, index of its output)."""
-
-    key: str
-    type: str
-    width: int
-    widgets: list = field(default_factory=list)
-    inputs: dict[str, tuple[str, int]] = field(default_factory=dict)
-    title: str | None = None
-    height: int | None = None
-    models: list[dict[str, str]] = field(default_factory=list)
-    mode: int = 0
-
-
-@dataclass
-class Group:
-    """A titled frame; ``columns`` of nodes from left to right, each from top to bottom."""
-
-    title: str
-    columns: list[list[Node]]
-
-
-@dataclass
-class Column:
-    """Groups below one another, beginning at ``top``: what leaves the loader at the top passes above them."""
-
-    top: int
-    groups: list[Group]
-
-
-#: LiteGraph's mode of a node that passes its inputs on: switched off, Ctrl+B switches it on.
-BYPASSED = 4
 
 
 def note(title: str, text: str, height: int) -> Node:
@@ -73,8 +33,8 @@ def model(text: str, height: int = 300, more: Node | None = None) -> Group:
     return Group("1. Model", [[loader, note("Before the first run", text, height), *([more] if more else [])]])
 
 
-def prompt(text: str, clip: tuple[str, int] = ("pack", 1)) -> Group:
-    return Group("2. Prompt", [[Node("prompt", "CLIPTextEncode", 300, [text], {"clip": clip}, "Prompt", 160)]])
+def prompt(text: str, clip: tuple[str, int] = ("pack", 1), width: int = 300) -> Group:
+    return Group("2. Prompt", [[Node("prompt", "CLIPTextEncode", width, [text], {"clip": clip}, "Prompt", 160)]])
 
 
 def size(pixels: int = 1024) -> Group:
@@ -84,35 +44,38 @@ def size(pixels: int = 1024) -> Group:
 
 def picture(megapixels: float = 1.0) -> Group:
     """Any picture, brought to the size that the model is made for, in multiples of 16."""
-    return Group("3. Your picture", [[
-        Node("load", "LoadImage", 400, ["example.png"], height=330),
-        Node("scale", "ImageScaleToTotalPixels", 400, ["lanczos", megapixels, 16], {"image": ("load", 0)},
-             "Scale to multiples of 16"),
-    ]])
+    return Group("3. Your picture", [
+        [Node("load", "LoadImage", 400, ["example.png"], height=330)],
+        # Below the links from the loader to the nodes on the right.
+        [Node("scale", "ImageScaleToTotalPixels", 300, ["lanczos", megapixels, 16], {"image": ("load", 0)},
+              "Scale to multiples of 16", above=120)],
+    ])
 
 
 def sampling(width: tuple[str, int] = ("width", 0), height: tuple[str, int] = ("height", 0),
              source: tuple[str, int] = ("pack", 0), conditioning: tuple[str, int] = ("prompt", 0), batch: int = 1,
-             steps: int = 4, start: tuple[str, int] | None = None, denoise: float | None = None) -> Column:
-    """``start`` is the latent to begin with (None: an empty one), ``denoise`` the part of the steps to take."""
+             steps: int = 4, start: tuple[str, int] | None = None, denoise: float = 1.0) -> Column:
+    """``start`` is the latent to begin with (None: an empty one), ``denoise`` the part of the steps to take from it."""
     sides = {"width": width, "height": height}
-    nodes = [
-        Node("guider", "BasicGuider", 280, [], {"model": source, "conditioning": conditioning}, "Guider (no CFG)"),
-        Node("seed", "RandomNoise", 280, [20260331, "randomize"], title="Seed"),
-        Node("sampler", "KSamplerSelect", 280, ["euler"], title="Sampler"),
-        Node("steps", "Flux2Scheduler", 280, [steps, 1024, 1024], sides, "Steps"),
-    ]
-    sigmas = ("steps", 0)
-    if denoise is not None:
-        nodes.append(Node("denoise", "SplitSigmasDenoise", 280, [denoise], {"sigmas": sigmas}, "How much to change"))
-        sigmas = ("denoise", 1)
+    guide = {"model": source, "conditioning": conditioning}
+    guided = [Node("guider", "BasicGuider", 280, [], guide, "Guider (no CFG)"),
+              Node("seed", "RandomNoise", 280, [20260331, "randomize"], title="Seed"),
+              Node("sampler", "KSamplerSelect", 280, ["euler"], title="Sampler")]
+    scheduler = Node("steps", "Flux2Scheduler", 280, [steps, 1024, 1024], sides, "Steps")
+    inputs = {"noise": ("seed", 0), "guider": ("guider", 0), "sampler": ("sampler", 0), "sigmas": ("steps", 0),
+              "latent_image": ("latent", 0)}
+    sample = Node("sample", "SamplerCustomAdvanced", 220, [], inputs, "Sample")
     if start is None:
-        nodes.append(Node("latent", "EmptyFlux2LatentImage", 280, [1024, 1024, batch], sides, "Empty Latent"))
-        start = ("latent", 0)
-    inputs = {"noise": ("seed", 0), "guider": ("guider", 0), "sampler": ("sampler", 0), "sigmas": sigmas,
-              "latent_image": start}
-    return Column(150, [Group("4. Sampling", [nodes, [Node("sample", "SamplerCustomAdvanced", 220, [], inputs,
-                                                           "Sample")]])])
+        latent = Node("latent", "EmptyFlux2LatentImage", 280, [1024, 1024, batch], sides, "Empty Latent")
+        columns = [[*guided, scheduler, latent], [sample]]
+    else:
+        # The latent comes from the left, straight through the space above the last steps.
+        inputs.update(sigmas=("denoise", 1), latent_image=start)
+        part = Node("denoise", "SplitSigmasDenoise", 280, [denoise], {"sigmas": ("steps", 0)}, "How much to change",
+                    above=430)
+        scheduler.above, sample.above = 68, 274
+        columns = [[*guided, scheduler], [part], [sample]]
+    return Column(150, [Group("4. Sampling", columns)])
 
 
 def encoded() -> Group:
@@ -204,7 +167,8 @@ def lora() -> list[Column]:
              for key, source, strength, title in (("lora", ("pack", 0), 1.0, "First LoRA"),
                                                   ("second", ("lora", 0), 0.6, "Second LoRA"))]
     return [Column(0, [model(where_the_pack_goes(TERNARY), 120, text)]),
-            Column(180, [Group("LoRA", [loras]), prompt(PROMPT), size()]), sampling(source=("second", 0)), image()]
+            Column(180, [Group("LoRA", [[node] for node in loras]), prompt(PROMPT, width=660), size()]),
+            sampling(source=("second", 0)), image()]
 
 
 def batch_variations() -> list[Column]:
@@ -222,97 +186,17 @@ def batch_variations() -> list[Column]:
 WORKFLOWS = {build.__name__: build for build in (text_to_image, text_to_image_fast_and_small, reference_edit,
                                                  image_to_image, lora, batch_variations)}
 
-
-def sockets(schema: type | None) -> tuple[list[tuple[str, str, bool]], int]:
-    """(name, type, is a widget) of every input of a node in the frontend's order, and how many widgets it has."""
-    if schema is None:
-        return [], 0
-    types = schema.INPUT_TYPES()
-    plain, widgets, count = [], [], 0
-    for name, spec in (types["required"] | types.get("optional", {})).items():
-        kind = "COMBO" if isinstance(spec[0], list) else spec[0]
-        if kind in ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN"):
-            widgets.append((name, kind, True))
-            more = spec[1] if len(spec) > 1 else {}
-            count += 1 + bool(more.get("control_after_generate"))
-        else:
-            plain.append((name, kind, False))
-    return plain + widgets, count
+#: The subgraph that stands for all of text to image, and what of it shows on the one node.
+BLUEPRINT = "Bonsai Text to Image"
+BLUEPRINT_DESCRIPTION = ("A picture from a prompt with a Bonsai Image 4B pack: ternary or binary weights, 4 steps, no "
+                         "CFG. Put a pack into models/diffusers first.")
+BLUEPRINT_INPUTS = {"prompt": ("prompt", "text"), "width": ("width", "value"), "height": ("height", "value"),
+                    "seed": ("seed", "noise_seed"), "pack": ("pack", "pack")}
+BLUEPRINT_OUTPUT = ("decode", 0)
 
 
-def height(node: Node, schema: type | None) -> int:
-    if node.height is not None:
-        return node.height
-    names, widgets = sockets(schema)
-    rows = max(sum(not widget for *_, widget in names), len(schema.RETURN_TYPES))
-    return rows * _ROW + widgets * _WIDGET + 14
-
-
-def place(columns: list[Column], schemas: dict[str, type]) -> tuple[dict[str, tuple[int, int]], list[dict]]:
-    """Position of every node by key, and the frames."""
-    positions, frames, left = {}, [], 0
-    for column in columns:
-        top, right = column.top, left
-        for group in column.groups:
-            x, bottom = left + _MARGIN, top
-            for nodes in group.columns:
-                y = top + 40 + _TITLE
-                for node in nodes:
-                    positions[node.key] = (x, y)
-                    y += height(node, schemas.get(node.type)) + _TITLE + _GAP
-                bottom = max(bottom, y - _TITLE)
-                x += max(node.width for node in nodes) + 60
-            x -= 60 - _MARGIN
-            frames.append({"id": len(frames) + 1, "title": group.title, "bounding": [left, top, x - left, bottom - top],
-                           "color": "#3f789e", "font_size": 24, "flags": {}})
-            top, right = bottom + _GAP, max(right, x)
-        left = right + _GAP
-    return positions, frames
-
-
-def lay_out(name: str, schemas: dict[str, type], version: str) -> dict:
-    """The workflow ``name`` in the frontend's format; ``version`` is this pack's."""
-    columns = WORKFLOWS[name]()
-    nodes = [node for column in columns for group in column.groups for part in group.columns for node in part]
-    positions, frames = place(columns, schemas)
-    ids = {node.key: number for number, node in enumerate(nodes, 1)}
-    kinds = {node.key: schemas[node.type].RETURN_TYPES if node.type in schemas else () for node in nodes}
-    links = []
-    for node in nodes:
-        for slot, (socket, *_) in enumerate(sockets(schemas.get(node.type))[0]):
-            if socket in node.inputs:
-                key, output = node.inputs[socket]
-                links.append([len(links) + 1, ids[key], output, ids[node.key], slot, kinds[key][output]])
-    return {
-        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"bonsai-image/{name}")), "revision": 0,
-        "last_node_id": len(nodes), "last_link_id": len(links),
-        "nodes": [_written(node, ids[node.key], positions[node.key], links, schemas.get(node.type), version)
-                  for node in nodes],
-        "links": links, "groups": frames, "config": {},
-        "extra": {"ds": {"scale": 0.75, "offset": [90, 150]}, "frontendVersion": _FRONTEND,
-                  "workflowRendererVersion": "LG"},
-        "version": 0.4,
-    }
-
-
-def _written(node: Node, number: int, position: tuple[int, int], links: list[list], schema: type | None,
-             version: str) -> dict:
-    arriving = {slot: link for link, _, _, target, slot, _ in links if target == number}
-    inputs = []
-    for slot, (name, kind, widget) in enumerate(sockets(schema)[0]):
-        inputs.append({"name": name, "type": kind, **({"widget": {"name": name}} if widget else {}),
-                       "link": arriving.get(slot)})
-    names = () if schema is None else getattr(schema, "RETURN_NAMES", None) or schema.RETURN_TYPES
-    outputs = [{"name": name, "type": kind, "links": [link[0] for link in links if link[1:3] == [number, slot]]}
-               for slot, (name, kind) in enumerate(zip(names, schema.RETURN_TYPES if schema else (), strict=True))]
-    owner = {"cnr_id": "bonsai-image", "ver": version} if node.type.startswith("Bonsai") else {
-        "cnr_id": "comfy-core", "ver": "0.29.0"}
-    properties = {} if schema is None else {**owner, "Node name for S&R": node.type}
-    return {
-        "id": number, "type": node.type, "pos": list(position), "size": [node.width, height(node, schema)], "flags": {},
-        "order": number - 1, "mode": node.mode, "inputs": inputs, "outputs": outputs,
-        **({"title": node.title} if node.title else {}),
-        "properties": {**properties, **({"models": node.models} if node.models else {})},
-        "widgets_values": node.widgets,
-        **({"color": "#432", "bgcolor": "#653"} if schema is None else {}),
-    }
+def blueprint_columns() -> list[Column]:
+    loader = Node("pack", "BonsaiPackLoader", 400, [TERNARY, "auto", "auto", "exact"])
+    decode = Node("decode", "VAEDecode", 225, [], {"samples": ("sample", 0), "vae": ("pack", 2)})
+    return [Column(0, [Group("1. Model", [[loader]])]), Column(230, [prompt(PROMPT), size()]), sampling(),
+            Column(0, [Group("5. Image", [[decode]])])]

@@ -6,33 +6,20 @@ With UPDATE_PICTURES=1 the pictures of the graphs in the repository are made ane
 from __future__ import annotations
 
 import asyncio
-import base64
-import contextlib
 import itertools
 import json
+import math
 import os
-import shutil
-import subprocess
-import time
 from pathlib import Path
 
-import aiohttp
 import pytest
+from frontend import HEIGHT, WIDTH, Page, frontend, needs_chromium, server_of_a_user
 from PIL import Image
-from test_server import ROOT, Server
-from test_workflows import DOWNLOADED, FILES, WORKFLOWS
+from test_workflows import WORKFLOWS
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path (Debian: apt-get install chromium)")
+pytestmark = needs_chromium
 
-FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic",
-         "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--remote-debugging-port=0"]
-#: A user who has seen the tour, and a canvas without anything drawn over the graph.
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False,
-            "Comfy.Graph.CanvasMenu": False}
-#: The window, larger where a graph needs it, and where the graph begins in it, clear of the menus.
-WIDTH, HEIGHT = 2300, 1060
+#: Where the graph begins in the window, clear of the menus.
 LEFT, TOP = 80, 120
 #: What the frontend writes over a workflow that it does not like.
 COMPLAINTS = ("missing node", "missing model", "error found", "errors found", "is not installed", "isn't installed")
@@ -59,90 +46,6 @@ PLACE = """((left, top) => {
 })"""
 
 
-class Page:
-    """One tab, driven through the DevTools protocol; ``problems`` collects the console's errors as they come."""
-
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse):
-        self._socket, self._ids, self._answers = socket, itertools.count(1), {}
-        self.problems: list[str] = []
-
-    async def listen(self) -> None:
-        async for message in self._socket:
-            data = json.loads(message.data)
-            if "id" in data:
-                self._answers.pop(data["id"]).set_result(data)
-            elif data["method"] == "Runtime.exceptionThrown":
-                self.problems.append(json.dumps(data["params"]["exceptionDetails"])[:1000])
-            elif data["method"] == "Log.entryAdded" and data["params"]["entry"]["level"] == "error":
-                self.problems.append(f"{data['params']['entry']['text']} {data['params']['entry'].get('url')}")
-            elif data["method"] == "Runtime.consoleAPICalled" and data["params"]["type"] in ("error", "assert"):
-                self.problems.append(json.dumps(data["params"]["args"])[:1000])
-
-    async def send(self, method: str, **params) -> dict:
-        number = next(self._ids)
-        self._answers[number] = asyncio.get_running_loop().create_future()
-        await self._socket.send_json({"id": number, "method": method, "params": params})
-        answer = await asyncio.wait_for(self._answers[number], 60)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    async def evaluate(self, expression: str):
-        answer = await self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
-
-    async def until(self, expression: str, seconds: float = 60):
-        deadline = time.monotonic() + seconds
-        while not (value := await self.evaluate(expression)):
-            assert time.monotonic() < deadline, f"not within {seconds} s: {expression}"
-            await asyncio.sleep(0.2)
-        return value
-
-    async def resize(self, width: float, height: float) -> None:
-        await self.send("Emulation.setDeviceMetricsOverride", width=round(width), height=round(height),
-                        deviceScaleFactor=1, mobile=False)
-
-    async def picture(self, clip: dict | None = None) -> bytes:
-        """A JPEG of the page, or of the part ``clip`` of it."""
-        part = {"clip": clip} if clip else {}
-        answer = await self.send("Page.captureScreenshot", format="jpeg", quality=78, **part)
-        return base64.b64decode(answer["data"])
-
-
-@contextlib.asynccontextmanager
-async def frontend(url: str, profile: Path, modern: bool = False):
-    """The frontend, loaded and at rest, as a :class:`Page`; ``modern`` chooses between its two ways to draw nodes."""
-    log = (profile.parent / f"{profile.name}.log").open("w")
-    chromium = subprocess.Popen([CHROMIUM, *FLAGS, f"--user-data-dir={profile}", f"--window-size={WIDTH},{HEIGHT}"],
-                                stdout=log, stderr=subprocess.STDOUT)
-    try:
-        ready = profile / "DevToolsActivePort"
-        deadline = time.monotonic() + 60
-        while not ready.exists() or not ready.read_text().strip():
-            assert chromium.poll() is None and time.monotonic() < deadline, "Chromium did not start"
-            await asyncio.sleep(0.1)
-        devtools = f"http://127.0.0.1:{ready.read_text().split()[0]}"
-        async with aiohttp.ClientSession() as session:
-            async with session.get(f"{devtools}/json/list") as reply:
-                tab = next(target for target in await reply.json() if target["type"] == "page")
-            async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                page = Page(socket)
-                listener = asyncio.create_task(page.listen())
-                for domain in ("Page", "Runtime", "Log"):
-                    await page.send(f"{domain}.enable")
-                await page.resize(WIDTH, HEIGHT)
-                await page.send("Page.navigate", url=url)
-                await page.until("Boolean(window.app?.graph?.nodes?.length && app.extensionManager)", 120)
-                await page.evaluate(f"app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {json.dumps(modern)})")
-                await asyncio.sleep(3)  # the frontend's own start-up messages, about its default graph
-                yield page
-                listener.cancel()
-    finally:
-        chromium.terminate()
-        chromium.wait(30)
-        log.close()
-
-
 async def drop(page: Page, workflow: str, name: str = "dropped") -> list[dict]:
     """Drag a file ``name``.json with this text into the window; the nodes that the frontend then has."""
     page.problems.clear()
@@ -155,33 +58,36 @@ async def drop(page: Page, workflow: str, name: str = "dropped") -> list[dict]:
 
 @pytest.fixture(scope="module")
 def server(comfyui, pack, binary_transformer, tmp_path_factory):
-    """The server of a user who has downloaded what the notes name (here: the miniature), but no LoRA yet."""
-    root = tmp_path_factory.mktemp("browser")
-    (root / DOWNLOADED).symlink_to(pack, target_is_directory=True)
-    running = Server(comfyui, root / "base", root / DOWNLOADED)
-    parts = {"diffusion_models": binary_transformer,
-             "text_encoders": pack / "text_encoder-mlx-4bit" / "model.safetensors",
-             "vae": pack / "vae" / "diffusion_pytorch_model.safetensors"}
-    for kind, part in parts.items():
-        (running.base / "models" / kind).mkdir(exist_ok=True)
-        (running.base / "models" / kind / FILES[kind]).symlink_to(part)
-    (running.base / "input").mkdir(exist_ok=True)
-    shutil.copy(comfyui / "input" / "example.png", running.base / "input")
-    try:
-        settings = running.base / "user" / "default" / "comfy.settings.json"
-        settings.parent.mkdir(parents=True, exist_ok=True)
-        settings.write_text(json.dumps(SETTINGS))
-        asyncio.run(running.wait())
+    with server_of_a_user(comfyui, pack, binary_transformer, tmp_path_factory.mktemp("browser")) as running:
         yield running
-    finally:
-        running.process.terminate()
-        running.process.wait(30)
 
 
 def overlaps(boxes: list[list[float]]) -> list[tuple]:
     """Pairs of boxes (x, y, width, height) that cover each other."""
     return [(a, b) for a, b in itertools.combinations(boxes, 2)
             if a[0] < b[0] + b[2] and b[0] < a[0] + a[2] and a[1] < b[1] + b[3] and b[1] < a[1] + a[3]]
+
+
+#: Both ends of every link.
+LINKS = """[...app.graph.links.values()].map(link => [
+    [...app.graph.getNodeById(link.origin_id).getOutputPos(link.origin_slot)],
+    [...app.graph.getNodeById(link.target_id).getInputPos(link.target_slot)]])"""
+
+
+def hidden(links: list, boxes: list[list[float]]) -> list[tuple]:
+    """Links that run behind a node: (start, end, box). They are the curves that LiteGraph draws, less their ends."""
+    found = []
+    for (x0, y0), (x3, y3) in links:
+        x1, x2 = (end + sign * math.hypot(x3 - x0, y3 - y0) / 4 for end, sign in ((x0, 1), (x3, -1)))
+        for step in range(101):
+            t, u = step / 100, 1 - step / 100
+            x = u**3 * x0 + 3 * u * u * t * x1 + 3 * u * t * t * x2 + t**3 * x3
+            y = u**3 * y0 + 3 * u * u * t * y0 + 3 * u * t * t * y3 + t**3 * y3
+            behind = [b for b in boxes if b[0] < x < b[0] + b[2] and b[1] < y < b[1] + b[3]]
+            if behind and min(math.hypot(x - x0, y - y0), math.hypot(x - x3, y - y3)) > 25:
+                found.append(((x0, y0), (x3, y3), behind[0]))
+                break
+    return found
 
 
 async def complaints(page: Page, nodes: list[dict]) -> list[str]:
@@ -199,27 +105,23 @@ def test_workflow_opens_without_a_complaint(server, path, modern, tmp_path):
             assert not [problem for problem in page.problems if "bonsai" in problem.lower()]
             nodes = await drop(page, path.read_text(encoding="utf-8"), path.stem)
             assert not await complaints(page, nodes)
-            assert not overlaps([node["box"] for node in nodes])
+            boxes = [node["box"] for node in nodes]
+            assert not overlaps(boxes)
             if not modern:
+                assert not hidden(await page.evaluate(LINKS), boxes)
                 clip = await page.evaluate(f"{PLACE}({LEFT}, {TOP})")
                 await page.resize(max(WIDTH, clip["x"] + clip["width"]), max(HEIGHT, clip["y"] + clip["height"]))
                 await asyncio.sleep(1)
-                save_pictures(path, await page.picture(), await page.picture(clip), tmp_path)
+                save_picture(path, await page.picture(clip), tmp_path)
 
     asyncio.run(scenario())
 
 
-def save_pictures(path: Path, window: bytes, graph: bytes, scratch: Path) -> None:
-    """The graph beside its workflow, and the window around the first one for the README."""
-    update = os.environ.get("UPDATE_PICTURES") == "1"
-    pictures = {path.with_suffix(".jpg"): graph}
-    if path.stem == "text_to_image":
-        pictures[ROOT / "docs" / "images" / "graph.jpg"] = window
-    for place, content in pictures.items():
-        target = place if update else scratch / place.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-        assert Image.open(target).size[0] > 1000 and len(content) < 300_000
+def save_picture(path: Path, graph: bytes, scratch: Path) -> None:
+    """The graph, beside its workflow."""
+    target = (path if os.environ.get("UPDATE_PICTURES") == "1" else scratch / path.name).with_suffix(".jpg")
+    target.write_bytes(graph)
+    assert Image.open(target).size[0] > 1000 and len(graph) < 300_000
 
 
 def test_a_missing_node_is_noticed(server, tmp_path):

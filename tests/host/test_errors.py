@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import shlex
 import subprocess
+import weakref
 
 import comfy.model_management
 import comfy.sample
@@ -15,6 +18,7 @@ import torch
 from bonsai_image import nodes
 from bonsai_image.loaders import PackError
 from bonsai_image.nodes import models
+from bonsai_image.ops import accelerator, mlx_backend
 
 TEXT_WIDTH = 3 * 2560
 MISSING = "bonsai-image-binary-4B-mlx-1bit"
@@ -41,26 +45,27 @@ def model(transformer):
 def test_a_missing_pack_prints_the_command_of_this_installation(tmp_path, monkeypatch):
     folder = tmp_path / "with a space" / "diffusers"
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(folder)], {"folder"}))
-    text = nodes.BonsaiPackLoader.validate_inputs(MISSING)
+
+    def said(pack: str) -> str:
+        with pytest.raises(PackError) as caught:
+            nodes.BonsaiPackLoader.execute(pack)
+        return str(caught.value)
+
+    text = said(MISSING)
     assert one_sentence(text) and MISSING in text and "huggingface.co" in text
     command = shlex.split(text[text.index(" run ") + 5:text.index(" in a terminal")])
     assert command[-5:] == ["download", "--variant", "binary", "--to", str(folder)]
     shown = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, env={})
     assert shown.returncode == 0 and "--variant" in shown.stdout
-    assert "gemlite" in nodes.BonsaiPackLoader.validate_inputs("bonsai-image-ternary-4B-gemlite-2bit").split("--to")[0]
-    with pytest.raises(PackError, match="download --variant"):
-        models.resolve("diffusers", MISSING)
+    assert "--format gemlite" in said("bonsai-image-ternary-4B-gemlite-2bit").split("--to")[0]
 
 
 @pytest.mark.parametrize("node", [nodes.BonsaiModelLoader, nodes.BonsaiTextEncoderLoader])
 def test_a_missing_file_says_where_to_put_it(node):
-    text = node.validate_inputs("gone.safetensors")
+    with pytest.raises(PackError) as caught:
+        node.execute("gone.safetensors")
+    text = str(caught.value)
     assert one_sentence(text.replace("gone.safetensors", "gone")) and "press R" in text and "models/" in text
-
-
-def test_what_is_there_is_accepted(pack, monkeypatch):
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(pack.parent)], {"folder"}))
-    assert nodes.BonsaiPackLoader.validate_inputs(pack.name) is True
 
 
 @pytest.mark.parametrize(("load", "part"), [(models.load_model, "vae"), (models.load_model, "text_encoder-mlx-4bit"),
@@ -101,6 +106,94 @@ def test_out_of_memory_says_what_to_lower(model, monkeypatch, batch, advice):
         sample(model, torch.zeros(batch, 128, 32, 64))
     assert one_sentence(str(caught.value))
     assert comfy.model_management.is_oom(caught.value), "the host must still see that memory ran out, and free it"
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_out_of_memory_in_the_vae_after_the_host_has_tried_tiles(pack, monkeypatch, method):
+    vae = models.load_vae_model(str(pack / "vae"))
+    calls = []
+
+    def exhausted(*args, **kwargs):
+        calls.append(1)
+        raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(getattr(vae.first_stage_model, f"{method}r"), "forward", exhausted)
+    given = torch.zeros(1, 64, 64, 3) if method == "encode" else torch.zeros(1, 128, 4, 4)
+    with pytest.raises(comfy.model_management.OOM_EXCEPTION, match=r"VAE.*lower batch_size.*--cpu-vae") as caught:
+        getattr(vae, method)(given)
+    assert len(calls) > 1 and one_sentence(str(caught.value)) and comfy.model_management.is_oom(caught.value)
+
+
+def test_out_of_memory_in_the_text_encoder(pack, monkeypatch):
+    clip = models.load_clip(str(pack / "text_encoder-mlx-4bit")).clone()
+
+    def exhausted(*args, **kwargs):
+        raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    (layer, *_) = [module for module in clip.cond_stage_model.modules() if type(module).__name__ == "TransformerBlock"]
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", exhausted)
+        with pytest.raises(comfy.model_management.OOM_EXCEPTION, match=r"in the text encoder: .*--novram") as caught:
+            clip.encode_from_tokens(clip.tokenize("a bonsai"))
+    assert one_sentence(str(caught.value)) and comfy.model_management.is_oom(caught.value)
+    assert clip.encode_from_tokens(clip.tokenize("a bonsai")).shape[-1] == TEXT_WIDTH
+
+
+def test_what_watches_for_it_does_not_keep_a_model_alive(pack):
+    vae = models.load_vae_model(str(pack / "vae"))
+    vae.decode(torch.zeros(1, 128, 4, 4))
+    kept = weakref.ref(vae.first_stage_model)
+    comfy.model_management.unload_all_models()
+    del vae
+    gc.collect()
+    assert kept() is None
+
+
+def _without(monkeypatch, missing: str) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest))
+
+
+def _old_mlx(monkeypatch) -> None:
+    mx = pytest.importorskip("mlx.core")
+    product = mx.quantized_matmul
+
+    def old(*args, **kwargs):
+        if kwargs["bits"] == 1:
+            raise ValueError("[quantized_matmul] the requested number of bits 1 is not supported")
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(mx, "quantized_matmul", old)
+
+
+def _versions(gemlite: str, triton: str):
+    def install(monkeypatch) -> None:
+        monkeypatch.setattr(accelerator, "_version", {"gemlite": gemlite, "triton": triton}.get)
+
+    return install
+
+
+@pytest.mark.parametrize(("backend", "arrange", "said"), [
+    ("gemlite", lambda patch: _without(patch, "gemlite"), "gemlite is not installed"),
+    ("gemlite", lambda patch: _without(patch, "triton"), "is not installed"),
+    ("gemlite", _versions("0.5.1", "3.8.0"), "gemlite 0.5.1 does not work with triton 3.8.0"),
+    ("gemlite", _versions("0.6.0", "3.5.1"), "gemlite 0.6.0 needs triton 3.6"),
+    ("triton", lambda patch: patch.setattr(accelerator, "TRITON_INSTALLED", False), "triton is not installed"),
+    ("mlx", lambda patch: _without(patch, "mlx"), "MLX is not installed"),
+    ("mlx", _old_mlx, "is too old"),
+])
+def test_a_backend_chosen_by_name_that_is_missing_or_too_old(pack, monkeypatch, backend, arrange, said):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(pack.parent)], {"folder"}))
+    mlx_backend.problem.cache_clear()
+    arrange(monkeypatch)
+    try:
+        with pytest.raises(ValueError, match=f"The backend {backend} cannot be used: ") as caught:
+            nodes.BonsaiPackLoader.execute(pack.name, backend=backend)
+        assert said in str(caught.value) and str(caught.value).endswith("or set backend to auto.")
+        assert one_sentence(str(caught.value))
+        nodes.BonsaiPackLoader.execute(pack.name)
+    finally:
+        mlx_backend.problem.cache_clear()
 
 
 def test_a_size_that_is_no_multiple_of_16_is_rounded_down_by_the_host():

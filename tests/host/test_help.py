@@ -56,10 +56,13 @@ def test_each_kind_of_gap_is_found(change):
 
 
 @pytest.mark.parametrize("node", SCHEMAS)
-def test_help_names_every_input(node):
+def test_help_names_every_input_and_shows_the_node(node):
     text = (ROOT / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
     assert text.startswith(f"# {SCHEMAS[node].display_name}\n")
     assert all(f"- **{item.id}**:" in text for item in SCHEMAS[node].inputs)
+    # Beside the page: that is what the frontend takes a relative address from.
+    assert f"]({node}.jpg)\n" in text
+    assert (ROOT / "web" / "docs" / f"{node}.jpg").stat().st_size < 40_000
 
 
 def test_server_serves_help_and_translations_under_any_folder_name(comfyui, pack, tmp_path):
@@ -73,6 +76,8 @@ def test_server_serves_help_and_translations_under_any_folder_name(comfyui, pack
             for node in SCHEMAS:
                 async with session.get(f"{server.url}/extensions/{folder}/docs/{node}.md") as reply:
                     assert reply.status == 200 and (await reply.text()).startswith("# ")
+                async with session.get(f"{server.url}/extensions/{folder}/docs/{node}.jpg") as reply:
+                    assert reply.status == 200 and reply.content_type == "image/jpeg"
         served = await server.get("/i18n")
         assert all(served[language]["nodeDefs"].items() >= definitions(language).items() for language in LANGUAGES)
 

@@ -150,6 +150,14 @@ def test_seed_and_prompt_reach_the_picture(server, pack):
     assert len(set(pictures)) == 3
 
 
+def test_a_missing_pack_says_how_to_get_it_where_the_frontend_shows_it(server):
+    """What a node raises is shown in full; what its validation says is not."""
+    last = asyncio.run(server.run(graph("bonsai-image-binary-4B-mlx-1bit")))[-1]
+    assert last["type"] == "execution_error" and last["data"]["node_type"] == "BonsaiPackLoader"
+    message = last["data"]["exception_message"].strip()
+    assert "download --variant binary" in message and "\n" not in message
+
+
 def test_a_damaged_pack_is_one_sentence_in_the_error_box(server, pack):
     broken = server.base / "models" / "diffusers" / "broken"
     folder = broken / "transformer-packed-mflux"

@@ -1,4 +1,4 @@
-"""Every example workflow says what the node schemas say: nodes, inputs, widget values, outputs, links.
+"""Every example workflow and the blueprint say what the node schemas say: nodes, inputs, widget values, outputs, links.
 
 With UPDATE_WORKFLOWS=1 they are written anew by tools/workflows.py; otherwise nothing in the repository changes.
 """
@@ -7,26 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 
 import folder_paths
+import layout
 import pytest
+import workflows as tool
 from test_server import ROOT
 
 import nodes as host_nodes
 from bonsai_image import __version__
 from bonsai_image.nodes import BonsaiExtension
 
-_spec = importlib.util.spec_from_file_location("workflows", ROOT / "tools" / "workflows.py")
-tool = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = tool
-_spec.loader.exec_module(tool)
-
 WORKFLOWS = [ROOT / "example_workflows" / f"{name}.json" for name in tool.WORKFLOWS]
+#: Its file name is the name that the frontend shows.
+BLUEPRINT = ROOT / "subgraphs" / f"{tool.BLUEPRINT}.json"
 #: Nodes that exist in the frontend only, and have no inputs, outputs or schema.
 NOTES = {"MarkdownNote", "Note"}
 #: The repository that the notes tell a user to download.
@@ -150,7 +147,7 @@ def write(path: Path, content: dict) -> None:
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflow_is_the_tools(path, schemas):
-    made = tool.lay_out(path.stem, schemas, __version__)
+    made = layout.workflow(path.stem, tool.WORKFLOWS[path.stem](), schemas, __version__)
     write(path, made)
     assert json.loads(path.read_text(encoding="utf-8")) == made
 
@@ -224,3 +221,37 @@ def test_each_kind_of_mistake_is_found(mutation, schemas):
     change, message = MUTATIONS[mutation]
     change(workflow)
     assert any(message in problem for problem in problems(workflow, schemas))
+
+
+def inside(blueprint: dict) -> dict:
+    """The subgraph as a workflow, what comes in and goes out as nodes."""
+    (graph,) = blueprint["definitions"]["subgraphs"]
+    order = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    sources = [{"type": entry["type"], "links": entry["linkIds"]} for entry in graph["inputs"]]
+    sinks = [{"name": entry["name"], "type": entry["type"], "link": entry["linkIds"][0]} for entry in graph["outputs"]]
+    return {"nodes": [*graph["nodes"],
+                      {"id": graph["inputNode"]["id"], "type": "Note", "inputs": [], "outputs": sources},
+                      {"id": graph["outputNode"]["id"], "type": "Note", "inputs": sinks, "outputs": []}],
+            "links": [[link[key] for key in order] for link in graph["links"]],
+            "last_node_id": graph["state"]["lastNodeId"], "last_link_id": graph["state"]["lastLinkId"]}
+
+
+def test_blueprint_is_the_tools(schemas):
+    made = layout.blueprint(tool.BLUEPRINT, tool.BLUEPRINT_DESCRIPTION, tool.blueprint_columns(), tool.BLUEPRINT_INPUTS,
+                            tool.BLUEPRINT_OUTPUT, schemas, __version__)
+    write(BLUEPRINT, made)
+    assert json.loads(BLUEPRINT.read_text(encoding="utf-8")) == made
+    assert list((ROOT / "subgraphs").iterdir()) == [BLUEPRINT]
+
+
+def test_blueprint_agrees_with_the_schemas(schemas):
+    blueprint = json.loads(BLUEPRINT.read_text(encoding="utf-8"))
+    graph = inside(blueprint)
+    assert not problems(graph, schemas)
+    graph["nodes"][0]["inputs"][0]["link"] = None
+    assert problems(graph, schemas)
+    (node,) = blueprint["nodes"]
+    (subgraph,) = blueprint["definitions"]["subgraphs"]
+    assert node["type"] == subgraph["id"] and node["title"] == subgraph["name"] == BLUEPRINT.stem
+    assert [entry["name"] for entry in node["inputs"]] == ["prompt", "width", "height", "seed", "pack"]
+    assert [(entry["name"], entry["type"]) for entry in node["outputs"]] == [("IMAGE", "IMAGE")]

@@ -1,0 +1,73 @@
+"""The subgraph blueprint: listed by the server, found by a user who searches for it, and good for an image."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from frontend import frontend, needs_chromium, server_of_a_user
+from PIL import Image
+from test_workflows import BLUEPRINT
+
+
+@pytest.fixture(scope="module")
+def server(comfyui, pack, binary_transformer, tmp_path_factory):
+    with server_of_a_user(comfyui, pack, binary_transformer, tmp_path_factory.mktemp("blueprint")) as running:
+        yield running
+
+
+def test_the_server_offers_it(server):
+    async def scenario():
+        listed = await server.get("/global_subgraphs")
+        ours = [key for key, entry in listed.items() if entry["info"]["node_pack"] == "custom_nodes.bonsai-image"]
+        (key,) = ours
+        assert listed[key]["name"] == BLUEPRINT.stem
+        entry = await server.get(f"/global_subgraphs/{key}")
+        assert json.loads(entry["data"]) == json.loads(BLUEPRINT.read_text(encoding="utf-8"))
+
+    asyncio.run(scenario())
+
+
+#: Saves what the node on the canvas makes, small.
+SAVE = """(() => {
+    const [node] = app.graph.nodes, save = LiteGraph.createNode('SaveImage');
+    app.graph.add(save);
+    node.connect(0, save, 0);
+    for (const [name, value] of [['width', 64], ['height', 48]])
+        node.widgets.find(widget => widget.name === name).value = value;
+})()"""
+
+
+@needs_chromium
+def test_a_user_finds_it_and_gets_an_image(server, tmp_path):
+    async def scenario():
+        async with frontend(server.url, tmp_path / "profile") as page:
+            page.problems.clear()
+            await page.evaluate("app.graph.clear()")
+            await page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+            await asyncio.sleep(1)
+            await page.send("Input.insertText", text=BLUEPRINT.stem)
+            await page.until(f"document.body.innerText.includes('{BLUEPRINT.stem}')")
+            await asyncio.sleep(1)
+            key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}
+            await page.send("Input.dispatchKeyEvent", type="keyDown", text="\r", **key)
+            await page.send("Input.dispatchKeyEvent", type="keyUp", **key)
+            await page.until("app.graph.nodes.length === 1")
+            mouse = {"x": 700, "y": 300, "button": "left", "clickCount": 1}  # where to put it
+            for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+                await page.send("Input.dispatchMouseEvent", type=kind, **mouse)
+            assert await page.evaluate("app.graph.nodes[0].title") == BLUEPRINT.stem
+            names = await page.evaluate("app.graph.nodes[0].widgets.map(widget => widget.name)")
+            assert names == ["prompt", "width", "height", "seed", "pack"]
+            seed = await page.evaluate("app.graph.nodes[0].widgets[3].value")
+            await page.evaluate(SAVE)
+            await page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")
+            await page.until("app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.[0]?.complete", 300)
+            # The next picture will be another one.
+            assert await page.evaluate("app.graph.nodes[0].widgets[3].value") != seed
+            assert not page.problems
+
+    asyncio.run(scenario())
+    (file,) = (server.base / "output").glob("*.png")
+    assert Image.open(file).size == (64, 48)
