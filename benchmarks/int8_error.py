@@ -1,4 +1,5 @@
-"""The error of int8 activations (``precision: fast``) on random miniature models, per layer and on the final latent.
+"""The error of int8 activations (``precision: fast``) on random miniature models, per layer and on the final latent,
+beside the two other ways in which cards multiply fewer bits.
 
     python benchmarks/int8_error.py
 
@@ -10,17 +11,42 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from bonsai_image.loaders import Transformer
 from bonsai_image.loaders.klein import KleinConfig
-from bonsai_image.ops import int8_reference
+from bonsai_image.ops import int8_reference, torch_backend
 from bonsai_image.ops.linear import PackedLinear
 from bonsai_image.standalone import models, random_pack
 
 STEPS, SIDE, TOKENS, TEXT_WIDTH = 4, 8, 32, 384
+_BLOCK = 128
+#: ``(x, codes, scale, bits)`` to the product.
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+def fp8_blocks(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Activations in FP8 (e4m3), scaled by row and block of 128, on the exact weight: what ``F.scaled_mm`` computes
+    with 1x128 blocks."""
+    blocks = x.float().unflatten(1, (-1, _BLOCK))
+    step = blocks.abs().amax(2, keepdim=True).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    rounded = ((blocks / step).to(torch.float8_e4m3fn).float() * step).flatten(1)
+    return rounded @ torch_backend.dequantize(codes, scale, None, bits, "symmetric", torch.float32).t()
+
+
+def folded_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Activations and weight in int8 with one scale a row, into which the scales of the groups are folded: what an
+    ordinary int8 product computes. It rounds the weight."""
+    q, row = int8_reference.quantise_rows(x)
+    weight = torch_backend.dequantize(codes, scale, None, bits, "symmetric", torch.float32)
+    levels, column = int8_reference.quantise_rows(weight)
+    return (q.double() @ levels.double().t()).float() * row[:, None] * column
+
+
+WAYS: dict[str, Product] = {"int8": int8_reference.fast, "fp8 1x128": fp8_blocks, "int8 folded": folded_int8}
 
 
 def sample(module: torch.nn.Module, seed: int) -> torch.Tensor:
@@ -39,13 +65,13 @@ def sample(module: torch.nn.Module, seed: int) -> torch.Tensor:
     return latent
 
 
-def round_activations(module: torch.nn.Module, errors: list[float]) -> None:
-    """Make every packed layer of ``module`` compute with int8 activations, and note its error on what it is given."""
+def round_activations(module: torch.nn.Module, errors: list[float], product: Product = int8_reference.fast) -> None:
+    """Make every packed layer of ``module`` compute by ``product``, and note its error on what it is given."""
     for layer in module.modules():
         if isinstance(layer, PackedLinear):
             def forward(x, layer=layer, exact=layer.forward):
                 params = layer.weight._params
-                rounded = int8_reference.fast(x.flatten(0, -2), layer.weight._qdata, params.scale, params.bits)
+                rounded = product(x.flatten(0, -2), layer.weight._qdata, params.scale, params.bits)
                 expected = exact(x).flatten(0, -2)
                 errors.append(float((rounded - expected).norm() / expected.norm()))
                 return rounded.view(*x.shape[:-1], -1)
@@ -56,19 +82,21 @@ def round_activations(module: torch.nn.Module, errors: list[float]) -> None:
 @torch.inference_mode()
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print(f"{'model':<9}{'width':>6}{'blocks':>8}{'layer min':>11}{'median':>8}{'max':>8}{'latent':>8}")
+    print(f"{'model':<9}{'width':>6}{'blocks':>8}  {'activations':<12}{'layer min':>10}{'median':>8}{'max':>8}"
+          f"{'latent':>8}")
     for variant, bits in (("ternary", 2), ("binary", 1)):
         for hidden, double, single in ((256, 1, 2), (512, 2, 6)):
             config = KleinConfig(hidden, TEXT_WIDTH, 128, 128, double, single)
             tensors = random_pack.random_transformer(config, bits, torch.Generator().manual_seed(0))
-            module = models.transformer_module(Transformer(Path("random"), "random", tensors, config),
-                                               torch.device("cpu"), torch.float32)
-            exact, errors = sample(module, 1), []
-            round_activations(module, errors)
-            latent = float((sample(module, 1) - exact).norm() / exact.norm())
-            errors.sort()
-            print(f"{variant:<9}{hidden:>6}{f'{double}+{single}':>8}{errors[0]:>11.4f}{errors[len(errors) // 2]:>8.4f}"
-                  f"{errors[-1]:>8.4f}{latent:>8.4f}")
+            model = Transformer(Path("random"), "random", tensors, config)
+            exact = sample(models.transformer_module(model, torch.device("cpu"), torch.float32), 1)
+            for way, product in WAYS.items():
+                module, errors = models.transformer_module(model, torch.device("cpu"), torch.float32), []
+                round_activations(module, errors, product)
+                latent = float((sample(module, 1) - exact).norm() / exact.norm())
+                errors.sort()
+                print(f"{variant:<9}{hidden:>6}{f'{double}+{single}':>8}  {way:<12}{errors[0]:>10.4f}"
+                      f"{errors[len(errors) // 2]:>8.4f}{errors[-1]:>8.4f}{latent:>8.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from .generate import Result, generate
 MINIATURE = Path(__file__).parent.parent / "miniature"
 SIDE = 128
 PROMPTS = (
-    "a bonsai tree with green leaves in a blue pot on a cream background",
-    "a bonsai tree with pink leaves in a purple pot on a white background",
-    "a large red star in the middle on a black background",
-    "three orange circles on a grey background",
-    "a small blue triangle at the top right on a white background",
-    "a large green ring at the bottom left on a cream background",
+    "a bonsai tree with green leaves in a yellow pot on a cream background",
+    "a bonsai tree with pink leaves in a blue pot on a grey background",
+    "a large red star at the bottom on a black background",
+    "three red circles on a white background",
+    "a small purple triangle at the top on a cream background",
+    "a large yellow ring at the top left on a grey background",
 )
 #: Row of the sheet: the file or folder that it is drawn with.
 VARIANTS = {"dense": "dense", "ternary": "ternary/transformer-packed-mflux", "binary": "binary.safetensors"}

@@ -11,7 +11,7 @@ import torch
 from measure import describe, expected, held_out_scenes, score
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from scenes import COLOURS, Scene, draw
+from scenes import COLOURS, Scene, draw, held_out
 
 from bonsai_image.loaders import TARGETS, load_transformer, save_transformer
 from bonsai_image.standalone import demo
@@ -21,12 +21,11 @@ CPU = torch.device("cpu")
 PACK = demo.MINIATURE / "ternary"
 BINARY = demo.MINIATURE / "binary.safetensors"
 SCENES = held_out_scenes(60, seed=5)
-#: The share of :data:`SCENES` that must come out right, a little below what was measured over 300 prompts
-#: (benchmarks/RESULTS.md).
+#: The share of :data:`SCENES` that must come out right: measured were 100, 98 and 93 % in everything.
 LEAST = {
-    "dense": {"colour": 0.92, "shape": 0.85, "position": 0.9, "background": 0.97, "all": 0.75},
-    "ternary": {"colour": 0.9, "shape": 0.8, "position": 0.85, "background": 0.97, "all": 0.7},
-    "binary": {"colour": 0.85, "shape": 0.75, "position": 0.8, "background": 0.95, "all": 0.6},
+    "dense": {"colour": 0.97, "shape": 0.97, "position": 1, "background": 1, "all": 0.96},
+    "ternary": {"colour": 0.95, "shape": 0.95, "position": 1, "background": 1, "all": 0.93},
+    "binary": {"colour": 0.93, "shape": 0.9, "position": 0.97, "background": 1, "all": 0.86},
 }
 MODELS = {"dense": {"dense": demo.MINIATURE / "dense"}, "ternary": {}, "binary": {"transformer": BINARY}}
 
@@ -46,6 +45,9 @@ def test_the_ruler_reads_what_was_drawn():
     scenes = held_out_scenes(100, seed=1)
     right = score(scenes, torch.stack([draw(scene, source) for scene in scenes]))
     assert right["all"] >= 0.99
+    blurred = torch.nn.functional.avg_pool2d(torch.stack([draw(scene, source) for scene in scenes]), 5, 1, 2,
+                                             count_include_pad=False)
+    assert score(scenes, blurred)["all"] >= 0.97
     other = score(scenes, torch.stack([draw(scene, source) for scene in held_out_scenes(100, seed=2)]))
     assert other["all"] <= 0.05
 
@@ -80,9 +82,9 @@ def _turn_codes_around(pack):
     _change(pack / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors", turn)
 
 
-def _lose_the_schedule(pack):
-    _edit_text(pack / "scheduler" / "scheduler_config.json", '"use_dynamic_shifting": true',
-               '"use_dynamic_shifting": false')
+def _shift_the_schedule_wrongly(pack):
+    _edit_text(pack / "scheduler" / "scheduler_config.json", '"time_shift_type": "exponential"',
+               '"time_shift_type": "linear"')
 
 
 def _lose_the_latent_statistics(pack):
@@ -123,18 +125,17 @@ def _edit_text(file, old, new) -> None:
     file.write_text(text.replace(old, new))
 
 
-DAMAGE = (_swap_modulation, _swap_last_norm, _turn_codes_around, _lose_the_schedule, _lose_the_latent_statistics,
-          _break_the_decoder, _confuse_the_words, _lose_the_template)
+DAMAGE = (_swap_modulation, _swap_last_norm, _turn_codes_around, _shift_the_schedule_wrongly,
+          _lose_the_latent_statistics, _break_the_decoder, _confuse_the_words, _lose_the_template)
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__.strip("_"))
 def test_whatever_breaks_shows(damage, tmp_path):
-    """Damage that every loader accepts: only the pictures tell."""
-    scenes = SCENES[:30]
+    """Damage that every loader accepts: the test above would be red."""
     pack = shutil.copytree(PACK, tmp_path / "pack")
     damage(pack)
-    right = score(scenes, drawn(scenes, pack))
-    assert right["all"] <= 0.5 * LEAST["ternary"]["all"], right
+    right = score(SCENES, drawn(pack=pack))
+    assert right["all"] < LEAST["ternary"]["all"], right
 
 
 @pytest.mark.parametrize("source", ["ternary", "binary"])
@@ -145,6 +146,10 @@ def test_every_layout_draws_the_same_pixels(source, tmp_path):
         path = tmp_path / (f"{target}.safetensors" if target == "comfy" else target)
         save_transformer(model, path, target)
         assert torch.equal(drawn(SCENES[:2], transformer=path), original), target
+
+
+def test_the_demo_asks_for_what_training_never_saw():
+    assert all(held_out(prompt) for prompt in demo.PROMPTS)
 
 
 def test_a_picture_does_not_depend_on_those_beside_it():

@@ -14,6 +14,7 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicGuider, RandomNoise, SamplerCustomAdvanced
 from comfy_extras.nodes_flux import Flux2Scheduler
 from diffusers import Flux2KleinPipeline
@@ -77,12 +78,24 @@ def ternary():
     return host_models.load_model(str(demo.MINIATURE / demo.VARIANTS["ternary"]), "fp32")
 
 
+def unpadded(model, length: int):
+    """A clone of a MODEL that sees the last ``length`` tokens of its conditioning. The host puts zeros before what is
+    shorter than Klein's 512; the miniature was trained with the few that its tokenizer makes."""
+    def cut(executor, x, timestep, context, *args, **kwargs):
+        return executor(x, timestep, context[:, -length:], *args, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "miniature", cut)
+    return model
+
+
 def sampled(ends, model, prompts: list[str], **values) -> torch.Tensor:
     """Pictures by the nodes of the example workflow."""
-    conditioning = [[ends.encode(prompts), values]]
+    embeddings = ends.encode(prompts)
+    model = unpadded(model, embeddings.shape[1])
     latent = {"samples": torch.zeros(len(prompts), 128, SIDE // 16, SIDE // 16)}
     out = SamplerCustomAdvanced.execute(
-        RandomNoise.execute(0).result[0], BasicGuider.execute(model, conditioning).result[0],
+        RandomNoise.execute(0).result[0], BasicGuider.execute(model, [[embeddings, values]]).result[0],
         comfy.samplers.sampler_object("euler"), Flux2Scheduler.execute(STEPS, SIDE, SIDE).result[0], latent)
     return ends.decode(out.result[0]["samples"])
 
@@ -101,7 +114,7 @@ def keep(name: str, rows: list[torch.Tensor]) -> None:
 
 def test_the_sampler_draws_what_the_prompts_say(ends, model):
     right = score(SCENES, sampled(ends, model, [scene.caption() for scene in SCENES]))
-    assert right["colour"] >= 0.85 and right["shape"] >= 0.75 and right["background"] >= 0.95, right
+    assert right["colour"] >= 0.9 and right["shape"] >= 0.85 and right["background"] == 1, right
 
 
 def test_the_sampler_and_diffusers_draw_the_same(ends, ternary):
@@ -112,7 +125,7 @@ def test_the_sampler_and_diffusers_draw_the_same(ends, ternary):
         load_transformer(REPOSITORY.transformer), CPU, torch.float32, "torch"))
     ends.pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
-        expected = ends.pipeline(prompt_embeds=ends.encode(prompts), latents=noise.flatten(2).mT, height=SIDE,
+        expected = ends.pipeline(prompt_embeds=ends.encode(prompts), latents=noise, height=SIDE,
                                  width=SIDE, num_inference_steps=STEPS, guidance_scale=1.0, output_type="latent").images
         expected = ends.vae.decode(expected, return_dict=False)[0].clamp(-1, 1)
     assert (sampled(ends, ternary, prompts) - expected).abs().max() < 1e-3

@@ -12,6 +12,8 @@ from scenes import BACKGROUNDS, COLOURS, POSITIONS, ROWS, SHAPES, SIDE, SIZES, S
 _DIFFERENT = 60.0
 _SMALLEST = 40
 _TEMPLATE = 32
+#: The side of a template in square roots of its area; a star's points lie farthest out, at 0.9.
+_FRAME = 2.0
 _COUNTS = {1: "one", 2: "two", 3: "three"}
 _POT_TOP, _LEAVES_BOTTOM = 98, 72
 
@@ -34,20 +36,36 @@ def components(mask: torch.Tensor) -> list[torch.Tensor]:
     return sorted(parts, key=lambda part: float(part.nonzero()[:, 1].float().mean()))
 
 
-def _box(mask: torch.Tensor) -> tuple[int, int, int, int]:
-    rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+def _centre(mask: torch.Tensor) -> torch.Tensor:
+    """The centroid (x, y) of a mask, in pixels."""
+    return mask.nonzero().float().mean(0).flip(0) + 0.5
 
 
 def _template(mask: torch.Tensor) -> torch.Tensor:
-    top, bottom, left, right = _box(mask)
-    return torch.nn.functional.interpolate(mask[None, None, top:bottom, left:right].float(), (_TEMPLATE, _TEMPLATE),
-                                           mode="area")[0, 0] > 0.5
+    """A mask moved and scaled to one centroid and one area, (32, 32): a few pixels at its edge change neither much."""
+    side = torch.tensor(mask.shape[::-1])
+    scale = _FRAME * mask.sum().sqrt() / side
+    shift = 2 * _centre(mask) / side - 1
+    theta = torch.cat([torch.diag(scale), shift[:, None]], 1)
+    grid = torch.nn.functional.affine_grid(theta[None], [1, 1, _TEMPLATE, _TEMPLATE], align_corners=False)
+    return torch.nn.functional.grid_sample(mask[None, None].float(), grid, align_corners=False)[0, 0] > 0.5
+
+
+def _agreement(mask: torch.Tensor, shape: str) -> float:
+    found, template = _template(mask), _templates()[shape]
+    return float((found & template).sum() / (found | template).sum())
 
 
 @cache
 def _templates() -> dict[str, torch.Tensor]:
     return {shape: _template(_objects(draw(Scene(shape, "blue", "white")))) for shape in (*SHAPES, "bonsai")}
+
+
+@cache
+def _areas() -> dict[tuple[str, str], float]:
+    """Pixels that a shape covers, by its size too."""
+    return {(shape, size): float(_objects(draw(Scene(shape, "blue", "white", size=size))).sum())
+            for shape in (*SHAPES, "bonsai") for size in SIZES}
 
 
 def _background(pixels: torch.Tensor) -> torch.Tensor:
@@ -89,17 +107,14 @@ def describe(picture: torch.Tensor) -> dict[str, str]:
     if not parts:
         return seen | dict.fromkeys(("shape", "colour", "position", "size", "count", "leaves"), "none")
     whole = torch.stack(parts).any(0)
-    agreement = {}
-    sharp = _sharpened(pixels, parts[0])
-    for shape, template in _templates().items():
-        found = _template(whole if shape == "bonsai" else sharp)
-        agreement[shape] = float((found & template).sum() / (found | template).sum())
+    sharp = [_sharpened(pixels, part) for part in parts]
+    agreement = {shape: sum(_agreement(part, shape) for part in sharp) / len(sharp) for shape in SHAPES}
+    agreement["bonsai"] = _agreement(whole, "bonsai")
     seen["shape"] = max(agreement, key=agreement.get)
     seen["count"] = "one" if seen["shape"] == "bonsai" else _COUNTS.get(len(parts), "many")
-    top, bottom, left, right = _box(sharp)
-    centre = torch.tensor([(left + right) / 2, (top + bottom) / 2])
+    centre, area = _centre(sharp[0]), float(sharp[0].sum())
     seen["position"] = min(POSITIONS, key=lambda name: float((centre - torch.tensor(POSITIONS[name])).norm()))
-    seen["size"] = min(SIZES, key=lambda name: abs(SIZES[name] - (right - left) / 2))
+    seen["size"] = min(SIZES, key=lambda name: abs(_areas()[seen["shape"], name]**0.5 - area**0.5))
     row = torch.arange(SIDE)[:, None]
     pot = whole & (row > _POT_TOP) if seen["shape"] == "bonsai" else whole
     leaves = whole & (row < _LEAVES_BOTTOM)

@@ -23,7 +23,7 @@ from training import loss_picture, train
 
 VAE = {"block_out_channels": (8, 16, 32, 64), "layers_per_block": 1, "latent_channels": 32, "norm_num_groups": 1,
        "sample_size": 128}
-STAGES = {"vae": 2000, "text": 300, "dense": 2200, "decoder": 500, "ternary": 1200, "binary": 1200, "lora": 200}
+STAGES = {"vae": 2000, "text": 300, "dense": 2300, "decoder": 600, "ternary": 1200, "binary": 2100, "lora": 200}
 _PICTURES = 3000
 _SCENES = 8000
 _EDITS = 2500
@@ -58,14 +58,14 @@ def train_decoder(folder: Path, vae: AutoencoderKLFlux2, dense: torch.nn.Module,
     pictures = torch.stack([draw(scene, random.Random(seed)) for scene, seed in scenes]).half()
     spread = (data["variance"] + vae.config.batch_norm_eps).sqrt()
     last = transformer.visited(data["latents"].shape[-1])[-1]
-    dense.eval().requires_grad_(False)
     vae.decoder.requires_grad_(True)
 
     def loss(_step: int) -> torch.Tensor:
         index = torch.randint(0, _PICTURES, (8,))
         clean = transformer.tokens(data["latents"][index].float())
         noisy = last * torch.randn_like(clean[4:]) + (1 - last) * clean[4:]
-        flow = transformer.velocity(dense, noisy, last.expand(4), data["text"][data["caption"][index[4:]]].float())
+        with torch.no_grad():
+            flow = transformer.velocity(dense, noisy, last.expand(4), data["text"][data["caption"][index[4:]]].float())
         latents = torch.cat([clean[:4], noisy - last * flow]).mT.unflatten(2, data["latents"].shape[-2:])
         latents = torch.nn.functional.pixel_shuffle(latents * spread[:, None, None] + data["mean"][:, None, None], 2)
         error = vae.decode(latents).sample - pictures[index].float()
@@ -73,6 +73,28 @@ def train_decoder(folder: Path, vae: AutoencoderKLFlux2, dense: torch.nn.Module,
 
     train(folder, "decoder", vae, loss, steps, (0.01, 1e-3), lambda name, _: name != "decoder.conv_out.weight")
     vae.requires_grad_(False)
+
+
+@torch.no_grad()
+def spread_latents(vae: AutoencoderKLFlux2) -> None:
+    """Give every latent channel a mean and a variance of its own, at the same pictures.
+
+    Training leaves all of them near 0 and 1, where statistics that get lost would not show. The scales are powers of
+    two, which cost no precision.
+    """
+    channels, generator = vae.config.latent_channels, torch.Generator().manual_seed(0)
+    scale = 2.0 ** torch.randint(-2, 3, (channels,), generator=generator)
+    mean = torch.randint(-6, 7, (channels,), generator=generator) / 4
+    to_latent, from_latent = vae.quant_conv, vae.post_quant_conv
+    to_latent.weight[:channels] *= scale[:, None, None, None]
+    to_latent.bias[:channels] = to_latent.bias[:channels] * scale + mean
+    to_latent.bias[channels:] += 2 * scale.log()  # logarithms of variances
+    from_latent.weight /= scale[:, None, None]
+    from_latent.bias -= from_latent.weight[:, :, 0, 0] @ mean
+    # The statistics are of 2 by 2 latents, side by side in the channels.
+    scale, mean, eps = scale.repeat_interleave(4), mean.repeat_interleave(4), vae.config.batch_norm_eps
+    vae.bn.running_mean.mul_(scale).add_(mean)
+    vae.bn.running_var.add_(eps).mul_(scale**2).sub_(eps)
 
 
 def edit_captions() -> dict[str, dict[str, str]]:
@@ -169,6 +191,7 @@ def main() -> None:
         models[name] = transformer.canonical(model, bits)
     added = lora.train_lora(args.work, model, vae, encoder, tokenizer, data["signal"], STAGES["lora"])
     loss_picture(args.work, STAGES, args.work / "losses.png")
+    spread_latents(vae)
     export.write(args.out, models, packed_encoder, tokenizer, vae, added)
     if args.layouts:
         export.write_layouts(args.out, args.layouts)

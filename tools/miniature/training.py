@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 _SAVE_EVERY = 100
-_COLOURS = ("#1b6f4a", "#c2452d", "#2f5fb3", "#9a6b1f", "#6b3fa0", "#444444")
+_COLOURS = ("#1b6f4a", "#c2452d", "#2f5fb3", "#9a6b1f", "#6b3fa0", "#444444", "#b03a83")
 
 
 def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ def loss_picture(folder: Path, names: Iterable[str], path: Path) -> None:
     width, height, margin = 900, 420, 30
     image = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(image)
-    for row, (name, colour) in enumerate(zip(names, _COLOURS, strict=False)):
+    for row, (name, colour) in enumerate(zip(names, _COLOURS, strict=True)):
         record = json.loads((folder / f"{name}.json").read_text())
         losses = torch.tensor(record["losses"])
         window = max(1, len(losses) // 50)
