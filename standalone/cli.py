@@ -65,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
 def _device(name: str | None) -> torch.device:
     if name is not None:
         return torch.device(name)
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    # Unchecked, it names what PyTorch was built for, which on Linux is CUDA also where there is no card.
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _table(results: dict[str, Result]) -> str:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from bonsai_image.ops.torch_backend import cpu_has_fast_bfloat16
+from bonsai_image.standalone import cli
 from bonsai_image.standalone.cli import main
 from bonsai_image.standalone.random_pack import write_random_pack
 
@@ -42,6 +43,13 @@ def test_demo_without_the_miniature_is_one_sentence(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(demo, "MINIATURE", tmp_path / "none")
     assert run("demo", "--out", tmp_path / "demo.png") == 2
     assert "clone the repository" in capsys.readouterr().err and not (tmp_path / "demo.png").exists()
+
+
+def test_pytorch_for_cuda_without_a_card_draws_on_the_cpu(monkeypatch):
+    """Such a PyTorch names CUDA, unless it is asked to check."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator",
+                        lambda check_available=False: None if check_available else torch.device("cuda"))
+    assert cli._device(None) == torch.device("cpu")
 
 
 def test_a_reference_that_is_no_image_is_one_sentence(pack, tmp_path, capsys):
