@@ -8,8 +8,8 @@ The activations keep their dtype; products are accumulated in FP32. GemLite read
 process-wide table and otherwise measures candidates for minutes. Ours are entered for the shapes that we multiply, and
 never replace an entry. They do not split K: a split is added up in the output dtype.
 
-So there is one candidate for every shape. Triton before 3.9 measures even that, with a device synchronisation, 256 MB of
-device memory and an eighth of a second for each shape; here it does not.
+So there is one candidate for every shape. Triton before 3.9 measures even that, with a device synchronisation, 256 MB
+of device memory and an eighth of a second for each shape; here it does not.
 """
 
 from __future__ import annotations
