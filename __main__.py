@@ -27,11 +27,16 @@ def _package() -> str:
 
 
 def main() -> int:
-    """Run one command. ``download`` needs no torch, so it does not import it."""
+    """Run one command; its exit status. ``download`` needs no torch, so it does not import it."""
     package = _package()
-    if sys.argv[1:2] == ["download"]:
-        return importlib.import_module(f"{package}.standalone.download").main(sys.argv[2:])
-    return importlib.import_module(f"{package}.standalone.cli").main()
+    try:
+        if sys.argv[1:2] == ["download"]:
+            return importlib.import_module(f"{package}.standalone.download").main(sys.argv[2:])
+        return importlib.import_module(f"{package}.standalone.cli").main()
+    except ModuleNotFoundError as missing:
+        print(f"bonsai-image: {sys.executable} has no {missing.name}: run this with the Python that runs ComfyUI, or "
+              "install it there with pip.", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

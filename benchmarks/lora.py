@@ -16,6 +16,8 @@ from types import SimpleNamespace
 import torch
 from linear import SHAPES, random_ternary
 
+if "COMFYUI_PATH" not in os.environ:
+    sys.exit("set COMFYUI_PATH to a ComfyUI checkout")
 sys.path.insert(0, os.environ["COMFYUI_PATH"])
 from comfy.cli_args import args as host_args
 

@@ -93,6 +93,8 @@ def save_transformer(model: Transformer, path: Path, target: str, base3: bool = 
     """
     if base3 and target != "comfy":
         raise PackError(path, "base 3 with the comfy format", f"the {target} format", "drop base 3")
+    if base3 and model.variant != "ternary":
+        raise PackError(model.path, "ternary weights, which base 3 stores", f"{model.variant} ones", "drop base 3")
     if target == "comfy" and path.suffix not in SAFETENSORS_SUFFIXES:
         raise PackError(path, f"a file name ending in {SAFETENSORS_SUFFIXES[0]}", f"{path.name!r}", "add the ending")
     if path.exists():

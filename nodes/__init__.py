@@ -13,6 +13,7 @@ from ..loaders import PackError, find_repository, load_transformer, save_transfo
 from ..ops import backends
 from ..ops.devices import DTYPES
 from . import models
+from .checks import shell_command
 from .info import describe
 
 _CATEGORY = "model/loaders/bonsai"
@@ -43,8 +44,8 @@ def _chosen(backend: str, precision: str) -> str:
     takes another, and so does every backend on a device of another kind."""
     problem = backends.problem(backend)
     if problem is not None:
-        raise ValueError(f"The backend {backend} cannot be used: {problem}; run pip as \"{sys.executable}\" -m pip, or "
-                         "set backend to auto.")
+        raise ValueError(f"The backend {backend} cannot be used: {problem}; run pip as "
+                         f"{shell_command(sys.executable, '-m', 'pip')}, or set backend to auto.")
     return backends.select(backend, precision)
 
 

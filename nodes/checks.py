@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +24,20 @@ def how_to_download(name: str) -> str:
     variant = "binary" if "binary" in name else "ternary"
     gemlite = "gemlite" in name
     repository = f"bonsai-image-{variant}-4B-{'gemlite' if gemlite else 'mlx'}-{1 if variant == 'binary' else 2}bit"
-    form = " --format gemlite" if gemlite else ""
     folder = folder_paths.get_folder_paths("diffusers")[0]
-    return (f'run "{sys.executable}" "{program}" download --variant {variant}{form} --to "{folder}" in a terminal, or '
-            f'put all of https://huggingface.co/prism-ml/{repository} into a folder of its name there, and press R')
+    form = ["--format", "gemlite"] if gemlite else []
+    command = shell_command(sys.executable, str(program), "download", "--variant", variant, *form, "--to", folder)
+    return (f"run {command} in a terminal, or put all of https://huggingface.co/prism-ml/{repository} into a folder "
+            "of its name there, and press R")
+
+
+def shell_command(*words: str) -> str:
+    """``words`` as they have to be typed into a terminal of this system."""
+    if os.name != "nt":
+        return shlex.join(words)
+    command = subprocess.list2cmdline(words)
+    # PowerShell takes a line that begins with a quoted path for a text, the older prompt knows no &.
+    return f"{command} (in PowerShell with & before it)" if command.startswith('"') else command
 
 
 def install(patcher, text_width: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from . import int8_reference, torch_backend
-from .choice import Card, candidates, gemlite_problem, gemlite_refusal, int8_refusal
+from .choice import NO_TRITON, Card, candidates, gemlite_problem, gemlite_refusal, int8_refusal
 
 #: What this module is asked for: ``triton`` chooses the fastest exact way, ``gemlite`` prefers GemLite for any number
 #: of rows, ``int8`` rounds activations to int8.
@@ -125,7 +125,7 @@ def problem(policy: str) -> str | None:
     """Why what is installed cannot serve ``policy`` (``triton`` or ``gemlite``) on any device, or None."""
     if policy == "gemlite":
         return gemlite_problem(_version("gemlite"), _version("triton"))
-    return None if TRITON_INSTALLED else "triton is not installed (pip install triton)"
+    return None if TRITON_INSTALLED else NO_TRITON
 
 
 @functools.cache

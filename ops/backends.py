@@ -42,7 +42,8 @@ def problem(backend: str) -> str | None:
 
 def resolve(backend: str, device: torch.device) -> str:
     """The name of the backend that serves ``backend`` (from :func:`select`) on ``device``."""
-    if backend == "mlx" or (backend == "auto" and mlx_backend.is_apple_silicon(device)):
+    # Where fast has no kernel it means exact, and exact is MLX there.
+    if backend == "mlx" or (backend in ("auto", "int8") and mlx_backend.is_apple_silicon(device)):
         return "mlx" if mlx_backend.available() else "torch"
     if backend == "torch" or not accelerator.serves(device):
         return "torch"

@@ -34,6 +34,9 @@ INT8_GROUPS = (32, 64, 128)
 #: What the Triton kernels compute in.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+#: Linux gets Triton with PyTorch, Windows does not.
+NO_TRITON = "triton is not installed (pip install triton, on Windows pip install triton-windows)"
+
 _AMPERE = (8, 0)
 
 
@@ -94,14 +97,15 @@ def gemlite_problem(gemlite: str | None, triton: str | None) -> str | None:
 
     Sources: GemLite 0.5.1 uses what Triton 3.8 removed; 0.6 needs Triton 3.6.
     """
-    if gemlite is None or triton is None:
-        missing = "gemlite" if gemlite is None else "triton"
-        return f"{missing} is not installed (pip install {missing})"
+    if gemlite is None:
+        return "gemlite is not installed (pip install gemlite, on Windows pip install --no-deps gemlite)"
+    if triton is None:
+        return NO_TRITON
     old, triton_release = _release(gemlite) < (0, 6), _release(triton)
     if old and triton_release >= (3, 8):
         return f"gemlite {gemlite} does not work with triton {triton}; update it (pip install --upgrade gemlite)"
     if not old and triton_release < (3, 6):
-        return f"gemlite {gemlite} needs triton 3.6, found {triton}"
+        return f"gemlite {gemlite} needs triton 3.6 or newer, found {triton}; update PyTorch, which brings it"
     return None
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -15,9 +16,11 @@ from ..loaders import TARGETS, PackError, find_repository, load_transformer, sav
 from ..loaders.files import tensor_files
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
-from . import demo
-from .generate import SIZE_STEP, Result, generate, save_png
 from .inspect import inspect, report
+
+# What draws needs diffusers, which ComfyUI does not bring; the other commands do without it.
+if TYPE_CHECKING:
+    from .generate import Result
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,8 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prompt", required=True)
     command.add_argument("--image", type=Path, action="append", default=[], help="a reference to edit (repeatable)")
     command.add_argument("--transformer", type=Path, help="another diffusion model, in any format, for the pack's own")
-    command.add_argument("--width", type=int, default=1024, help=f"pixels, a multiple of {SIZE_STEP}")
-    command.add_argument("--height", type=int, default=1024, help=f"pixels, a multiple of {SIZE_STEP}")
+    command.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16")
+    command.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16")
     command.add_argument("--out", type=Path, default=Path("bonsai.png"))
 
     command = commands.add_parser("demo", parents=[drawing], help="draw a contact sheet with a trained miniature")
@@ -63,10 +66,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _device(name: str | None) -> torch.device:
-    if name is not None:
-        return torch.device(name)
     # Unchecked, it names what PyTorch was built for, which on Linux is CUDA also where there is no card.
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if name is None:
+        return best
+    # PyTorch has a different exception for each way in which a device can be missing.
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} is nothing that this PyTorch can use; leave it out for {best}.") from error
+    return torch.device(name)
 
 
 def _table(results: dict[str, Result]) -> str:
@@ -95,6 +104,8 @@ def _reference(path: Path) -> Image.Image:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    from .generate import generate
+
     device, dtype, backend = _run_on(args)
     result = generate(args.pack, [args.prompt], device, dtype, backend, args.width, args.height, args.steps, args.seed,
                       progress=not args.json, images=[_reference(path) for path in args.image],
@@ -108,6 +119,9 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    from . import demo
+    from .generate import save_png
+
     device, dtype, backend = _run_on(args)
     results = demo.draw(device, dtype, backend, args.steps, args.seed, progress=not args.json)
     save_png(demo.sheet(results), {name: result.settings for name, result in results.items()}, args.out)

@@ -71,7 +71,7 @@ def test_other_dtypes_stay_with_torch():
     (HOPPER, None, "3.9.0", "gemlite is not installed"),
     (HOPPER, "0.5.1.post1", "3.8.0", "gemlite 0.5.1.post1 does not work with triton 3.8.0"),
     (HOPPER, "0.5.1", "3.10.0", "gemlite 0.5.1 does not work with triton 3.10.0"),
-    (HOPPER, "0.6.0", "3.5.1", "gemlite 0.6.0 needs triton 3.6, found 3.5.1"),
+    (HOPPER, "0.6.0", "3.5.1", "gemlite 0.6.0 needs triton 3.6 or newer, found 3.5.1"),
     (TURING, "0.6.0", "3.9.0", "sm_75"),
     (RADEON, "0.6.0", "3.9.0", "RX 7900 XTX"),
 ])
@@ -82,8 +82,9 @@ def test_what_gemlite_cannot_serve_is_refused_by_name(card, gemlite, triton, sai
 
 @pytest.mark.parametrize(("gemlite", "triton", "said"), [
     ("0.6.0", "3.9.0", None),
-    (None, "3.9.0", "gemlite is not installed (pip install gemlite)"),
-    ("0.6.0", None, "triton is not installed (pip install triton)"),
+    (None, "3.9.0", "gemlite is not installed (pip install gemlite,"),
+    ("0.6.0", None, "on Windows pip install triton-windows"),
+    ("0.6.0", "3.5.1", "update PyTorch"),
     ("0.5.1", "3.8.0", "update it (pip install --upgrade gemlite)"),
 ])
 def test_what_is_installed_is_judged_without_a_card(gemlite, triton, said):
@@ -124,6 +125,20 @@ def test_refusals_are_logged_once(monkeypatch, caplog):
 def test_backends_resolve(monkeypatch, backend, precision, device, triton, resolved):
     monkeypatch.setattr(accelerator, "TRITON_INSTALLED", triton)
     assert backends.resolve(backends.select(backend, precision), device) == resolved
+
+
+@pytest.mark.parametrize(("backend", "precision", "installed", "resolved"), [
+    ("auto", "exact", True, "mlx"),
+    ("auto", "fast", True, "mlx"),
+    ("mlx", "exact", True, "mlx"),
+    ("torch", "exact", True, "torch"),
+    ("auto", "exact", False, "torch"),
+    ("auto", "fast", False, "torch"),
+])
+def test_backends_resolve_on_a_mac(monkeypatch, backend, precision, installed, resolved):
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    monkeypatch.setattr(backends.mlx_backend, "available", lambda: installed)
+    assert backends.resolve(backends.select(backend, precision), torch.device("mps")) == resolved
 
 
 @pytest.mark.parametrize("backend", ["torch", "gemlite"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ from bonsai_image.standalone.random_pack import write_random_pack
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
     return write_random_pack(tmp_path_factory.mktemp("cli") / "bonsai-mini")
+
+
+#: The binary diffusion model of the trained miniature.
+BINARY = Path(__file__).parent.parent / "miniature" / "binary.safetensors"
 
 
 def run(*argv) -> int:
@@ -50,6 +55,24 @@ def test_pytorch_for_cuda_without_a_card_draws_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator",
                         lambda check_available=False: None if check_available else torch.device("cuda"))
     assert cli._device(None) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["meta", "nonsense"])
+def test_a_device_that_is_not_there_is_one_sentence(tmp_path, capsys, device):
+    assert run("demo", "--out", tmp_path / "demo.png", "--device", device) == 2
+    error = capsys.readouterr().err
+    assert device in error and "leave it out for" in error and len(error.strip().splitlines()) == 1
+
+
+def test_what_draws_nothing_does_without_diffusers(pack, tmp_path):
+    """As in a Python that runs ComfyUI, which brings none."""
+    code = "import sys; sys.modules['diffusers'] = None; from bonsai_image.__main__ import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, "inspect", pack], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", code, "generate", "--pack", pack, "--prompt", "x"],
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"bonsai-image: {sys.executable} has no diffusers")
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_reference_that_is_no_image_is_one_sentence(pack, tmp_path, capsys):
@@ -120,6 +143,9 @@ def test_convert_never_touches_an_existing_file_and_leaves_nothing_behind(pack, 
     assert target.read_bytes() == b"precious" and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
     assert "existing" in capsys.readouterr().err
     assert run("convert", pack, tmp_path / "b", "--to", "mlx", "--base3") == 2
+    assert run("convert", BINARY, tmp_path / "b.safetensors", "--to", "comfy", "--base3") == 2
+    assert "binary.safetensors: expected ternary weights, which base 3 stores, found binary ones; drop base 3." in \
+        capsys.readouterr().err
     assert run("convert", pack, tmp_path / "b", "--to", "comfy") == 2
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 

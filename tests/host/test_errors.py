@@ -17,7 +17,7 @@ import torch
 
 from bonsai_image import nodes
 from bonsai_image.loaders import PackError
-from bonsai_image.nodes import models
+from bonsai_image.nodes import checks, models
 from bonsai_image.ops import accelerator, mlx_backend
 
 TEXT_WIDTH = 3 * 2560
@@ -58,6 +58,15 @@ def test_a_missing_pack_prints_the_command_of_this_installation(tmp_path, monkey
     shown = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, env={})
     assert shown.returncode == 0 and "--variant" in shown.stdout
     assert "--format gemlite" in said("bonsai-image-ternary-4B-gemlite-2bit").split("--to")[0]
+
+
+def test_a_command_for_windows_starts_without_quotes_or_says_what_powershell_needs(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checks.os, "name", "nt")
+        plain = checks.shell_command(r"C:\ComfyUI\python.exe", r"C:\My Files\__main__.py", "download")
+        spaced = checks.shell_command(r"C:\My Files\python.exe", "-m", "pip")
+    assert plain == r'C:\ComfyUI\python.exe "C:\My Files\__main__.py" download'
+    assert spaced == r'"C:\My Files\python.exe" -m pip (in PowerShell with & before it)'
 
 
 @pytest.mark.parametrize("node", [nodes.BonsaiModelLoader, nodes.BonsaiTextEncoderLoader])
@@ -177,7 +186,7 @@ def _versions(gemlite: str, triton: str):
     ("gemlite", lambda patch: _without(patch, "gemlite"), "gemlite is not installed"),
     ("gemlite", lambda patch: _without(patch, "triton"), "is not installed"),
     ("gemlite", _versions("0.5.1", "3.8.0"), "gemlite 0.5.1 does not work with triton 3.8.0"),
-    ("gemlite", _versions("0.6.0", "3.5.1"), "gemlite 0.6.0 needs triton 3.6"),
+    ("gemlite", _versions("0.6.0", "3.5.1"), "gemlite 0.6.0 needs triton 3.6 or newer"),
     ("triton", lambda patch: patch.setattr(accelerator, "TRITON_INSTALLED", False), "triton is not installed"),
     ("mlx", lambda patch: _without(patch, "mlx"), "MLX is not installed"),
     ("mlx", _old_mlx, "is too old"),
