@@ -1,4 +1,4 @@
-"""Our Triton kernels without a GPU: through the interpreter against plain torch, and compiled for four generations."""
+"""Our Triton kernels without a GPU: through the interpreter against plain torch, and compiled for six architectures."""
 
 from __future__ import annotations
 

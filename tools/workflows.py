@@ -128,7 +128,7 @@ def text_to_image_fast_and_small() -> list[Column]:
 def reference_edit() -> list[Column]:
     weakness = note("Editing: what to expect", (
         "The graph is the one of FLUX.2 Klein, but **editing is the known weak side of weights of 1 to 2 bits**: "
-        "who tried it found the results poor. Expect parts of the picture to change that should have stayed."
+        "a user who tried it found the results quite poor. Expect parts of the picture to change that should have stayed."
         "\n\nTry a few seeds and a short, plain instruction. Where the original must be kept, use FLUX.2 Klein 4B "
         "itself: the same graph with ComfyUI's own loaders.\n"), 200)
     reference = Node("reference", "ReferenceLatent", 240, [], {"conditioning": ("prompt", 0), "latent": ("encode", 0)},
@@ -145,8 +145,8 @@ def image_to_image() -> list[Column]:
     weakness = note("Image to image: what to expect", (
         "The picture is covered with noise and drawn again from there: *How much to change* is the part of the steps "
         "that is drawn. 6 steps at 0.67 draw 4. Only whole steps count, so take more steps for finer choices.\n\n"
-        "Lower: closer to your picture. Like editing, this is a **known weak side of weights of 1 to 2 bits**: "
-        "expect details to change even at low values.\n"), 200)
+        "Lower: closer to your picture. How well **weights of 1 to 2 bits** do this has not been measured; expect "
+        "details to change even at low values.\n"), 200)
     text = where_the_pack_goes(TERNARY) + "Describe the **whole** picture that you want, not the change.\n"
     return [Column(0, [model(text, 150), picture()]),
             Column(230, [prompt("An ink and watercolour drawing of a girl in a meadow, loose lines, warm paper"),
