@@ -1,7 +1,7 @@
 """LoRA beside the codes: what the host attaches to a linear's weight is added to the product, never to the weight.
 
 The host's loaders put patches into ``patcher.patches`` (and, for scheduled LoRA, ``patcher.hook_patches``). After every
-load of the model, and whenever hooks change, :func:`attach` turns them into side paths and hands these to the Linears.
+load of the model, and whenever hooks come or go, :func:`attach` turns them into side paths and hands these to the Linears.
 A plain LoRA (also a LoCon one on a linear) and a LoKr stay in factored form; every other kind (DoRA, LoHa, GLoRA, OFT,
 BOFT, plain differences, merges) becomes the difference it makes to this one weight, computed in FP32 by the host's own
 code each time it is needed, and is multiplied beside the weight as well. The few dense linears of the model are treated
@@ -18,7 +18,7 @@ import comfy.hooks
 import comfy.lora
 import comfy.weight_adapter
 import torch
-from comfy.patcher_extension import CallbacksMP
+from comfy.patcher_extension import CallbacksMP, PatcherInjection
 from torch.nn.functional import linear
 
 from ..ops.packed import is_packed
@@ -26,6 +26,8 @@ from .operations import HostLinear
 
 #: (strength, value, strength of the weight itself, offset or None, function or None), as ``ModelPatcher`` stores them.
 Patch = tuple[float, Any, float, tuple[int, int, int] | None, Any]
+
+_KEY = "bonsai_image"
 
 
 @dataclass(frozen=True)
@@ -129,17 +131,24 @@ def _moved(adapter, device: torch.device):
     return type(adapter)(adapter.loaded_keys, weights)
 
 
-def attach(patcher, hooks=None) -> None:
-    """Give every Linear of ``patcher``'s model the side paths of the patches and ``hooks`` in force."""
-    hook_patches = patcher.get_combined_hook_patches(hooks)
-    device = patcher.load_device
+def attach(patcher) -> None:
+    """Give every Linear of ``patcher``'s model the side paths of the patches and hooks in force."""
+    hook_patches = patcher.get_combined_hook_patches(patcher.current_hooks)
     for name, module in patcher.model.named_modules():
         if isinstance(module, HostLinear):
             key = f"{name}.weight"
-            patches = [*patcher.patches.get(key, ()), *hook_patches.get(key, ())]
-            module.side_paths = side_paths(patches, key, module.weight.shape, device)
+            patches = (*patcher.patches.get(key, ()), *hook_patches.get(key, ()))
+            # The host asks for this several times a prompt.
+            if not _same(patches, module.patches):
+                module.side_paths = side_paths(patches, key, module.weight.shape, patcher.load_device)
+                module.patches = patches
             # Under dynamic VRAM the host has left the patch here, to merge it into the weight.
             module.weight_lowvram_function = None
+
+
+def _same(one: Sequence[Patch], other: Sequence[Patch]) -> bool:
+    # Equal is no question for tensors; patches are never changed in place.
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def detach(patcher, unpatch_all: bool) -> None:
@@ -148,13 +157,13 @@ def detach(patcher, unpatch_all: bool) -> None:
     if unpatch_all:
         for module in patcher.model.modules():
             if isinstance(module, HostLinear):
-                module.side_paths = ()
+                module.side_paths = module.patches = ()
 
 
 def install(patcher) -> None:
     """Keep the side paths of ``patcher`` and of its clones in step with the host."""
-    patcher.add_callback(CallbacksMP.ON_LOAD, lambda patcher, *_: attach(patcher))
-    patcher.add_callback(CallbacksMP.ON_APPLY_HOOKS, attach)
+    # An injection is what the host puts back after whatever it does to patches and hooks.
+    patcher.set_injections(_KEY, [PatcherInjection(attach, lambda patcher: None)])
     patcher.add_callback(CallbacksMP.ON_DETACH, detach)
     # The other mode caches dense weights, which a packed one cannot take back.
     patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram

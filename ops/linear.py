@@ -7,6 +7,7 @@ packed or dense. A host adapter subclasses them to add its own weight management
 from __future__ import annotations
 
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 from torch import nn
 
 from . import backends, torch_backend
@@ -34,6 +35,14 @@ def embedding(indices: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype | 
     return nn.functional.embedding(indices, weight).to(dtype)
 
 
+def _parameter(tensor: torch.Tensor) -> nn.Parameter:
+    if not is_packed(tensor):
+        return nn.Parameter(tensor, requires_grad=False)
+    # Hosts use a model in inference mode, but unload it outside. Only a wrapper from inside can be handled in both.
+    with torch.inference_mode():
+        return nn.Parameter(QuantizedTensor(tensor._qdata, tensor._layout_cls, tensor._params), requires_grad=False)
+
+
 class PackedModule(nn.Module):
     """Common to the layers below: a ``weight`` that may be packed, and is empty until a state dict brings it.
 
@@ -55,10 +64,10 @@ class PackedModule(nn.Module):
         elif tuple(weight.shape) != self.weight_shape:
             error_msgs.append(f"{prefix}weight: expected shape {self.weight_shape}, found {tuple(weight.shape)}")
         else:
-            self.weight = nn.Parameter(weight, requires_grad=False)
+            self.weight = _parameter(weight)
         bias = state_dict.get(f"{prefix}bias")
         if bias is not None:
-            self.bias = nn.Parameter(bias, requires_grad=False)
+            self.bias = _parameter(bias)
         known = (f"{prefix}weight", f"{prefix}bias")
         unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
 
@@ -90,7 +99,7 @@ class PackedModule(nn.Module):
         # nn.Module would assign into param.data, which a QuantizedTensor does not support.
         for name, parameter in self._parameters.items():
             if parameter is not None:
-                self._parameters[name] = nn.Parameter(fn(parameter), requires_grad=False)
+                self._parameters[name] = _parameter(fn(parameter))
         return self
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import comfy.hooks
 import comfy.model_management
 import comfy.sample
@@ -212,7 +214,7 @@ def test_scheduled_lora_through_hooks(packed_model, dense_model, tensors):
         noise = torch.randn(1, 128, 4, 6, generator=torch.Generator().manual_seed(3))
         context = torch.randn(1, 512, 3 * 2560, generator=torch.Generator().manual_seed(4))
         conditioning = comfy.hooks.set_hooks_for_conditioning([[context, {}]], hooks)
-        return comfy.sample.sample(model.clone(), noise, 4, 1.0, "euler", "simple", conditioning, conditioning,
+        return comfy.sample.sample(model, noise, 4, 1.0, "euler", "simple", conditioning, conditioning,
                                    torch.zeros_like(noise), seed=3)
 
     before = codes_of(packed_model)
@@ -221,6 +223,33 @@ def test_scheduled_lora_through_hooks(packed_model, dense_model, tensors):
     assert relative(actual, expected) < 1e-4
     assert all(map(torch.equal, before, codes_of(packed_model)))
     assert torch.equal(run(packed_model), actual)
+    # The host does not load the model again for a prompt that follows.
+    assert relative(sample(packed_model), sample(dense_model)) < 1e-4
+
+
+def test_lora_on_the_text_encoder_scheduled_through_hooks(pack):
+    """One encoding for each strength, as if each had a LoRA of its own; and none is left behind."""
+    from comfy_extras.nodes_hooks import SetClipHooks
+
+    clip = models.load_clip(str(pack / "text_encoder-mlx-4bit"), "fp32")
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(128, 4, generator=generator), torch.randn(4, 2560, generator=generator) * 0.01
+    name = "text_encoders.qwen3_4b.transformer.model.layers.3.mlp.gate_proj"
+    file = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+    tokens = clip.tokenize("a bonsai")
+    expected = [comfy.sd.load_lora_for_models(None, clip, file, 0.0, strength)[1].encode_from_tokens(tokens)
+                for strength in (0.7, 0.35)]
+    hooks = comfy.hooks.create_hook_lora(dict(file), 0.0, 0.7)
+    frames = comfy.hooks.HookKeyframeGroup()
+    frames.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.0))
+    frames.add(comfy.hooks.HookKeyframe(strength=0.5, start_percent=0.5))
+    hooks.set_keyframes_on_hooks(frames)
+    (scheduled,) = SetClipHooks().apply_hooks(clip, True, False, hooks)
+    actual = [cond for cond, _ in scheduled.encode_from_tokens_scheduled(tokens)]
+    assert len(actual) == 2 and relative(*expected) > 1e-4
+    assert all(relative(*pair) < 1e-5 for pair in zip(actual, expected, strict=True))
+    assert torch.equal(clip.encode_from_tokens(tokens), models.load_clip(
+        str(pack / "text_encoder-mlx-4bit"), "fp32").encode_from_tokens(tokens))
 
 
 def test_the_same_prompt_again_keeps_the_lora(packed_model, dense_model, tensors, inputs):
@@ -269,6 +298,36 @@ def test_adapters_are_let_go_with_the_model(packed_model, tensors, inputs):
     assert any(layer.side_paths for layer in layers)
     comfy.model_management.unload_all_models()
     assert not any(layer.side_paths for layer in layers)
+
+
+@pytest.mark.parametrize("kind", ["model", "clip"])
+def test_models_are_unloaded_outside_inference_mode(pack, transformer, tensors, inputs, kind):
+    """As the server does it between two prompts, which run inside; with another LoRA, and none, afterwards."""
+    if kind == "model":
+        files = [Maker(tensors, seed).file("lora") for seed in (1, 2)]
+        load = functools.partial(models.load_model, str(transformer), "fp32")
+        patched, run = with_lora, lambda model: host_forward(model, inputs)
+    else:
+        name = "text_encoders.qwen3_4b.transformer.model.layers.3.mlp.gate_proj"
+        files = [{f"{name}.lora_up.weight": torch.ones(128, 1), f"{name}.lora_down.weight": torch.full((1, 2560), value)}
+                 for value in (0.01, 0.02)]
+        load = functools.partial(models.load_clip, str(pack / "text_encoder-mlx-4bit"), "fp32")
+
+        def patched(clip, file):
+            return comfy.sd.load_lora_for_models(None, clip, file, 0.0, 1.0)[1]
+
+        def run(clip):
+            return clip.encode_from_tokens(clip.tokenize("a bonsai"))
+
+    with torch.inference_mode():
+        fresh = load()
+        expected = [run(fresh), *(run(patched(fresh, file)) for file in files)]
+        model = load()
+    for turns in ((0, 1, 2), (1, 2, 0), (2, 0)):
+        with torch.inference_mode():
+            for turn in turns:
+                assert torch.equal(run(patched(model, files[turn - 1]) if turn else model), expected[turn])
+        comfy.model_management.unload_all_models()
 
 
 def test_merging_two_bonsai_models_works_densely(transformer, dense_model, tensors, inputs, tmp_path):
