@@ -11,7 +11,7 @@ from pathlib import Path
 
 import comfy.model_management
 import folder_paths
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import PatcherInjection, WrappersMP
 
 _KEY = "bonsai_image"
 #: Pixels along each side of one position of the latent.
@@ -73,14 +73,23 @@ def name_out_of_memory(patcher, methods: tuple[str, ...], advice: str) -> None:
 
     The host still sees that memory ran out: a VAE is tried again in tiles, and ``advice`` is read if these fail too.
     """
-    for name in methods:
-        patcher.add_object_patch(name, _advising(getattr(patcher.model, name), advice))
+    # Not an object patch: those of a clone for another device would call the first model.
+    def inject(patcher) -> None:
+        for name in methods:
+            setattr(patcher.model, name, _advising(getattr(type(patcher.model), name), patcher.model, advice))
+
+    def eject(patcher) -> None:
+        for name in methods:
+            # A clone of the patcher may have been here before.
+            vars(patcher.model).pop(name, None)
+
+    patcher.set_injections(f"{_KEY}_memory", [PatcherInjection(inject, eject)])
 
 
-def _advising(method: Callable, advice: str) -> Callable:
+def _advising(method: Callable, model, advice: str) -> Callable:
     def run(*args, **kwargs):
         try:
-            return method(*args, **kwargs)
+            return method(model, *args, **kwargs)
         except Exception as error:
             if not comfy.model_management.is_oom(error):
                 raise

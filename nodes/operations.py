@@ -53,16 +53,15 @@ class HostLinear(PackedLinear, comfy.ops.CastWeightBiasOp):
 
 
 class HostEmbedding(PackedEmbedding, comfy.ops.CastWeightBiasOp):
-    """An Embedding under the host's weight management; only the rows that are looked up are ever dequantised."""
+    """An Embedding under the host's weight management; only the rows that are looked up are ever converted."""
 
     comfy_cast_weights = True
 
     def forward(self, indices: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         comfy.ops.run_every_op()
         dtype = out_dtype or self.weight.dtype
-        packed = is_packed(self.weight) and not self.weight_function
         weight, _, stream = comfy.ops.cast_bias_weight(
-            self, dtype=self.weight.dtype if packed else dtype, device=indices.device, bias_dtype=dtype,
+            self, dtype=dtype if self.weight_function else self.weight.dtype, device=indices.device, bias_dtype=dtype,
             offloadable=True)
         result = embedding(indices, weight, dtype)
         comfy.ops.uncast_bias_weight(self, weight, None, stream)

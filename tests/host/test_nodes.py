@@ -136,6 +136,20 @@ def test_clone_for_another_device_reloads_the_file(transformer, inputs):
     assert torch.equal(host_forward(clone, inputs), expected)
 
 
+def test_a_vae_cloned_for_another_device_decodes_with_its_own_weights(pack):
+    vae = models.load_vae_model(str(pack / "vae"))
+    latent = torch.randn(1, 128, 2, 2, generator=torch.Generator().manual_seed(0))
+    expected = vae.decode(latent)
+    clone = vae.patcher.deepclone_multigpu(torch.device("cpu"))
+    comfy.model_management.load_models_gpu([clone])
+    with torch.no_grad():
+        for parameter in vae.first_stage_model.parameters():
+            parameter.zero_()
+    assert clone.model is not vae.first_stage_model
+    vae.patcher, vae.first_stage_model = clone, clone.model
+    assert torch.equal(vae.decode(latent), expected)
+
+
 def test_cancel_is_noticed_inside_a_step(transformer, inputs):
     model = models.load_model(str(transformer), "fp32")
     expected = host_forward(model, inputs)
