@@ -3,9 +3,12 @@
     python benchmarks/gpu.py --out gpu.json          # needs a GPU; COMFYUI_PATH adds the rows of the real host
     python benchmarks/gpu.py --tiny                  # the same code on a CPU in minutes; the figures mean nothing
 
-All weights are random, of full size, made on the fly (about 5 GB in a temporary folder, 40 GB of memory). The dense
-model is the packed one expanded (in its load time), so that both compute the same and their latents compare. Every
-measurement runs in a process of its own with an empty Triton cache. Exits with 1 if a result is wrong.
+All weights are random, of full size, made on the fly (about 5 GB in a temporary folder, or kept in ``--packs FOLDER``;
+40 GB of memory). The dense model is the packed one expanded (in its load time), so that both compute the same and their
+latents compare. Every measurement runs in a process of its own with an empty Triton cache; its row is printed, and
+``--out`` written, as soon as it is done, so that what was measured before an interruption is not lost. ``--cases``
+chooses some by parts of their names, such as ``comfyui-default`` or ``embedded``, with the dense one to compare with.
+Exits with 1 if a result is wrong.
 """
 
 from __future__ import annotations
@@ -39,11 +42,14 @@ TINY_VAE = {**VAE, "decoder_block_out_channels": (32, 64, 128, 128)}
 #: Latents of the exact ways may differ from the dense model's by the rounding of 16-bit activations over four steps.
 LATENT_TOLERANCE = 0.05
 
+_FLAGS = {"resident": ["--highvram"], "default": [], "novram": ["--novram"], "cpu": ["--cpu"]}
+
 
 def write_packs(folder: Path, tiny: bool) -> dict[str, Path]:
     klein, text, vae = (TINY_KLEIN, TINY_QWEN3, TINY_VAE) if tiny else (KLEIN, QWEN3, VAE)
-    return {name: random_pack.write_random_pack(folder / name, bits, 0, klein, text, vae)
-            for name, bits in (("ternary", 2), ("binary", 1))}
+    packs = {name: (folder / name, bits) for name, bits in (("ternary", 2), ("binary", 1))}
+    return {name: path if path.is_dir() else random_pack.write_random_pack(path, bits, 0, klein, text, vae)
+            for name, (path, bits) in packs.items()}
 
 
 def plan(packs: dict[str, Path], device: str, tiny: bool, comfyui: str | None) -> list[dict]:
@@ -55,30 +61,36 @@ def plan(packs: dict[str, Path], device: str, tiny: bool, comfyui: str | None) -
     models = [("dense", "exact"), ("ternary", "exact"), ("ternary", "fast"), ("binary", "exact"), ("binary", "fast")]
     return [{"kind": host, "mode": mode, "variant": variant, "precision": precision, "device": device,
              "name": f"{host}-{mode}-{variant}-{precision}", "comfyui": comfyui, "tiny": tiny,
+             "flags": _FLAGS[mode],
              "pack": str(packs["binary" if variant == "binary" else "ternary"]),
              "sizes": (64, 96) if tiny else (512, 1024), "new_size": 80 if tiny else 768,
              "repeats": 1 if tiny else 3}
             for host, mode in hosts for variant, precision in models]
 
 
-def run(case: dict) -> dict:
+def run(case: dict, seconds: float) -> dict:
     """One case in a process of its own. What fails is reported in its row, and the others still run."""
     with tempfile.TemporaryDirectory() as cache:
         # In a folder of its own: ComfyUI writes a log where it runs.
-        done = subprocess.run([sys.executable, str(CASE), json.dumps(case)], capture_output=True, text=True, cwd=cache,
-                              env={**os.environ, "TRITON_CACHE_DIR": cache,
-                                   "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)})
+        try:
+            done = subprocess.run([sys.executable, str(CASE), json.dumps(case)], capture_output=True, text=True,
+                                  cwd=cache, timeout=seconds,
+                                  env={**os.environ, "TRITON_CACHE_DIR": cache,
+                                       "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)})
+        except subprocess.TimeoutExpired:
+            return {"failed": f"not done after {seconds:.0f} s"}
     if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+        return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def difference(latents: Path, case: dict, size: int) -> float | None:
-    """Relative difference of the final latent to the dense model's in the same host; only ternary has that twin."""
-    if case["variant"] != "ternary":
+    """Relative difference of the final latent to the dense model's in the same host; only ternary has that twin, and
+    not where the dense model did not fit."""
+    twin = latents / f"{case['kind']}-{case['mode']}-dense-exact-{size}.pt"
+    if case["variant"] != "ternary" or not twin.exists():
         return None
-    a, b = (torch.load(latents / f"{name}-{size}.pt", weights_only=True).float()
-            for name in (case["name"], f"{case['kind']}-{case['mode']}-dense-exact"))
+    a, b = (torch.load(path, weights_only=True).float() for path in (latents / f"{case['name']}-{size}.pt", twin))
     return float((a - b).norm() / b.norm())
 
 
@@ -110,66 +122,84 @@ def kernel_lines(kernels: dict) -> list[str]:
     return lines
 
 
-def image_lines(results: list[tuple[dict, dict]]) -> list[str]:
-    """One line for each model, host, mode and size. Ratios are dense time over this time: above 1 is faster."""
-    lines = [f"{'host':<9}{'mode':<9}{'model':<15}{'size':>5}{'step s':>9}{'ratio':>7}{'image s':>9}{'ratio':>7}"
-             f"{'first s':>9}{'load s':>8}{'new':>6}{'peak MB: encode':>16}{'denoise':>9}{'decode':>8}{'latent':>8}"]
-    dense: dict[tuple, dict] = {}
-    for case, result in results:
-        head = f"{case['kind']:<9}{case['mode']:<9}{case['variant'] + ' ' + case['precision']:<15}"
-        if "failed" in result:
-            lines.append(f"{head} failed: {result['failed']}")
-            continue
-        new = result["new_resolution"]
-        for size, figures in result["sizes"].items():
-            if case["variant"] == "dense":
-                dense[case["kind"], case["mode"], size] = figures
-            base, peak = dense.get((case["kind"], case["mode"], size)), figures["peak_mb"]
-            ratios = [f"{base[key] / figures[key]:>7.2f}" if base else f"{'-':>7}"
-                      for key in ("step_seconds", "image_seconds")]
-            latent = figures.get("latent_difference")
-            lines.append(
-                f"{head}{size:>5}{figures['step_seconds']:>9.4f}{ratios[0]}{figures['image_seconds']:>9.3f}{ratios[1]}"
-                f"{result['first_image_seconds']:>9.2f}{result['load_seconds']:>8.1f}"
-                f"{new['first_seconds'] / new['warm_seconds']:>6.2f}{peak['encode']:>16.0f}{peak['denoise']:>9.0f}"
-                f"{peak['decode']:>8.0f}{'-' if latent is None else f'{latent:.4f}':>8}")
+#: The head of the table that :func:`image_lines` makes.
+IMAGE_HEAD = (f"{'host':<9}{'mode':<9}{'model':<15}{'size':>5}{'step s':>9}{'ratio':>7}{'image s':>9}{'ratio':>7}"
+              f"{'first s':>9}{'load s':>8}{'new':>6}{'peak MB: encode':>16}{'denoise':>9}{'decode':>8}{'latent':>8}")
+
+
+def image_lines(case: dict, result: dict, dense: dict | None) -> list[str]:
+    """One line for each size. Ratios are the time of ``dense``, the result of the dense model in the same host and
+    mode, over this time: above 1 is faster."""
+    head = f"{case['kind']:<9}{case['mode']:<9}{case['variant'] + ' ' + case['precision']:<15}"
+    if "failed" in result:
+        return [f"{head} failed: {result['failed']}"]
+    lines, new = [], result["new_resolution"]
+    for size, figures in result["sizes"].items():
+        base, peak = (dense or {}).get("sizes", {}).get(size), figures["peak_mb"]
+        ratios = [f"{base[key] / figures[key]:>7.2f}" if base else f"{'-':>7}"
+                  for key in ("step_seconds", "image_seconds")]
+        latent = figures["latent_difference"]
+        lines.append(
+            f"{head}{size:>5}{figures['step_seconds']:>9.4f}{ratios[0]}{figures['image_seconds']:>9.3f}{ratios[1]}"
+            f"{result['first_image_seconds']:>9.2f}{result['load_seconds']:>8.1f}"
+            f"{new['first_seconds'] / new['warm_seconds']:>6.2f}{peak['encode']:>16.0f}{peak['denoise']:>9.0f}"
+            f"{peak['decode']:>8.0f}{'-' if latent is None else f'{latent:.4f}':>8}")
     return lines
+
+
+def measure_kernels(report: dict, device: str, tiny: bool, seconds: float) -> list[str]:
+    """Print and note the kernels; what is wrong with them."""
+    kernels = report["kernels"] = run({"kind": "kernels", "device": device, "tiny": tiny}, seconds)
+    if "failed" in kernels:
+        return [f"kernels: {kernels['failed']}"]
+    print("\n".join(kernel_lines(kernels)))
+    print(f"rows up to which gemlite is fastest on every layer: {kernels['gemlite_rows']}\n", flush=True)
+    return [f"{r['way']} {r['n']} x {r['k']} rows {r['rows']}: error {r['error']:.2e}"
+            for r in kernels["rows"] if not r["error"] <= r["tolerance"]]
+
+
+def measure_image(case: dict, latents: Path, report: dict, dense: dict, seconds: float) -> list[str]:
+    """Print and note one case; what is wrong with it. ``dense`` collects the results to compare with."""
+    result, wrong = run({**case, "latents": str(latents)}, seconds), []
+    for size, figures in result.get("sizes", {}).items():
+        latent = figures["latent_difference"] = difference(latents, case, int(size))
+        if latent is not None and case["precision"] == "exact" and not latent <= LATENT_TOLERANCE:
+            wrong.append(f"{case['name']} {size}: latent differs by {latent:.3f}")
+    report["images"].append({**case, **result})
+    if case["variant"] == "dense":
+        dense[case["kind"], case["mode"]] = result
+    print("\n".join(image_lines(case, result, dense.get((case["kind"], case["mode"])))), flush=True)
+    return wrong + ([f"{case['name']}: {result['failed']}"] if "failed" in result else [])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU: shows that the script runs")
     parser.add_argument("--only", choices=("kernels", "images"), help="half of it")
+    parser.add_argument("--cases", nargs="*", default=[""], help="only cases with one of these in the name")
+    parser.add_argument("--packs", type=Path, help="folder to keep the random packs in, or to find them in")
+    parser.add_argument("--seconds", type=float, default=300, help="longest that one case may take")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     args = parser.parse_args()
     device, wrong = "cpu" if args.tiny else "cuda", []
-    report: dict = {"environment": environment(device), "tiny": args.tiny}
+    report: dict = {"environment": environment(device), "tiny": args.tiny, "images": []}
+
+    def write() -> None:
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
     if args.only != "images":
-        kernels = report["kernels"] = run({"kind": "kernels", "device": device, "tiny": args.tiny})
-        if "failed" in kernels:
-            wrong.append(f"kernels: {kernels['failed']}")
-        else:
-            print("\n".join(kernel_lines(kernels)), flush=True)
-            print(f"rows up to which gemlite is fastest on every layer: {kernels['gemlite_rows']}\n", flush=True)
-            wrong += [f"{r['way']} {r['n']} x {r['k']} rows {r['rows']}: error {r['error']:.2e}"
-                      for r in kernels["rows"] if not r["error"] <= r["tolerance"]]
+        wrong += measure_kernels(report, device, args.tiny, args.seconds)
+        write()
     if args.only != "kernels":
-        results = []
         with tempfile.TemporaryDirectory() as folder:
-            packs = write_packs(Path(folder), args.tiny)
+            packs = write_packs(args.packs or Path(folder), args.tiny)
+            dense: dict[tuple, dict] = {}
+            print(IMAGE_HEAD, flush=True)
             for case in plan(packs, device, args.tiny, os.environ.get("COMFYUI_PATH")):
-                result = run({**case, "latents": folder})
-                results.append((case, result))
-                for size, figures in result.get("sizes", {}).items():
-                    latent = figures["latent_difference"] = difference(Path(folder), case, int(size))
-                    if latent is not None and case["precision"] == "exact" and not latent <= LATENT_TOLERANCE:
-                        wrong.append(f"{case['name']} {size}: latent differs by {latent:.3f}")
-                wrong += [f"{case['name']}: {result['failed']}"] if "failed" in result else []
-                print(f"done: {case['name']}", flush=True)
-        print("\n".join(image_lines(results)))
-        report["images"] = [{**case, **result} for case, result in results]
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                if any(part in case["name"] for part in args.cases):
+                    wrong += measure_image(case, Path(folder), report, dense, args.seconds)
+                    write()
     print("\n".join(["wrong:", *wrong] if wrong else ["all results are right"]))
     return 1 if wrong else 0
 

@@ -1,7 +1,8 @@
 """One measurement of ``benchmarks/gpu.py``, in a process of its own: ``python gpu_case.py '<JSON>'``.
 
 Prints one line of JSON last. Memory is what the device has in use beyond what it had when the process started
-(polled, so that memory outside torch's allocator counts); on a CPU, the resident memory of the process.
+(polled, so that memory outside torch's allocator counts); on a CPU, the resident memory of the process. Peaks are those
+of one image of their own, not timed, before each stage of which torch's allocator gives back what it keeps.
 """
 
 from __future__ import annotations
@@ -18,6 +19,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
+if __name__ == "__main__":
+    CASE = json.loads(sys.argv[1])
+    if CASE["kind"] == "comfyui":
+        # ComfyUI's main.py does so first: its choice of allocator must come before torch.
+        sys.path.insert(0, CASE["comfyui"])
+        sys.argv = ["main.py", "--disable-all-custom-nodes", *CASE["flags"]]
+        importlib.import_module("comfy.options").enable_args_parsing()
+        importlib.import_module("cuda_malloc")
+
 import torch
 
 PROMPT = "a bonsai tree in a clay pot on a wooden table, morning light"
@@ -48,7 +59,10 @@ class Meter:
             torch.cuda.synchronize(self.device)
 
     @contextmanager
-    def stage(self, name: str):
+    def stage(self, name: str, alone: bool = False):
+        """``alone``: without what torch's allocator keeps from before."""
+        if alone and self.device.type == "cuda":
+            torch.cuda.empty_cache()
         self.wait()
         done, peak = threading.Event(), [self._used()]
 
@@ -115,16 +129,19 @@ class Embedded:
     def decode(self, latent):
         return self.pipeline.vae.decode(latent.to(self.dtype), return_dict=False)[0]
 
+    def after_node(self) -> None:
+        """Nothing is left to do."""
+
 
 class ComfyUI:
     """The real host, started as its ``main.py`` starts it, without the server."""
 
     def __init__(self, case: dict, device: torch.device):
-        flags = {"resident": ["--highvram"], "default": [], "novram": ["--novram"], "cpu": ["--cpu"]}[case["mode"]]
-        sys.argv = ["main.py", "--disable-all-custom-nodes", *flags]
-        sys.path.insert(0, case["comfyui"])
         # ComfyUI's own start reads sys.argv and sets up dynamic VRAM; it must come before the rest of the host.
         importlib.import_module("main")
+        import comfy.memory_management
+        import comfy.model_management
+        import comfy.model_prefetch
         import comfy.sample
         import comfy.samplers
         import comfy.sd
@@ -168,9 +185,17 @@ class ComfyUI:
     def decode(self, latent):
         return self.vae.decode(latent)
 
+    def after_node(self) -> None:
+        """What the host does after every node under dynamic VRAM."""
+        if self.comfy.memory_management.aimdo_enabled:
+            self.comfy.model_management.reset_cast_buffers()
+            self.comfy.model_prefetch.cleanup_prefetch_queues()
+            importlib.import_module("comfy_aimdo.model_vbar").vbars_reset_watermark_limits()
 
-def image(host, meter: Meter, size: int) -> dict:
-    """Seconds and peaks of one image, seconds of one step (the first left out), and the latent."""
+
+def image(host, meter: Meter, size: int, alone: bool = False) -> dict:
+    """Seconds and peaks of one image, seconds of one step (the first left out), and the latent. ``alone``: the peaks
+    are each stage's own, and the times mean nothing."""
     marks = []
 
     def on_step():
@@ -178,12 +203,15 @@ def image(host, meter: Meter, size: int) -> dict:
         marks.append(time.perf_counter())
 
     meter.stages = {}
-    with meter.stage("encode"):
+    with meter.stage("encode", alone):
         condition = host.encode()
-    with meter.stage("denoise"):
+        host.after_node()
+    with meter.stage("denoise", alone):
         latent = host.denoise(condition, size, on_step)
-    with meter.stage("decode"):
+        host.after_node()
+    with meter.stage("decode", alone):
         host.decode(latent)
+        host.after_node()
     steps = [b - a for a, b in itertools.pairwise(marks)]
     return {"size": size, "seconds": sum(stage["seconds"] for stage in meter.stages.values()),
             "step": statistics.median(steps), "stages": meter.stages, "latent": latent}
@@ -202,10 +230,11 @@ def images(case: dict) -> dict:
         runs = [image(host, meter, size) for _ in range(1 + case["repeats"])][1:]
         latent = runs[0].pop("latent")
         torch.save(latent.cpu(), Path(case["latents"]) / f"{case['name']}-{size}.pt")
+        peaks = image(host, meter, size, alone=True)["stages"]
         result["sizes"][size] = {
             "step_seconds": statistics.median(run["step"] for run in runs),
             "image_seconds": statistics.median(run["seconds"] for run in runs),
-            "peak_mb": {name: max(run["stages"][name]["peak_mb"] for run in runs) for name in runs[0]["stages"]}}
+            "peak_mb": {name: stage["peak_mb"] for name, stage in peaks.items()}}
     new = [image(host, meter, case["new_size"])["seconds"] for _ in range(1 + case["repeats"])]
     result["new_resolution"] = {"size": case["new_size"], "first_seconds": new[0],
                                 "warm_seconds": statistics.median(new[1:])}
@@ -280,11 +309,10 @@ def kernels(case: dict) -> dict:
 def _gemlite_rows(table: list[dict]) -> int | None:
     """What to enter for this card in ``ops/choice.py``: rows up to which GemLite won on every layer of the model."""
     times = {(r["bits"], r["n"], r["k"], r["rows"], r["way"]): r["ms"] for r in table if r["bits"] <= 2}
-    lost = [key[3] for key, ms in times.items() if key[4] == "gemlite" and ms > times[(*key[:4], "triton")]]
+    lost = [key[3] for key, ms in times.items() if key[4] == "gemlite" and ms > times.get((*key[:4], "triton"), 0)]
     tried = sorted({key[3] for key in times if key[4] == "gemlite"})
     return None if not tried else max((rows for rows in tried if rows < min(lost, default=1 << 30)), default=0)
 
 
 if __name__ == "__main__":
-    arguments = json.loads(sys.argv[1])
-    print(json.dumps((kernels if arguments["kind"] == "kernels" else images)(arguments)), flush=True)
+    print(json.dumps((kernels if CASE["kind"] == "kernels" else images)(CASE)), flush=True)

@@ -25,6 +25,9 @@ DEFAULT_GEMLITE_ROWS = 64
 #: GemLite reads scales of whole tiles of so many out features, beyond the end of the table if need be.
 GEMLITE_COLUMNS = 64
 
+#: GemLite counts the elements of activations and results in 32 bits.
+_GEMLITE_ELEMENTS = 2**31
+
 #: Device name as torch reports it -> rows up to which GemLite was measured faster than expansion.
 GEMLITE_ROWS: dict[str, int] = {}
 
@@ -54,17 +57,17 @@ class Card:
         return f"sm_{self.capability[0]}{self.capability[1]}"
 
 
-def candidates(policy: str, card: Card, rows: int, n: int, dtype: torch.dtype, bits: int, form: str, group: int,
-               table: dict[str, int] = GEMLITE_ROWS) -> tuple[str, ...]:
-    """The ways to try for ``rows`` times a weight with ``n`` out features, best first; the first that works on this
-    machine serves. The last is always ``torch``, which works everywhere.
+def candidates(policy: str, card: Card, rows: int, n: int, k: int, dtype: torch.dtype, bits: int, form: str,
+               group: int, table: dict[str, int] = GEMLITE_ROWS) -> tuple[str, ...]:
+    """The ways to try for ``rows`` times a weight ``(n, k)``, best first; the first that works on this machine serves.
+    The last is always ``torch``, which works everywhere.
 
     ``policy`` is ``triton`` (the rule above), ``gemlite`` (GemLite for any number of rows) or ``int8``.
     """
     if dtype not in DTYPES or group * bits % 8:
         return ("torch",)
     few = rows <= table.get(card.name, DEFAULT_GEMLITE_ROWS)
-    if (policy == "gemlite" or few) and n % GEMLITE_COLUMNS == 0:
+    if (policy == "gemlite" or few) and n % GEMLITE_COLUMNS == 0 and rows * max(n, k) < _GEMLITE_ELEMENTS:
         return ("gemlite", "triton", "torch")
     if policy == "int8" and form == "symmetric" and group in INT8_GROUPS:
         return ("int8", "triton", "torch")
