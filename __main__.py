@@ -29,6 +29,9 @@ def _package() -> str:
 def main() -> int:
     """Run one command; its exit status. ``download`` needs no torch, so it does not import it."""
     package = _package()
+    for stream in (sys.stdout, sys.stderr):
+        # What a Windows console cannot show must not fail what was done.
+        stream.reconfigure(errors="backslashreplace")
     try:
         if sys.argv[1:2] == ["download"]:
             return importlib.import_module(f"{package}.standalone.download").main(sys.argv[2:])
@@ -37,6 +40,9 @@ def main() -> int:
         print(f"bonsai-image: {sys.executable} has no {missing.name}: run this with the Python that runs ComfyUI, or "
               "install it there with pip.", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("bonsai-image: cancelled.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

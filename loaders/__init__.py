@@ -5,6 +5,7 @@ from .detect import (
     TextEncoder,
     Transformer,
     find_repository,
+    is_repository,
     load_text_encoder,
     load_transformer,
     load_vae,
@@ -12,5 +13,5 @@ from .detect import (
 from .errors import PackError
 from .save import TARGETS, save_transformer
 
-__all__ = ["TARGETS", "PackError", "Repository", "TextEncoder", "Transformer", "find_repository", "load_text_encoder",
-           "load_transformer", "load_vae", "save_transformer"]
+__all__ = ["TARGETS", "PackError", "Repository", "TextEncoder", "Transformer", "find_repository", "is_repository",
+           "load_text_encoder", "load_transformer", "load_vae", "save_transformer"]

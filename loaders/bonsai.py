@@ -70,7 +70,7 @@ def _weight(file: TensorFile, layer: str, conf: dict, codes, scale, shift) -> Qu
     if codes.dtype != torch.uint8 or codes.ndim != 2 or scale.ndim != 2:
         raise ValueError(f"weight {codes.dtype} {tuple(codes.shape)}, weight_scale {tuple(scale.shape)}")
     if storage == "base3":
-        if bits != 2 or form != "symmetric" or not file.path.name.endswith(SAFETENSORS_SUFFIXES):
+        if bits != 2 or form != "symmetric" or file.path.suffix.lower() not in SAFETENSORS_SUFFIXES:
             raise ValueError(f"base 3 for {bits}-bit {form} weights, or outside a single safetensors file")
         # The stored bytes are needed once: through a handle of its own the pages they fill are given back at once.
         with safe_open(file.path, "pt") as own:

@@ -12,13 +12,19 @@ import torch
 from ..ops.packed import is_packed
 from . import bonsai, dense, gemlite, hqq, klein, mlx, names, qwen3, vae
 from .errors import DOWNLOAD_AGAIN, PackError
-from .files import TENSOR_SUFFIXES, Progress, TensorFile, no_progress, open_tensors, read_json
+from .files import Progress, TensorFile, is_tensor_file, no_progress, open_tensors, read_json
 
 #: Every format that can be read, in the order they are tried. A format is a module with NAME, matches and decode.
 FORMATS = (gemlite, mlx, bonsai, hqq, dense)
 
 #: File names that say nothing, used inside the folders of a repository.
 _GENERIC_STEMS = ("diffusion_pytorch_model", "state_dict", "model")
+
+#: Where ``bonsai-image download`` notes what it fetched, in the repository's folder.
+_RECORD = "bonsai-download.json"
+
+#: Files of which a tokenizer needs one of these sets.
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 _FAMILY_ACTION = "choose a file of PrismML's Bonsai Image 4B"
 
@@ -47,11 +53,16 @@ class Transformer:
         the name of the repository folder (for the generic file names of a pack) or of the file."""
         if "bonsai.source" in self.metadata:
             return self.metadata["bonsai.source"]
-        parts = self.path.parts
+        path = self.path.absolute()
+        for folder in path.parents[:3]:
+            record = read_json(folder / _RECORD)
+            if {"repository", "commit"} <= record.keys():
+                return f"{record['repository']}@{record['commit']}"
+        parts = path.parts
         for part, marker, revision in zip(parts, parts[1:], parts[2:], strict=False):
             if part.startswith("models--") and marker == "snapshots":
                 return f"{part.removeprefix('models--').replace('--', '/')}@{revision}"
-        return self.path.parent.parent.name if self.path.stem in _GENERIC_STEMS else self.path.stem
+        return path.parent.parent.name if path.stem in _GENERIC_STEMS else path.stem
 
 
 @dataclass
@@ -138,6 +149,11 @@ def load_vae(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
     return file.tensors, file.config
 
 
+def is_repository(path: Path | str) -> bool:
+    """Whether ``path`` can only be a repository, not a model: a folder without tensor files of its own."""
+    return os.path.isdir(path) and not any(is_tensor_file(child) for child in Path(path).iterdir())
+
+
 def find_repository(path: Path | str) -> Repository:
     """Find the parts of a downloaded repository by what its folders contain. Raises PackError without a transformer."""
     path = Path(path)
@@ -149,9 +165,10 @@ def find_repository(path: Path | str) -> Repository:
         if (folder / "scheduler_config.json").is_file():
             parts.setdefault("scheduler", folder)
         for candidate in (folder, folder / "tokenizer"):
-            if (candidate / "tokenizer_config.json").is_file() or (candidate / "tokenizer.json").is_file():
+            # Without its vocabulary a tokenizer still loads, and turns every prompt into nothing.
+            if any(all((candidate / name).is_file() for name in names) for names in _VOCABULARIES):
                 parts.setdefault("tokenizer", candidate)
-        if not any(child.suffix in TENSOR_SUFFIXES and child.is_file() for child in folder.iterdir()):
+        if is_repository(folder):
             continue
         file = open_tensors(folder)
         if qwen3.is_qwen3(file.tensors):

@@ -167,6 +167,11 @@ def _shards(folder: Path) -> dict[str, set[str]]:
     return {}
 
 
+def is_tensor_file(path: Path) -> bool:
+    """Whether ``path`` is a file with an ending of tensor files, in letters of any case."""
+    return path.suffix.lower() in TENSOR_SUFFIXES and path.is_file()
+
+
 def tensor_files(path: Path) -> list[Path]:
     """The tensor files of a model: ``path`` itself, the shards its folder's index names, or the folder's one file."""
     # os.path answers no, where Path raises, for a name that the system cannot hold.
@@ -176,7 +181,7 @@ def tensor_files(path: Path) -> list[Path]:
         raise PackError(path, "a file or folder", "nothing there", "check the path")
     if shards := _shards(path):
         return [path / name for name in sorted(shards)]
-    found = sorted(child for child in path.iterdir() if child.suffix in TENSOR_SUFFIXES and child.is_file())
+    found = sorted(filter(is_tensor_file, path.iterdir()))
     if not found:
         raise PackError(path, f"a tensor file ({', '.join(SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES[:1])})", "none",
                         "choose the folder that holds the weights")
@@ -194,7 +199,7 @@ def open_tensors(path: Path, progress: Progress = no_progress) -> TensorFile:
     tensors: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        if file.suffix in PICKLE_SUFFIXES:
+        if file.suffix.lower() in PICKLE_SUFFIXES:
             tensors.update(read_pickle(file, mmap=True))
             continue
         part, metadata = read_safetensors(file)

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..ops.packed import equal, is_packed
 from . import bonsai, dense, gemlite, mlx
 from .detect import Transformer, load_transformer
 from .errors import PackError
-from .files import SAFETENSORS_SUFFIXES, Progress, no_progress
+from .files import SAFETENSORS_SUFFIXES, Progress, no_progress, open_tensors
 from .names import to_comfyui, to_diffusers
 
 TARGETS = ("comfy", "mlx", "gemlite", "diffusers")
@@ -65,18 +66,29 @@ def _write_shards(tensors: dict[str, torch.Tensor], folder: Path) -> None:
                     {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
-def _verify(model: Transformer, path: Path, progress: Progress) -> None:
+def _verify(model: Transformer, target: str, path: Path, progress: Progress) -> None:
     """Raise PackError unless ``path`` loads to exactly the tensors of ``model``."""
-    written = to_comfyui(load_transformer(path, progress).tensors)
-    for name, tensor in to_comfyui(model.tensors).items():
-        same = equal(tensor, written[name]) if is_packed(tensor) else torch.equal(tensor, written[name])
-        if not same:
+    if target == "diffusers":
+        # Dense weights do not say which codes they came from where a whole group is zero, or a scale negative.
+        expected, written, same = to_diffusers(model.tensors), open_tensors(path, progress).tensors, _same_dense
+    else:
+        expected, written, same = to_comfyui(model.tensors), to_comfyui(load_transformer(path, progress).tensors), _same
+    for name, tensor in expected.items():
+        if not same(tensor, written[name]):
             raise PackError(path, f"{name} as in {model.path}", "a difference after writing", "check the disk")
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return equal(one, other) if is_packed(one) else torch.equal(one, other)
+
+
+def _same_dense(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(dense.expand(one), other)
 
 
 def _flush(path: Path) -> None:
     """Bring what was written to disk, readable by whom the umask says (safetensors writes for the owner only)."""
-    probe = path.with_name("probe")
+    probe = path.with_name("probe")  # beside a "model" or "model.safetensors", see below
     probe.touch()
     for file in [path] if path.is_file() else sorted(path.iterdir()):
         file.chmod(probe.stat().st_mode)
@@ -97,16 +109,26 @@ def save_transformer(model: Transformer, path: Path, target: str, base3: bool = 
         raise PackError(model.path, "ternary weights, which base 3 stores", f"{model.variant} ones", "drop base 3")
     if target == "comfy" and path.suffix not in SAFETENSORS_SUFFIXES:
         raise PackError(path, f"a file name ending in {SAFETENSORS_SUFFIXES[0]}", f"{path.name!r}", "add the ending")
-    if path.exists():
-        raise PackError(path, "a path that is free", "an existing file or folder", "choose another name")
+    _refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        written = Path(scratch) / path.name
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".bonsai-image-") as scratch:
+        written = Path(scratch) / f"model{path.suffix if target == 'comfy' else ''}"
         try:
             _write(model, target, base3, written)
+            _flush(written)
         except ValueError as error:
             raise PackError(model.path, f"weights that the {target} format holds exactly", str(error),
                             "choose another format") from error
-        _flush(written)
-        _verify(model, written, progress)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise PackError(path, "a disk that takes the file", str(error), "free some space or choose another folder"
+                            ) from error
+        _verify(model, target, written, progress)
+        # Somebody else may have been quicker.
+        _refuse_existing(path)
         written.rename(path)
+
+
+def _refuse_existing(path: Path) -> None:
+    # A link to a disk that is not there exists, too.
+    if os.path.lexists(path):
+        raise PackError(path, "a path that is free", "an existing file or folder", "choose another name")

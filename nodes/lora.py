@@ -1,7 +1,8 @@
 """LoRA beside the codes: what the host attaches to a linear's weight is added to the product, never to the weight.
 
 The host's loaders put patches into ``patcher.patches`` (and, for scheduled LoRA, ``patcher.hook_patches``). After every
-load of the model, and whenever hooks come or go, :func:`attach` turns them into side paths and hands these to the Linears.
+load of the model, and whenever hooks come or go, :func:`attach` turns them into side paths, which it hands to the
+Linears.
 A plain LoRA (also a LoCon one on a linear) and a LoKr stay in factored form; every other kind (DoRA, LoHa, GLoRA, OFT,
 BOFT, plain differences, merges) becomes the difference it makes to this one weight, computed in FP32 by the host's own
 code each time it is needed, and is multiplied beside the weight as well. The few dense linears of the model are treated

@@ -164,7 +164,7 @@ def repository_choices() -> list[str]:
 def resolve(kind: str, name: str) -> str:
     """The path of a choice. Raises PackError if it is gone."""
     # By the letters of the path: what a user has linked into the folder may lie anywhere.
-    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    inside = not Path(name).anchor and ".." not in Path(name).parts
     for root in map(Path, folder_paths.get_folder_paths(kind)):
         if inside and (root / name).exists():
             return str(root / name)

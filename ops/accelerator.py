@@ -169,8 +169,8 @@ def self_check(way: str, device: torch.device, bits: int, form: str, group: int,
     """0 where ``way`` agrees with the reference on one small layer, else its error in units of the tolerance.
 
     The tolerance is one rounding of ``dtype`` relative to the norm of the result, and not less than one of TF32, in
-    which a card may be set to multiply FP32; more where it is set to add up in FP16. The layer is made of fixed numbers: the random state of the process is
-    not touched.
+    which a card may be set to multiply FP32; more where it is set to add up in FP16. The layer is made of fixed
+    numbers: the random state of the process is not touched.
     """
     n, k = 256, 8 * group
     codes = (torch.arange(n * k * bits // 8, device=device) * 37 % 251).to(torch.uint8).view(n, -1)

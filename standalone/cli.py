@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from .. import __version__
-from ..loaders import TARGETS, PackError, find_repository, load_transformer, save_transformer
-from ..loaders.files import tensor_files
+from ..loaders import TARGETS, PackError, find_repository, is_repository, load_transformer, save_transformer
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
 from .inspect import inspect, report
@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
 
     drawing = argparse.ArgumentParser(add_help=False)
     drawing.add_argument("--steps", type=int, default=4)
-    drawing.add_argument("--seed", type=int, default=0)
+    drawing.add_argument("--seed", type=_seed, default=0)
     drawing.add_argument("--backend", choices=backends.NAMES, default="auto", help="what multiplies packed weights")
     drawing.add_argument("--precision", choices=backends.PRECISIONS, default="exact",
                          help="fast rounds activations to int8 (NVIDIA cards since Ampere; exact elsewhere)")
@@ -45,10 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--transformer", type=Path, help="another diffusion model, in any format, for the pack's own")
     command.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16")
     command.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16")
-    command.add_argument("--out", type=Path, default=Path("bonsai.png"))
+    command.add_argument("--out", type=_picture, default=Path("bonsai.png"), help="PNG to write, or to replace")
 
     command = commands.add_parser("demo", parents=[drawing], help="draw a contact sheet with a trained miniature")
-    command.add_argument("--out", type=Path, default=Path("bonsai-demo.png"))
+    command.add_argument("--out", type=_picture, default=Path("bonsai-demo.png"), help="PNG to write, or to replace")
 
     command = commands.add_parser("inspect", help="what a file, folder or repository holds")
     command.add_argument("path", type=Path)
@@ -63,6 +63,23 @@ def _parser() -> argparse.ArgumentParser:
     # Listed here; run by __main__ before this module, and torch with it, is imported.
     commands.add_parser("download", help="fetch a pack from the Hugging Face Hub", add_help=False)
     return parser
+
+
+def _seed(text: str) -> int:
+    if not 0 <= (seed := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError("a seed is a number from 0 to 2**63 - 1")
+    return seed
+
+
+def _picture(text: str) -> Path:
+    # Before minutes are spent on a picture that has nowhere to go.
+    path = Path(text)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no name for a picture, which has to end in .png")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written, because {folder} is no folder that takes files")
+    return path
 
 
 def _device(name: str | None) -> torch.device:
@@ -98,8 +115,9 @@ def _run_on(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, str]:
 
 def _reference(path: Path) -> Image.Image:
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        # Cameras store many pictures lying on their side, with a note.
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
         raise PackError(path, "an image", str(error), "give a PNG or JPEG file with --image") from error
 
 
@@ -135,17 +153,6 @@ def _demo(args: argparse.Namespace) -> None:
               f"{len(results)} variants of the miniature on {device}")
 
 
-def _transformer_path(source: Path) -> Path:
-    """The model that ``source`` is, or the one in the repository folder that it is."""
-    if not source.is_dir():
-        return source
-    try:
-        tensor_files(source)
-    except PackError:
-        return find_repository(source).transformer
-    return source
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 on success, 2 with one sentence on stderr where the input cannot be used."""
     args = _parser().parse_args(argv)
@@ -158,9 +165,10 @@ def main(argv: list[str] | None = None) -> int:
             parts = inspect(args.path)
             print(json.dumps(parts, indent=2) if args.json else "\n".join(map(report, parts)))
         else:
-            save_transformer(load_transformer(_transformer_path(args.source)), args.target, args.format, args.base3)
+            source = find_repository(args.source).transformer if is_repository(args.source) else args.source
+            save_transformer(load_transformer(source), args.target, args.format, args.base3)
             print(args.target)
-    except (PackError, ValueError) as error:
+    except (PackError, ValueError, OSError) as error:
         print(f"bonsai-image: {error}", file=sys.stderr)
         return 2
     return 0

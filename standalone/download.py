@@ -9,7 +9,7 @@ import argparse
 import hashlib
 import json
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -52,6 +52,19 @@ def _matches(file: Path, entry) -> bool:
     return _digest(file, "sha1", b"blob %d\0" % file.stat().st_size) == entry.blob_id
 
 
+def _inside(name: str) -> str:
+    path = PureWindowsPath(name)  # which knows both kinds of slashes
+    if path.anchor or ".." in path.parts:
+        raise ValueError(f"The hub names a file outside of the repository ({name}); nothing was downloaded.")
+    return name
+
+
+def _leftovers(folder: Path, names: set[str]) -> list[Path]:
+    """Files that another revision had, from a download that was interrupted; the client's own notes stay."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return [path for name, path in files.items() if name not in names and not name.startswith(".cache/")]
+
+
 def download(repository: str, revision: str, folder: Path) -> Path:
     """Fetch ``repository`` at ``revision`` into a new folder of its own name under ``folder``, and return that.
 
@@ -59,15 +72,20 @@ def download(repository: str, revision: str, folder: Path) -> Path:
     ``<name>.partial`` and are not fetched again; the client library begins the others anew. Raises ValueError in one
     sentence where the target exists, the hub does not answer, or a file is not what the hub says it is.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} is no folder to write to ({error.strerror}); choose another with --to.") from error
     target = folder / repository.split("/")[1]
     partial = target.with_name(f"{target.name}.partial")
     if target.exists():
         raise ValueError(f"{target} exists and is left as it is; remove it or choose another folder with --to.")
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True, token=False)
+        names = {_inside(entry.rfilename) for entry in info.siblings}
         snapshot_download(repository, revision=info.sha, local_dir=partial, token=False)
     except (HfHubHTTPError, LocalEntryNotFoundError, *_TRANSPORT_ERRORS) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"Downloading {repository} stopped ({reason}); whole files are kept, so run the same "
                          "command again to go on.") from error
     damaged = [entry.rfilename for entry in info.siblings if not _matches(partial / entry.rfilename, entry)]
@@ -76,6 +94,8 @@ def download(repository: str, revision: str, folder: Path) -> Path:
             (partial / name).unlink(missing_ok=True)
         raise ValueError(f"{', '.join(damaged)} arrived damaged and was removed; run the same command again to fetch "
                          "it anew.")
+    for leftover in _leftovers(partial, names):
+        leftover.unlink()
     record = {"repository": repository, "revision": revision, "commit": info.sha}
     (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial.rename(target)

@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from ..loaders import PackError, find_repository, load_text_encoder, load_transformer
-from ..loaders.files import Progress
+from ..loaders.files import Progress, tensor_files
 from ..ops import backends, mlx_backend
 from ..ops.packed import is_packed, packed_nbytes
 from . import models
@@ -49,7 +49,7 @@ def save_png(image: Image.Image, settings: dict[str, Any], path: Path) -> None:
     info = PngInfo()
     info.add_text("bonsai", json.dumps(settings))
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, pnginfo=info)
+    image.save(path, format="PNG", pnginfo=info)
 
 
 def _memory_mb(device: torch.device) -> float:
@@ -108,6 +108,8 @@ def generate(
         raise ValueError(f"width and height must be positive multiples of {SIZE_STEP}, got {width} x {height}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if transformer is not None:
+        tensor_files(transformer)  # says now what is wrong with the path, not after the prompt is encoded
     repository = find_repository(pack)
     for part in ("text_encoder", "tokenizer", "vae"):
         if getattr(repository, part) is None:
@@ -135,9 +137,12 @@ def generate(
                     "backend": served}
         if dense is not None:
             module = models.dense_transformer(dense, device, dtype)
-            settings |= {"variant": "dense", "format": "dense", "source": str(dense), "packed_bytes": 0}
+            settings |= {"variant": "dense", "format": "dense", "source": dense.name, "packed_bytes": 0}
         else:
             loaded = load_transformer(transformer or repository.transformer, _follow(bar))
+            if loaded.config.text_width != embeddings.shape[-1]:
+                raise PackError(loaded.path, f"a model for text {embeddings.shape[-1]} wide, as that of {pack.name}",
+                                f"one for {loaded.config.text_width}", "choose a pack and a transformer of one family")
             packed = sum(packed_nbytes(tensor) for tensor in loaded.tensors.values() if is_packed(tensor))
             settings |= {"variant": loaded.variant, "format": loaded.format, "source": loaded.source,
                          "packed_bytes": packed}

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ..loaders import PackError, find_repository, load_text_encoder, load_transformer, load_vae
+from ..loaders import find_repository, is_repository, load_text_encoder, load_transformer, load_vae
 from ..loaders.errors import DOWNLOAD_AGAIN
 from ..loaders.files import open_tensors, tensor_files
 from ..loaders.qwen3 import is_qwen3
+from ..loaders.vae import is_vae
 from ..ops.packed import is_packed, packed_nbytes
 
 
@@ -48,7 +49,7 @@ def inspect_part(path: Path) -> dict[str, Any]:
         encoder = load_text_encoder(path)
         return {"kind": "text encoder", "path": str(path), "format": encoder.format, "config": asdict(encoder.config),
                 **_describe(path, encoder.tensors)}
-    if "decoder.conv_in.weight" in names:
+    if is_vae(names):
         tensors, _ = load_vae(path)
         return {"kind": "VAE", "path": str(path), "format": "diffusers", **_describe(path, tensors)}
     model = load_transformer(path)
@@ -58,15 +59,11 @@ def inspect_part(path: Path) -> dict[str, Any]:
 
 def inspect(path: Path) -> list[dict[str, Any]]:
     """Describe every part of a repository folder, or the one model that ``path`` is. Raises PackError."""
-    try:
-        tensor_files(path)
-    except PackError:
-        if not path.is_dir():
-            raise
-        repository = find_repository(path)
-        parts = (repository.transformer, repository.text_encoder, repository.vae)
-        return [inspect_part(part) for part in parts if part is not None]
-    return [inspect_part(path)]
+    if not is_repository(path):
+        return [inspect_part(path)]
+    repository = find_repository(path)
+    parts = (repository.transformer, repository.text_encoder, repository.vae)
+    return [inspect_part(part) for part in parts if part is not None]
 
 
 def report(part: dict[str, Any]) -> str:

@@ -35,14 +35,17 @@ def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: tor
             packed = PackedEmbedding(n, k) if isinstance(dense, torch.nn.Embedding) else PackedLinear(k, n, bias=False)
             packed.backend = backend
             module.set_submodule(layer, packed)
-    return _assign(module, tensors, device, dtype)
+    _assign(module, tensors, dtype)
+    return _ready(module, device)
 
 
-def _assign(module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.device,
-            dtype: torch.dtype) -> torch.nn.Module:
+def _assign(module: torch.nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     # A packed weight keeps its scales: ``to`` changes only the dtype it presents.
     cast = {name: tensor.to(dtype=dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     module.load_state_dict(cast, assign=True, strict=True)
+
+
+def _ready(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     return module.to(device=device).eval().requires_grad_(False)
 
 
@@ -59,7 +62,7 @@ def transformer_module(model: Transformer, device: torch.device, dtype: torch.dt
 def dense_transformer(path: Path, device: torch.device, dtype: torch.dtype) -> Flux2Transformer2DModel:
     """diffusers' FLUX.2 transformer with ordinary weights, from a folder in diffusers' layout."""
     module = Flux2Transformer2DModel.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
-    return module.to(device=device).eval().requires_grad_(False)
+    return _ready(module, device)
 
 
 def text_encoder_module(model: TextEncoder, device: torch.device, dtype: torch.dtype,
@@ -82,19 +85,28 @@ def vae_module(path: Path, device: torch.device, dtype: torch.dtype) -> Autoenco
     with init_empty_weights():
         module = AutoencoderKLFlux2.from_config(config)
     try:
-        return _assign(module, tensors, device, dtype)
+        _assign(module, tensors, dtype)
     except RuntimeError as error:
-        raise PackError(path, "the tensors that config.json describes", str(error).splitlines()[1].strip(),
+        # The first line names the class only.
+        raise PackError(path, "the tensors that config.json describes", str(error).splitlines()[-1].strip(),
                         "download the folder again") from error
+    return _ready(module, device)
 
 
 def tokenizer(path: Path):
-    """The pack's own tokenizer, from local files only."""
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    """The pack's own tokenizer, from local files only; no code beside it ever runs. Raises PackError."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing more special for a damaged file
+        raise PackError(path, "the tokenizer of Qwen3, which needs no code of its own", str(error),
+                        "download the folder again") from error
 
 
 def scheduler(path: Path | None) -> FlowMatchEulerDiscreteScheduler:
-    """The pack's scheduler, or the one of FLUX.2 Klein."""
+    """The pack's scheduler, or the one of FLUX.2 Klein. Raises PackError."""
     if path is None:
         return FlowMatchEulerDiscreteScheduler.from_config(_SCHEDULER)
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(path, local_files_only=True)
+    try:
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise PackError(path, "diffusers' scheduler_config.json", str(error), "download the folder again") from error

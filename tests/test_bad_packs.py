@@ -102,6 +102,19 @@ def test_bit_flips_in_a_zip_record(record, copy, loaded):
         assert _unharmed("gemlite", path, loaded["gemlite"]), f"byte {offset - central} of the central header"
 
 
+@pytest.mark.parametrize("record", ["data/0", "data/7"])
+def test_a_bit_flip_in_the_data_of_a_pickle(record, copy):
+    """Codes and scales have no value that shows: only the checksum does."""
+    path = copy("gemlite")
+    file = path / PACKS["gemlite"][1]
+    data = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as archive:
+        content = archive.read(next(name for name in archive.namelist() if name.endswith(f"/{record}")))
+    data[data.index(content) + len(content) // 2] ^= 1
+    file.write_bytes(data)
+    refusal(PACKS["gemlite"][0], path)
+
+
 @pytest.mark.parametrize("length", [0, 1, 2**24, 2**31, 2**63, 2**64 - 1, -1, 1000])
 def test_safetensors_header_length_lies(length, copy):
     path = copy("comfy") / "bonsai.safetensors"

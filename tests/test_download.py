@@ -150,6 +150,30 @@ def test_after_an_interruption_only_what_is_missing_is_fetched(hub, tmp_path):
     assert arrived(tmp_path / "models" / NAME) == FILES and hub.fetched == [LARGE]
 
 
+def test_what_an_older_revision_left_is_not_part_of_the_pack(hub, tmp_path):
+    partial = tmp_path / "models" / f"{NAME}.partial"
+    partial.mkdir(parents=True)
+    (partial / "older.safetensors").touch()
+    assert run(hub, home=tmp_path).returncode == 0
+    folder = tmp_path / "models" / NAME
+    assert arrived(folder) == FILES and not (folder / "older.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["../victim.txt", "/victim.txt", "a\\..\\..\\victim.txt", "C:\\victim.txt"])
+def test_a_hub_that_names_files_elsewhere_is_refused(name):
+    from bonsai_image.standalone.download import _inside
+
+    with pytest.raises(ValueError, match="outside of the repository"):
+        _inside(name)
+    assert _inside("vae/config.json") == "vae/config.json"
+
+
+def test_a_target_that_is_no_folder_is_said_before_the_network_is_used(hub, tmp_path):
+    (tmp_path / "file").touch()
+    done = run(hub, "--to", str(tmp_path / "file"), home=tmp_path)
+    assert done.returncode == 2 and "choose another with --to" in done.stderr and not hub.paths
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_found_and_fetched_anew(hub, tmp_path, name):
     damaged = bytearray(FILES[name])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import packs
 import pytest
 import torch
@@ -9,7 +12,7 @@ from reference import dense64
 
 from bonsai_image.loaders import gemlite, load_text_encoder, load_transformer, mlx, names
 from bonsai_image.loaders.save import save_transformer
-from bonsai_image.ops.packed import equal, is_packed
+from bonsai_image.ops.packed import equal, is_packed, packed_weight
 
 FORMATS = {"diffusers": "dense", "sharded": "dense", "comfyui": "dense", "gemlite": "gemlite", "mlx": "mlx"}
 
@@ -111,6 +114,30 @@ def test_round_trip_through_every_format(small, tmp_path, steps):
 def test_saved_source_survives(small, tmp_path):
     save_transformer(load_transformer(small.mlx), tmp_path / "a.safetensors", "comfy")
     assert load_transformer(tmp_path / "a.safetensors").source == "bonsai-mlx"
+
+
+def test_source_of_a_relative_path(small, monkeypatch):
+    monkeypatch.chdir(small.mlx.parent)
+    assert load_transformer(Path(small.mlx.name)).source == load_transformer(small.mlx).source == "bonsai-mlx"
+
+
+def test_source_of_our_own_download(small, tmp_path):
+    folder = shutil.copytree(small.mlx.parent, tmp_path / "pack")
+    (folder / "bonsai-download.json").write_text('{"repository": "prism-ml/x", "revision": "main", "commit": "abc"}')
+    assert load_transformer(folder / small.mlx.name).source == "prism-ml/x@abc"
+
+
+def test_dense_weights_that_do_not_say_their_codes(small, tmp_path):
+    """A group of zeros, and a negative scale: lossless in any format, but another code in a dense one."""
+    model = load_transformer(small.mlx)
+    name, weight = next((name, tensor) for name, tensor in model.tensors.items() if is_packed(tensor))
+    codes, scale = weight._qdata.clone(), weight._params.scale.clone()
+    if small.bits == 2:
+        codes[0, :32] = 0b01010101
+    scale[1, 0] *= -1
+    model.tensors[name] = packed_weight(codes, scale, small.bits)
+    save_transformer(model, tmp_path / "dense", "diffusers")
+    assert torch.equal(dense64(load_transformer(tmp_path / "dense").tensors[name]), dense64(model.tensors[name]))
 
 
 def test_mlx_text_encoder(tmp_path):

@@ -249,7 +249,7 @@ def test_the_text_encoder_is_gone_before_the_transformer_loads(tmp_path, monkeyp
     monkeypatch.setattr(models, "text_encoder_module", encoder)
     monkeypatch.setattr(models, "transformer_module", transformer)
     before = mx.get_active_memory()
-    generate(pack, "a bonsai", CPU, torch.float32, "mlx", 32, 32, steps=1, progress=False)
+    generate(pack, ["a bonsai"], CPU, torch.float32, "mlx", 32, 32, steps=1, progress=False)
     assert seen[1] == "checked"
 
 

@@ -56,9 +56,9 @@ def test_every_block_linear_stays_packed(small):
     packed = {name for name, layer in module.named_modules() if isinstance(layer, PackedLinear)}
     assert packed == set(packs.packed_names(small.model))
     assert all(is_packed(module.get_submodule(name).weight) for name in packed)
-    dense_bytes = sum(p.nbytes for p in small.model.parameters())
-    held = sum(t.nbytes for t in module.state_dict().values())
-    assert held < 2 * dense_bytes - 2 * 8 * sum(module.get_submodule(name).weight.numel() for name in packed) / 8
+    held = sum(t.nbytes for t in module.state_dict().values() if t.dtype == torch.uint8)
+    weights = sum(module.get_submodule(name).weight.numel() for name in packed)
+    assert weights * small.bits / 8 <= held <= weights * small.bits / 8 + 200 * len(packed), "codes, and a tag a layer"
 
 
 @pytest.mark.parametrize("kind", ["mlx", "hqq", "dense"])

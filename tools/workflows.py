@@ -128,7 +128,7 @@ def text_to_image_fast_and_small() -> list[Column]:
 def reference_edit() -> list[Column]:
     weakness = note("Editing: what to expect", (
         "The graph is the one of FLUX.2 Klein, but **editing is the known weak side of weights of 1 to 2 bits**: "
-        "a user who tried it found the results quite poor. Expect parts of the picture to change that should have stayed."
+        "a user who tried it called the results quite poor. Expect parts to change that should have stayed."
         "\n\nTry a few seeds and a short, plain instruction. Where the original must be kept, use FLUX.2 Klein 4B "
         "itself: the same graph with ComfyUI's own loaders.\n"), 200)
     reference = Node("reference", "ReferenceLatent", 240, [], {"conditioning": ("prompt", 0), "latent": ("encode", 0)},

@@ -309,8 +309,8 @@ def test_models_are_unloaded_outside_inference_mode(pack, transformer, tensors, 
         patched, run = with_lora, lambda model: host_forward(model, inputs)
     else:
         name = "text_encoders.qwen3_4b.transformer.model.layers.3.mlp.gate_proj"
-        files = [{f"{name}.lora_up.weight": torch.ones(128, 1), f"{name}.lora_down.weight": torch.full((1, 2560), value)}
-                 for value in (0.01, 0.02)]
+        files = [{f"{name}.lora_up.weight": torch.ones(128, 1), f"{name}.lora_down.weight": torch.full((1, 2560), x)}
+                 for x in (0.01, 0.02)]
         load = functools.partial(models.load_clip, str(pack / "text_encoder-mlx-4bit"), "fp32")
 
         def patched(clip, file):

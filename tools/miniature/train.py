@@ -19,7 +19,7 @@ import transformer
 from diffusers import AutoencoderKLFlux2
 from measure import expected
 from scenes import COLOURS, Scene, draw, random_scene
-from training import loss_picture, train
+from training import loss_picture, save, train
 
 VAE = {"block_out_channels": (8, 16, 32, 64), "layers_per_block": 1, "latent_channels": 32, "norm_num_groups": 1,
        "sample_size": 128}
@@ -159,7 +159,7 @@ def prepare(folder: Path, vae: AutoencoderKLFlux2, encoder: torch.nn.Module, tok
             "edit_target": torch.arange(len(edits)) + _SCENES,
             "edit_caption": torch.tensor([row[caption] for _, caption, _, _ in edits]),
         }
-        torch.save(data, path)
+        save(data, path)
     vae.bn.running_mean.copy_(data["mean"])
     vae.bn.running_var.copy_(data["variance"])
     return data
@@ -171,6 +171,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("miniature"), help="what the repository keeps; replaced")
     parser.add_argument("--layouts", type=Path, help="also write every other published layout to this new folder")
     args = parser.parse_args()
+    if args.out.exists() and not (args.out / export.REPOSITORY).is_dir():
+        parser.error(f"{args.out} would be replaced, but is no miniature")
     args.work.mkdir(parents=True, exist_ok=True)
 
     vae = train_vae(args.work, STAGES["vae"])

@@ -60,10 +60,10 @@ def _optimizers(module: torch.nn.Module, is_matrix: Callable[[str, torch.Tensor]
 
 
 def train(folder: Path, name: str, module: torch.nn.Module, loss: Callable[[int], torch.Tensor], steps: int,
-          lr: tuple[float, float], is_matrix: Callable[[str, torch.Tensor], bool], seed: int = 0) -> None:
+          lr: tuple[float, float], is_matrix: Callable[[str, torch.Tensor], bool]) -> None:
     """Train ``module`` in place on ``loss(step)``, or load what an earlier run left in ``folder``.
 
-    ``lr``: of Muon and of AdamW. What a step draws by chance follows from ``seed``, ``name`` and the step alone, so a
+    ``lr``: of Muon and of AdamW. What a step draws by chance follows from ``name`` and the step alone, so a
     resumed run goes on as the unbroken one would.
     """
     done, part = folder / f"{name}.pt", folder / f"{name}.part.pt"
@@ -81,7 +81,7 @@ def train(folder: Path, name: str, module: torch.nn.Module, loss: Callable[[int]
     start = time.perf_counter() - seconds
     with tqdm(range(first, steps), name, initial=first, total=steps, mininterval=5) as bar:
         for step in bar:
-            torch.manual_seed(zlib.crc32(f"{seed}/{name}/{step}".encode()))
+            torch.manual_seed(zlib.crc32(f"0/{name}/{step}".encode()))
             factor = min(1.0, (step + 1) / 20) * min(1.0, (steps - step) / (0.6 * steps))
             for optimizer, base in optimizers:
                 for group in optimizer.param_groups:
@@ -95,11 +95,18 @@ def train(folder: Path, name: str, module: torch.nn.Module, loss: Callable[[int]
             if step % 10 == 9:
                 bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}")
             if step % _SAVE_EVERY == _SAVE_EVERY - 1:
-                torch.save({"module": module.state_dict(), "optimizers": [o.state_dict() for o, _ in optimizers],
-                            "losses": losses, "step": step + 1, "seconds": time.perf_counter() - start}, part)
-    torch.save(module.state_dict(), done)
+                save({"module": module.state_dict(), "optimizers": [o.state_dict() for o, _ in optimizers],
+                      "losses": losses, "step": step + 1, "seconds": time.perf_counter() - start}, part)
     (folder / f"{name}.json").write_text(json.dumps({"seconds": time.perf_counter() - start, "losses": losses}))
+    save(module.state_dict(), done)
     part.unlink(missing_ok=True)
+
+
+def save(value: dict, path: Path) -> None:
+    """``torch.save`` that leaves no half a file when it is interrupted."""
+    scratch = path.with_suffix(".tmp")
+    torch.save(value, scratch)
+    scratch.replace(path)
 
 
 def loss_picture(folder: Path, names: Iterable[str], path: Path) -> None:
