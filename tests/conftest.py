@@ -1,11 +1,14 @@
-"""Shared fixtures: one set of small packs per session, in every format, from one dense model per variant."""
+"""Shared fixtures: small packs in every format from one dense model per variant, and packs to damage."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import bad_packs
 import packs
 import pytest
 
@@ -35,3 +38,15 @@ def small(request, tmp_path_factory) -> SimpleNamespace:
         gemlite=packs.write_gemlite(model, root / "bonsai-gemlite" / "transformer-gemlite", bits),
         mlx=packs.write_mlx(model, root / "bonsai-mlx" / "transformer-packed-mflux", bits),
     )
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory) -> Path:
+    """A folder with every sound pack of ``bad_packs.PACKS`` under its name."""
+    return bad_packs.write_all(tmp_path_factory.mktemp("valid"))
+
+
+@pytest.fixture
+def copy(root, tmp_path) -> Callable[[str], Path]:
+    """Copies one of these packs, to be damaged."""
+    return lambda name: Path(shutil.copytree(root / name, tmp_path / name))

@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import zipfile
 from pathlib import Path
 
-import bad_packs
 import pytest
 import torch
 from bad_packs import PACKS, load, read, refusal, write
@@ -18,18 +16,8 @@ from bonsai_image.ops.packed import equal, is_packed
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return bad_packs.write_all(tmp_path_factory.mktemp("valid"))
-
-
-@pytest.fixture(scope="module")
 def loaded(root) -> dict[str, dict[str, torch.Tensor]]:
     return {name: load(name, root / name) for name in PACKS}
-
-
-@pytest.fixture
-def copy(root, tmp_path):
-    return lambda name: Path(shutil.copytree(root / name, tmp_path / name))
 
 
 def _table(file: Path) -> tuple[int, int]:

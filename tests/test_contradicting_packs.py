@@ -4,31 +4,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
-import bad_packs
 import pytest
 import torch
 from bad_packs import PACKS, QKV, TO_Q, UP, WEIGHTS, read, refusal, write
 
-from bonsai_image.loaders import load_text_encoder, load_transformer, load_vae
+from bonsai_image.loaders import load_text_encoder, load_transformer
 
-LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_vae}
 INDEX, QUANTIZATION = f"{WEIGHTS}.index.json", "quantization_config.json"
 DEEP: list = []
 for _ in range(700):
     DEEP = [DEEP]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return bad_packs.write_all(tmp_path_factory.mktemp("valid"))
-
-
-@pytest.fixture
-def copy(root, tmp_path):
-    return lambda name: Path(shutil.copytree(root / name, tmp_path / name))
 
 
 def cases(table: dict):
