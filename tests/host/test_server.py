@@ -77,8 +77,8 @@ class Server:
         async with aiohttp.ClientSession() as session, session.get(self.url + path) as reply:
             return await reply.json()
 
-    async def post(self, path: str) -> None:
-        async with aiohttp.ClientSession() as session, session.post(self.url + path) as reply:
+    async def post(self, path: str, body: dict | None = None) -> None:
+        async with aiohttp.ClientSession() as session, session.post(self.url + path, json=body) as reply:
             assert reply.status == 200
 
     async def run(self, prompt: dict, seconds: float = 300, cancel_at: tuple[str, str] | None = None) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Many prompts through the real server: variants, sizes, batches, LoRAs, references and cancels mixed.
+"""Many prompts through the real server: variants, sizes, batches, LoRAs, references, cancels and unloads mixed.
 
 40 prompts by default; SOAK_PROMPTS=200 for the long one, whose figures the test prints (run it with ``-s``).
 
@@ -40,13 +40,15 @@ class Kind:
     reference: bool
     loras: int
     cancel: tuple[str, str] | None = None
+    unload: bool = False
 
 
 #: The last of the sizes has as many rows as the first, and is new to the decoder only.
 WARM_UP = [*(Kind(size, batch, reference, loras) for size in SIZES[:2] for batch in (1, 2)
              for reference in (False, True) for loras in (1, 2)),
            *(Kind(SIZES[2], batch, False, 0) for batch in (1, 2)),
-           Kind(SIZES[0], 1, True, 1, CANCELS[1]), Kind(SIZES[1], 2, False, 2, CANCELS[2])]
+           Kind(SIZES[0], 1, True, 1, CANCELS[1]), Kind(SIZES[1], 2, False, 2, CANCELS[2]),
+           *(Kind(SIZES[0], 1, False, 2, unload=True) for _ in range(2))]
 #: Growth allowed after that, in MB: of the median after each of the first 20 prompts that count (fewer in a short run)
 #: to the median of as many at the end. Private memory holds everything computed; mapped are the pages of libraries and
 #: model files, 7 MB more while the binary model is in use.
@@ -88,7 +90,7 @@ def kind(rng: random.Random, number: int) -> Kind:
     if number < len(WARM_UP):
         return WARM_UP[number]
     return Kind(rng.choice(SIZES), rng.choice((1, 2)), rng.random() < 0.5, rng.choice((0, 0, 1, 2)),
-                rng.choice(CANCELS) if rng.random() < 0.15 else None)
+                rng.choice(CANCELS) if rng.random() < 0.15 else None, rng.random() < 0.1)
 
 
 def mixed(pack: str, rng: random.Random, number: int, kind: Kind) -> dict:
@@ -120,6 +122,8 @@ def test_soak(server, pack):
     for number in range(PROMPTS):
         now = kind(rng, number)
         ends.append(asyncio.run(server.run(mixed(pack.name, rng, number, now), cancel_at=now.cancel))[-1]["type"])
+        if now.unload:  # after it, and the next prompt finds what the host has kept
+            asyncio.run(server.post("/free", {"unload_models": True}))
         # The host may be done before it hears of a cancel.
         allowed = {"execution_success", "execution_interrupted"} if now.cancel else {"execution_success"}
         assert ends[-1] in allowed, (number, now, ends[-1], server.log.read_text()[-3000:])
