@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,9 +48,23 @@ _FLAGS = {"resident": ["--highvram"], "default": [], "novram": ["--novram"], "cp
 
 def write_packs(folder: Path, tiny: bool) -> dict[str, Path]:
     klein, text, vae = (TINY_KLEIN, TINY_QWEN3, TINY_VAE) if tiny else (KLEIN, QWEN3, VAE)
-    packs = {name: (folder / name, bits) for name, bits in (("ternary", 2), ("binary", 1))}
-    return {name: path if path.is_dir() else random_pack.write_random_pack(path, bits, 0, klein, text, vae)
-            for name, (path, bits) in packs.items()}
+    packs = {name: folder / f"{name}{'-tiny' if tiny else ''}" for name in ("ternary", "binary")}
+    for name, path in packs.items():
+        if not path.is_dir():
+            # Whole or not at all: an interrupted run must not be found by the next.
+            partial = path.with_name(f"{path.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            random_pack.write_random_pack(partial, {"ternary": 2, "binary": 1}[name], 0, klein, text, vae)
+            partial.rename(path)
+    return packs
+
+
+def chosen(cases: list[dict], parts: list[str]) -> list[dict]:
+    """The cases with one of ``parts`` in the name, and the dense ones that they are compared with."""
+    wanted = [case for case in cases if any(part in case["name"] for part in parts)]
+    twins = {(case["kind"], case["mode"]) for case in wanted}
+    return [case for case in cases
+            if case in wanted or (case["variant"] == "dense" and (case["kind"], case["mode"]) in twins)]
 
 
 def plan(packs: dict[str, Path], device: str, tiny: bool, comfyui: str | None) -> list[dict]:
@@ -194,12 +209,13 @@ def main() -> int:
     if args.only != "kernels":
         with tempfile.TemporaryDirectory() as folder:
             packs = write_packs(args.packs or Path(folder), args.tiny)
+            cases = chosen(plan(packs, device, args.tiny, os.environ.get("COMFYUI_PATH")), args.cases)
+            wrong += [] if cases else [f"no case has one of {args.cases} in its name"]
             dense: dict[tuple, dict] = {}
             print(IMAGE_HEAD, flush=True)
-            for case in plan(packs, device, args.tiny, os.environ.get("COMFYUI_PATH")):
-                if any(part in case["name"] for part in args.cases):
-                    wrong += measure_image(case, Path(folder), report, dense, args.seconds)
-                    write()
+            for case in cases:
+                wrong += measure_image(case, Path(folder), report, dense, args.seconds)
+                write()
     print("\n".join(["wrong:", *wrong] if wrong else ["all results are right"]))
     return 1 if wrong else 0
 

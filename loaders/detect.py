@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -54,9 +55,10 @@ class Transformer:
         if "bonsai.source" in self.metadata:
             return self.metadata["bonsai.source"]
         path = self.path.absolute()
-        for folder in path.parents[:3]:
-            record = read_json(folder / _RECORD)
-            if {"repository", "commit"} <= record.keys():
+        for folder in path.parents[:2]:
+            # A damaged note is no reason to refuse a model.
+            with contextlib.suppress(PackError, KeyError):
+                record = read_json(folder / _RECORD)
                 return f"{record['repository']}@{record['commit']}"
         parts = path.parts
         for part, marker, revision in zip(parts, parts[1:], parts[2:], strict=False):

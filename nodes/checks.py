@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_management
@@ -76,26 +77,36 @@ def name_out_of_memory(patcher, methods: tuple[str, ...], advice: str) -> None:
     # Not an object patch: those of a clone for another device would call the first model.
     def inject(patcher) -> None:
         for name in methods:
-            setattr(patcher.model, name, _advising(getattr(type(patcher.model), name), patcher.model, advice))
+            method = getattr(patcher.model, name)
+            if not isinstance(method, _Advising):
+                setattr(patcher.model, name, _Advising(method, vars(patcher.model).get(name), advice))
 
     def eject(patcher) -> None:
         for name in methods:
             # A clone of the patcher may have been here before.
-            vars(patcher.model).pop(name, None)
+            if isinstance(advising := vars(patcher.model).get(name), _Advising):
+                delattr(patcher.model, name)
+                if advising.before is not None:
+                    setattr(patcher.model, name, advising.before)
 
     patcher.set_injections(f"{_KEY}_memory", [PatcherInjection(inject, eject)])
 
 
-def _advising(method: Callable, model, advice: str) -> Callable:
-    def run(*args, **kwargs):
+@dataclass(frozen=True)
+class _Advising:
+    """``method`` of a model, with ``advice`` for out of memory. ``before``: what somebody else had put in its place."""
+
+    method: Callable
+    before: Callable | None
+    advice: str
+
+    def __call__(self, *args, **kwargs):
         try:
-            return method(model, *args, **kwargs)
+            return self.method(*args, **kwargs)
         except Exception as error:
             if not comfy.model_management.is_oom(error):
                 raise
-            raise comfy.model_management.OOM_EXCEPTION(advice) from error
-
-    return run
+            raise comfy.model_management.OOM_EXCEPTION(self.advice) from error
 
 
 def _half(side: int) -> int:

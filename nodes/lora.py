@@ -1,8 +1,8 @@
 """LoRA beside the codes: what the host attaches to a linear's weight is added to the product, never to the weight.
 
-The host's loaders put patches into ``patcher.patches`` (and, for scheduled LoRA, ``patcher.hook_patches``). After every
-load of the model, and whenever hooks come or go, :func:`attach` turns them into side paths, which it hands to the
-Linears.
+The host's loaders put patches into ``patcher.patches`` (and, for scheduled LoRA, ``patcher.hook_patches``). At every
+load of the model :func:`attach` turns them into side paths, which it hands to the Linears; whenever hooks come or go,
+:func:`refresh` does.
 A plain LoRA (also a LoCon one on a linear) and a LoKr stay in factored form; every other kind (DoRA, LoHa, GLoRA, OFT,
 BOFT, plain differences, merges) becomes the difference it makes to this one weight, computed in FP32 by the host's own
 code each time it is needed, and is multiplied beside the weight as well. The few dense linears of the model are treated
@@ -11,7 +11,7 @@ alike: their BF16 weights would round a LoRA away in part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,9 @@ from .operations import HostLinear
 
 #: (strength, value, strength of the weight itself, offset or None, function or None), as ``ModelPatcher`` stores them.
 Patch = tuple[float, Any, float, tuple[int, int, int] | None, Any]
+
+#: The device and the patches that side paths were made for.
+Attached = tuple[torch.device, tuple[Patch, ...]]
 
 _KEY = "bonsai_image"
 
@@ -132,24 +135,36 @@ def _moved(adapter, device: torch.device):
     return type(adapter)(adapter.loaded_keys, weights)
 
 
-def attach(patcher) -> None:
-    """Give every Linear of ``patcher``'s model the side paths of the patches and hooks in force."""
+def attach(patcher, *_) -> None:
+    """Give every Linear of ``patcher``'s model, which the host has loaded, the side paths of the patches and hooks in
+    force."""
+    _attach(patcher, lambda _: True)
+
+
+def refresh(patcher) -> None:
+    """The same, unless the model is not loaded: the host also asks after a load that failed."""
+    _attach(patcher, lambda module: module.attached is not None)
+
+
+def _attach(patcher, wanted: Callable[[HostLinear], bool]) -> None:
     hook_patches = patcher.get_combined_hook_patches(patcher.current_hooks)
+    device = patcher.load_device
     for name, module in patcher.model.named_modules():
-        if isinstance(module, HostLinear):
+        if isinstance(module, HostLinear) and wanted(module):
             key = f"{name}.weight"
             patches = (*patcher.patches.get(key, ()), *hook_patches.get(key, ()))
             # The host asks for this several times a prompt.
-            if not _same(patches, module.patches):
-                module.side_paths = side_paths(patches, key, module.weight.shape, patcher.load_device)
-                module.patches = patches
+            if not _same((device, patches), module.attached):
+                module.side_paths = side_paths(patches, key, module.weight.shape, device)
+                module.attached = device, patches
             # Under dynamic VRAM the host has left the patch here, to merge it into the weight.
             module.weight_lowvram_function = None
 
 
-def _same(one: Sequence[Patch], other: Sequence[Patch]) -> bool:
+def _same(one: Attached, other: Attached | None) -> bool:
     # Equal is no question for tensors; patches are never changed in place.
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return (other is not None and one[0] == other[0] and len(one[1]) == len(other[1])
+            and all(a is b for a, b in zip(one[1], other[1], strict=True)))
 
 
 def detach(patcher, unpatch_all: bool) -> None:
@@ -158,13 +173,15 @@ def detach(patcher, unpatch_all: bool) -> None:
     if unpatch_all:
         for module in patcher.model.modules():
             if isinstance(module, HostLinear):
-                module.side_paths = module.patches = ()
+                module.side_paths, module.attached = (), None
 
 
 def install(patcher) -> None:
     """Keep the side paths of ``patcher`` and of its clones in step with the host."""
+    # Inside the load, so that the host takes back a model for whose adapters there is no memory.
+    patcher.add_callback(CallbacksMP.ON_LOAD, attach)
     # An injection is what the host puts back after whatever it does to patches and hooks.
-    patcher.set_injections(_KEY, [PatcherInjection(attach, lambda patcher: None)])
+    patcher.set_injections(_KEY, [PatcherInjection(refresh, lambda patcher: None)])
     patcher.add_callback(CallbacksMP.ON_DETACH, detach)
     # The other mode caches dense weights, which a packed one cannot take back.
     patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram

@@ -13,13 +13,14 @@ class HostLinear(PackedLinear, comfy.ops.CastWeightBiasOp):
     """A Linear that the host offloads, prefetches and interrupts like its own.
 
     ``compute_dtype`` None means the dtype of the activations. ``side_paths`` add the effect of LoRAs beside the product
-    (see ``nodes/lora.py``), that of ``patches``; the weight itself, packed or dense, never changes.
+    (see ``nodes/lora.py``, which notes in ``attached`` what they were made of; None while the model is not loaded). The
+    weight itself, packed or dense, never changes.
     """
 
     comfy_cast_weights = True
     compute_dtype: torch.dtype | None = None
     side_paths: tuple = ()
-    patches: tuple = ()
+    attached: tuple | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         comfy.ops.run_every_op()

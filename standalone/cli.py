@@ -45,10 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--transformer", type=Path, help="another diffusion model, in any format, for the pack's own")
     command.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16")
     command.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16")
-    command.add_argument("--out", type=_picture, default=Path("bonsai.png"), help="PNG to write, or to replace")
+    command.add_argument("--out", type=_picture, default="bonsai.png", help="PNG to write, or to replace")
 
     command = commands.add_parser("demo", parents=[drawing], help="draw a contact sheet with a trained miniature")
-    command.add_argument("--out", type=_picture, default=Path("bonsai-demo.png"), help="PNG to write, or to replace")
+    command.add_argument("--out", type=_picture, default="bonsai-demo.png", help="PNG to write, or to replace")
 
     command = commands.add_parser("inspect", help="what a file, folder or repository holds")
     command.add_argument("path", type=Path)

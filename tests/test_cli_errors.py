@@ -79,6 +79,14 @@ def test_a_picture_that_cannot_be_written(pack, tmp_path, capsys, no_drawing, na
     assert caught.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_the_default_picture_that_cannot_be_written(pack, tmp_path, capsys, no_drawing, monkeypatch):
+    (tmp_path / "bonsai.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        run("generate", "--pack", pack, "--prompt", "x")
+    assert caught.value.code == 2 and "no name for a picture" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seed", ["-1", str(2**63), "x"])
 def test_a_seed_out_of_range(pack, capsys, no_drawing, seed):
     with pytest.raises(SystemExit) as caught:

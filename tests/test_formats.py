@@ -125,6 +125,8 @@ def test_source_of_our_own_download(small, tmp_path):
     folder = shutil.copytree(small.mlx.parent, tmp_path / "pack")
     (folder / "bonsai-download.json").write_text('{"repository": "prism-ml/x", "revision": "main", "commit": "abc"}')
     assert load_transformer(folder / small.mlx.name).source == "prism-ml/x@abc"
+    (folder / "bonsai-download.json").write_text("[")
+    assert load_transformer(folder / small.mlx.name).source == "pack"
 
 
 def test_dense_weights_that_do_not_say_their_codes(small, tmp_path):

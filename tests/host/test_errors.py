@@ -148,6 +148,22 @@ def test_out_of_memory_in_the_text_encoder(pack, monkeypatch):
     assert clip.encode_from_tokens(clip.tokenize("a bonsai")).shape[-1] == TEXT_WIDTH
 
 
+def test_what_watches_for_it_leaves_the_patches_of_others(pack):
+    """Another pack's object patch of the same method, and a method put into its place by hand, stay in force."""
+    vae = models.load_vae_model(str(pack / "vae"))
+    latent, calls = torch.zeros(1, 128, 2, 2), []
+    original = vae.first_stage_model.decode
+    vae.patcher.add_object_patch("decode", lambda *args, **kwargs: calls.append("patch") or original(*args, **kwargs))
+    vae.decode(latent)
+    assert calls == ["patch"]
+    comfy.model_management.unload_all_models()
+    vae.patcher.object_patches.clear()
+    by_hand = vae.first_stage_model.decode = lambda *args, **kwargs: calls.append("hand") or original(*args, **kwargs)
+    vae.decode(latent)
+    comfy.model_management.unload_all_models()
+    assert calls == ["patch", "hand"] and vae.first_stage_model.decode is by_hand
+
+
 def test_what_watches_for_it_does_not_keep_a_model_alive(pack):
     vae = models.load_vae_model(str(pack / "vae"))
     vae.decode(torch.zeros(1, 128, 4, 4))

@@ -15,7 +15,7 @@ from test_parity import host_forward
 
 from bonsai_image.loaders import load_transformer
 from bonsai_image.loaders.names import to_comfyui
-from bonsai_image.nodes import models
+from bonsai_image.nodes import lora, models
 from bonsai_image.nodes.operations import HostLinear
 from bonsai_image.ops import torch_backend
 from bonsai_image.ops.packed import PackedLayout, is_packed
@@ -282,13 +282,42 @@ def test_dynamic_vram_leaves_the_patch_to_us(packed_model, tensors):
     """What the host's dynamic patcher attaches for merging is taken away again when the load is done."""
     from comfy.model_patcher import LowVramPatch
 
-    from bonsai_image.nodes.lora import attach
-
     patched = with_lora(packed_model, Maker(tensors).file("lora"))
     layer = patched.model.diffusion_model.single_blocks[0].linear1
     layer.weight_lowvram_function = LowVramPatch("diffusion_model.single_blocks.0.linear1.weight", patched.patches)
-    attach(patched)
+    lora.attach(patched)
     assert layer.weight_lowvram_function is None and len(layer.side_paths) == 1
+
+
+def test_no_memory_for_the_adapters_leaves_nothing_loaded(transformer, tensors, inputs, monkeypatch):
+    """The host takes back what it began to load; and nothing is attached to a model that failed to load."""
+    model = models.load_model(str(transformer), "fp32")
+    patched = with_lora(model, Maker(tensors).file("lora"))
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for owner, name in ((lora, "side_paths"), (patched, "load")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(torch.OutOfMemoryError):
+                comfy.model_management.load_models_gpu([patched])
+        comfy.model_management.unload_all_models()
+        assert patched.loaded_size() == 0
+        assert not any(m.side_paths or m.attached for m in patched.model.modules() if isinstance(m, HostLinear))
+    assert relative(host_forward(patched, inputs), host_forward(model, inputs)) > 1e-2
+
+
+def test_adapters_follow_a_clone_to_its_device(packed_model, tensors):
+    """As by the host's nodes that choose a device: a clone of the same model, with the same patches."""
+    patched = with_lora(packed_model, Maker(tensors).file("lora"))
+    comfy.model_management.load_models_gpu([patched])
+    clone = patched.clone()
+    clone.load_device = torch.device("meta")
+    lora.attach(clone)
+    paths = [path for m in clone.model.modules() if isinstance(m, HostLinear) for path in m.side_paths]
+    assert paths and {path.down.device.type for path in paths} == {"meta"}
+    lora.attach(patched)
 
 
 def test_adapters_are_let_go_with_the_model(packed_model, tensors, inputs):
