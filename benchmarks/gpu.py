@@ -31,7 +31,8 @@ from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.loaders.qwen3 import Qwen3Config
 from bonsai_image.standalone import random_pack
 
-CASE = Path(__file__).with_name("gpu_case.py")
+#: What measures a case, by its kind.
+SCRIPTS = {"kernels": "gpu_kernels.py", "embedded": "gpu_case.py", "comfyui": "gpu_case.py"}
 KLEIN = KleinConfig(hidden=3072, text_width=7680, in_channels=128, out_channels=128, double_blocks=5, single_blocks=20)
 QWEN3 = Qwen3Config(vocab=151936, hidden=2560, layers=36, heads=32, kv_heads=8, head_dim=128, mlp=9728)
 VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 32}
@@ -87,8 +88,9 @@ def run(case: dict, seconds: float) -> dict:
     """One case in a process of its own. What fails is reported in its row, and the others still run."""
     with tempfile.TemporaryDirectory() as cache:
         # In a folder of its own: ComfyUI writes a log where it runs.
+        script = Path(__file__).with_name(SCRIPTS[case["kind"]])
         try:
-            done = subprocess.run([sys.executable, str(CASE), json.dumps(case)], capture_output=True, text=True,
+            done = subprocess.run([sys.executable, str(script), json.dumps(case)], capture_output=True, text=True,
                                   cwd=cache, timeout=seconds,
                                   env={**os.environ, "TRITON_CACHE_DIR": cache,
                                        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)})

@@ -13,7 +13,7 @@ import torch
 from ..ops.packed import is_packed
 from . import bonsai, dense, gemlite, hqq, klein, mlx, names, qwen3, vae
 from .errors import DOWNLOAD_AGAIN, PackError
-from .files import Progress, TensorFile, is_tensor_file, no_progress, open_tensors, read_json
+from .files import Progress, TensorFile, files_in, no_progress, open_tensors, read_json
 
 #: Every format that can be read, in the order they are tried. A format is a module with NAME, matches and decode.
 FORMATS = (gemlite, mlx, bonsai, hqq, dense)
@@ -153,7 +153,7 @@ def load_vae(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
 
 def is_repository(path: Path | str) -> bool:
     """Whether ``path`` can only be a repository, not a model: a folder without tensor files of its own."""
-    return os.path.isdir(path) and not any(is_tensor_file(child) for child in Path(path).iterdir())
+    return os.path.isdir(path) and not files_in(Path(path))
 
 
 def find_repository(path: Path | str) -> Repository:
@@ -170,7 +170,7 @@ def find_repository(path: Path | str) -> Repository:
             # Without its vocabulary a tokenizer still loads, and turns every prompt into nothing.
             if any(all((candidate / name).is_file() for name in names) for names in _VOCABULARIES):
                 parts.setdefault("tokenizer", candidate)
-        if is_repository(folder):
+        if not files_in(folder):
             continue
         file = open_tensors(folder)
         if qwen3.is_qwen3(file.tensors):

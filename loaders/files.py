@@ -167,9 +167,9 @@ def _shards(folder: Path) -> dict[str, set[str]]:
     return {}
 
 
-def is_tensor_file(path: Path) -> bool:
-    """Whether ``path`` is a file with an ending of tensor files, in letters of any case."""
-    return path.suffix.lower() in TENSOR_SUFFIXES and path.is_file()
+def files_in(folder: Path) -> list[Path]:
+    """The tensor files that lie in ``folder`` itself, sorted; their endings may be in letters of any case."""
+    return sorted(child for child in folder.iterdir() if child.suffix.lower() in TENSOR_SUFFIXES and child.is_file())
 
 
 def tensor_files(path: Path) -> list[Path]:
@@ -181,7 +181,7 @@ def tensor_files(path: Path) -> list[Path]:
         raise PackError(path, "a file or folder", "nothing there", "check the path")
     if shards := _shards(path):
         return [path / name for name in sorted(shards)]
-    found = sorted(filter(is_tensor_file, path.iterdir()))
+    found = files_in(path)
     if not found:
         raise PackError(path, f"a tensor file ({', '.join(SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES[:1])})", "none",
                         "choose the folder that holds the weights")

@@ -70,7 +70,7 @@ def _verify(model: Transformer, target: str, path: Path, progress: Progress) -> 
     """Raise PackError unless ``path`` loads to exactly the tensors of ``model``."""
     if target == "diffusers":
         # Dense weights do not say which codes they came from where a whole group is zero, or a scale negative.
-        expected, written, same = to_diffusers(model.tensors), open_tensors(path, progress).tensors, _same_dense
+        expected, written, same = to_diffusers(model.tensors), open_tensors(path).tensors, _same_dense
     else:
         expected, written, same = to_comfyui(model.tensors), to_comfyui(load_transformer(path, progress).tensors), _same
     for name, tensor in expected.items():
@@ -100,8 +100,8 @@ def save_transformer(model: Transformer, path: Path, target: str, base3: bool = 
                      progress: Progress = no_progress) -> None:
     """Write ``model`` to ``path`` in the format ``target``, one of :data:`TARGETS`.
 
-    ``progress`` follows the last part of it, the loading back. Raises PackError on an existing path, a name of the
-    wrong kind, or a format that cannot hold the weights exactly.
+    ``progress`` follows the last part of it, the loading back (a dense one is mapped at once). Raises PackError on an
+    existing path, a name of the wrong kind, or a format that cannot hold the weights exactly.
     """
     if base3 and target != "comfy":
         raise PackError(path, "base 3 with the comfy format", f"the {target} format", "drop base 3")

@@ -1,17 +1,16 @@
 """LoRA beside the codes: what the host attaches to a linear's weight is added to the product, never to the weight.
 
 The host's loaders put patches into ``patcher.patches`` (and, for scheduled LoRA, ``patcher.hook_patches``). At every
-load of the model :func:`attach` turns them into side paths, which it hands to the Linears; whenever hooks come or go,
-:func:`refresh` does.
-A plain LoRA (also a LoCon one on a linear) and a LoKr stay in factored form; every other kind (DoRA, LoHa, GLoRA, OFT,
-BOFT, plain differences, merges) becomes the difference it makes to this one weight, computed in FP32 by the host's own
-code each time it is needed, and is multiplied beside the weight as well. The few dense linears of the model are treated
-alike: their BF16 weights would round a LoRA away in part.
+load of the model, and whenever hooks come or go, :func:`attach` turns them into side paths, which it hands to the
+Linears. A plain LoRA (also a LoCon one on a linear) and a LoKr stay in factored form; every other kind (DoRA, LoHa,
+GLoRA, OFT, BOFT, plain differences, merges) becomes the difference it makes to this one weight, computed in FP32 by the
+host's own code each time it is needed, and is multiplied beside the weight as well. The few dense linears of the model
+are treated alike: their BF16 weights would round a LoRA away in part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +29,6 @@ Patch = tuple[float, Any, float, tuple[int, int, int] | None, Any]
 
 #: The device and the patches that side paths were made for.
 Attached = tuple[torch.device, tuple[Patch, ...]]
-
-_KEY = "bonsai_image"
 
 
 @dataclass(frozen=True)
@@ -135,22 +132,16 @@ def _moved(adapter, device: torch.device):
     return type(adapter)(adapter.loaded_keys, weights)
 
 
-def attach(patcher, *_) -> None:
-    """Give every Linear of ``patcher``'s model, which the host has loaded, the side paths of the patches and hooks in
-    force."""
-    _attach(patcher, lambda _: True)
+def attach(patcher, loading: bool = False) -> None:
+    """Give every Linear of ``patcher``'s model the side paths of the patches and hooks in force.
 
-
-def refresh(patcher) -> None:
-    """The same, unless the model is not loaded: the host also asks after a load that failed."""
-    _attach(patcher, lambda module: module.attached is not None)
-
-
-def _attach(patcher, wanted: Callable[[HostLinear], bool]) -> None:
+    Only while the host is ``loading`` the model does a Linear without any begin to have some: the host asks after a
+    load that failed as well.
+    """
     hook_patches = patcher.get_combined_hook_patches(patcher.current_hooks)
     device = patcher.load_device
     for name, module in patcher.model.named_modules():
-        if isinstance(module, HostLinear) and wanted(module):
+        if isinstance(module, HostLinear) and (loading or module.attached is not None):
             key = f"{name}.weight"
             patches = (*patcher.patches.get(key, ()), *hook_patches.get(key, ()))
             # The host asks for this several times a prompt.
@@ -179,9 +170,9 @@ def detach(patcher, unpatch_all: bool) -> None:
 def install(patcher) -> None:
     """Keep the side paths of ``patcher`` and of its clones in step with the host."""
     # Inside the load, so that the host takes back a model for whose adapters there is no memory.
-    patcher.add_callback(CallbacksMP.ON_LOAD, attach)
+    patcher.add_callback(CallbacksMP.ON_LOAD, lambda patcher, *_: attach(patcher, loading=True))
     # An injection is what the host puts back after whatever it does to patches and hooks.
-    patcher.set_injections(_KEY, [PatcherInjection(refresh, lambda patcher: None)])
+    patcher.set_injections("bonsai_image_lora", [PatcherInjection(attach, lambda patcher: None)])
     patcher.add_callback(CallbacksMP.ON_DETACH, detach)
     # The other mode caches dense weights, which a packed one cannot take back.
     patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram

@@ -148,12 +148,10 @@ def _check(way: str, device: torch.device, bits: int, form: str, group: int, dty
         if _refusal(way, device) is not None:
             return False
         error = self_check(way, device, bits, form, group, dtype, scale_dtype)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as failure:
         # Whatever a compiler or a driver throws, the next way must serve; but a full card says nothing about the way,
         # and Triton has no type of its own for it.
-        if "out of memory" in str(failure).lower():
+        if isinstance(failure, torch.OutOfMemoryError) or "out of memory" in str(failure).lower():
             raise
         _LOG.warning("Bonsai Image: %s failed on %s (%s), another way serves.", way, device,
                      str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__)

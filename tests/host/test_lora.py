@@ -285,7 +285,7 @@ def test_dynamic_vram_leaves_the_patch_to_us(packed_model, tensors):
     patched = with_lora(packed_model, Maker(tensors).file("lora"))
     layer = patched.model.diffusion_model.single_blocks[0].linear1
     layer.weight_lowvram_function = LowVramPatch("diffusion_model.single_blocks.0.linear1.weight", patched.patches)
-    lora.attach(patched)
+    lora.attach(patched, loading=True)
     assert layer.weight_lowvram_function is None and len(layer.side_paths) == 1
 
 
