@@ -19,6 +19,9 @@ from bonsai_image.standalone.cli import main
 from bonsai_image.standalone.random_pack import write_random_pack
 
 
+MINIATURE = Path(__file__).parent.parent / "miniature"
+
+
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
     return write_random_pack(tmp_path_factory.mktemp("cli") / "bonsai-mini")
@@ -100,7 +103,7 @@ def test_a_transformer_that_is_not_there(pack, tmp_path, capsys, no_drawing):
 
 
 def test_a_transformer_of_another_text_width(pack, tmp_path, capsys):
-    other = Path(__file__).parent.parent / "miniature" / "binary.safetensors"
+    other = MINIATURE / "binary.safetensors"
     assert run("generate", "--pack", pack, "--prompt", "x", "--transformer", other, "--out", tmp_path / "a.png",
                "--device", "cpu", "--json") == 2
     assert "binary.safetensors: expected a model for text 384 wide" in sentence(capsys)
@@ -125,9 +128,9 @@ def test_code_beside_a_tokenizer_never_runs(pack, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}"])
-def test_a_tokenizer_without_its_vocabulary(pack, tmp_path, capsys, content):
+def test_a_tokenizer_without_its_vocabulary(tmp_path, capsys, content):
     """It would turn every prompt into nothing, and draw something."""
-    broken = shutil.copytree(pack, tmp_path / "broken")
+    broken = shutil.copytree(MINIATURE / "ternary", tmp_path / "broken")
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         (broken / "tokenizer" / name).unlink(missing_ok=True)
     if content is not None:
