@@ -18,7 +18,6 @@ from bonsai_image.standalone import generate as generating
 from bonsai_image.standalone.cli import main
 from bonsai_image.standalone.random_pack import write_random_pack
 
-
 MINIATURE = Path(__file__).parent.parent / "miniature"
 
 
