@@ -29,7 +29,9 @@ import torch
 
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.loaders.qwen3 import Qwen3Config
-from bonsai_image.standalone import random_pack
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import random_model
 
 #: What measures a case, by its kind.
 SCRIPTS = {"kernels": "gpu_kernels.py", "embedded": "gpu_case.py", "comfyui": "gpu_case.py"}
@@ -55,7 +57,7 @@ def write_packs(folder: Path, tiny: bool) -> dict[str, Path]:
             # Whole or not at all: an interrupted run must not be found by the next.
             partial = path.with_name(f"{path.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            random_pack.write_random_pack(partial, {"ternary": 2, "binary": 1}[name], 0, klein, text, vae)
+            random_model.write_repository(partial, {"ternary": 2, "binary": 1}[name], 0, klein, text, vae)
             partial.rename(path)
     return packs
 

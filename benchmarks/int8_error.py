@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from bonsai_image.loaders import Transformer
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.ops import int8_reference, torch_backend
 from bonsai_image.ops.linear import PackedLinear
-from bonsai_image.standalone import models, random_pack
+from bonsai_image.standalone import models
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import random_model
 
 STEPS, SIDE, TOKENS, TEXT_WIDTH = 4, 8, 32, 384
 _BLOCK = 128
@@ -87,7 +91,7 @@ def main() -> None:
     for variant, bits in (("ternary", 2), ("binary", 1)):
         for hidden, double, single in ((256, 1, 2), (512, 2, 6)):
             config = KleinConfig(hidden, TEXT_WIDTH, 128, 128, double, single)
-            tensors = random_pack.random_transformer(config, bits, torch.Generator().manual_seed(0))
+            tensors = random_model.random_transformer(config, bits, torch.Generator().manual_seed(0))
             model = Transformer(Path("random"), "random", tensors, config)
             exact = sample(models.transformer_module(model, torch.device("cpu"), torch.float32), 1)
             for way, product in WAYS.items():

@@ -29,7 +29,9 @@ from bonsai_image.ops import mlx_backend
 from bonsai_image.ops.packed import is_packed, packed_nbytes
 from bonsai_image.standalone.generate import generate
 from bonsai_image.standalone.models import transformer_module
-from bonsai_image.standalone.random_pack import write_random_pack
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+from random_model import write_repository
 
 #: Name -> what it is. ``mlx`` is what ``auto`` means on a Mac.
 PATHS = {"mlx": "whole transformer in MLX", "layers": "MLX in each layer", "torch": "torch, packed",
@@ -186,7 +188,7 @@ def main() -> int:
             results.append(json.loads(done.stdout.splitlines()[-1]))
     table(results)
     with tempfile.TemporaryDirectory() as folder:
-        pack = args.pack or (write_random_pack(Path(folder) / "bonsai-miniature") if args.tiny else None)
+        pack = args.pack or (write_repository(Path(folder) / "bonsai-miniature") if args.tiny else None)
         if pack is not None:
             draw(pack, sizes, args.steps, args.tiny)
     return 0

@@ -3,8 +3,8 @@ exact one.
 
     python benchmarks/miniature.py [--prompts 300]
 
-Held-out prompts (``tools/miniature/scenes.py``), four steps, CFG 1; what a picture shows is measured by a program
-(``tools/miniature/measure.py``). PSNR is against the exact path: the same packed weights in FP32. Plain torch on the
+Held-out prompts (``miniature/train/scenes.py``), four steps, CFG 1; what a picture shows is measured by a program
+(``miniature/train/measure.py``). PSNR is against the exact path: the same packed weights in FP32. Plain torch on the
 CPU; int8 activations by ``ops/int8_reference.py``, which the Triton kernel equals (``tests/test_triton.py``).
 """
 
@@ -22,7 +22,7 @@ from int8_error import round_activations
 from bonsai_image.loaders import find_repository, load_text_encoder, load_transformer
 from bonsai_image.standalone import demo, models
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools" / "miniature"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "miniature" / "train"))
 from measure import held_out_scenes, score
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..loaders import PackError
 from .generate import Result, generate
 
-#: The miniature in a clone of the repository (``tools/miniature`` trains it).
+#: The miniature in a clone of the repository (``miniature/train`` trains it).
 MINIATURE = Path(__file__).parent.parent / "miniature"
 SIDE = 128
 PROMPTS = (

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2
+from random_model import random_text_encoder, random_transformer
 from safetensors.torch import load_file, save_file
 
 from bonsai_image.loaders import (
@@ -26,7 +27,6 @@ from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.loaders.qwen3 import Qwen3Config
 from bonsai_image.ops.codecs import to_hqq
 from bonsai_image.ops.packed import is_packed
-from bonsai_image.standalone.random_pack import random_text_encoder, random_transformer
 
 KLEIN = KleinConfig(hidden=128, text_width=384, in_channels=32, out_channels=32, double_blocks=1, single_blocks=1)
 TEXT = Qwen3Config(vocab=256, hidden=128, layers=28, heads=2, kv_heads=1, head_dim=64, mlp=128)

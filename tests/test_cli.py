@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from random_model import write_repository
 from safetensors.torch import load_file, save_file
 
 from bonsai_image.ops.torch_backend import cpu_has_fast_bfloat16
 from bonsai_image.standalone import cli
 from bonsai_image.standalone.cli import main
-from bonsai_image.standalone.random_pack import write_random_pack
 
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-    return write_random_pack(tmp_path_factory.mktemp("cli") / "bonsai-mini")
+    return write_repository(tmp_path_factory.mktemp("cli") / "bonsai-mini")
 
 
 #: The binary diffusion model of the trained miniature.
@@ -116,7 +116,7 @@ def test_demo_takes_steps_and_seed(tmp_path):
     assert run("demo", "--out", tmp_path / "a.png", "--device", "cpu", "--steps", 2, "--seed", 5, "--json") == 0
     settings = json.loads(Image.open(tmp_path / "a.png").text["bonsai"])
     assert {(one["steps"], one["seed"], one["source"]) for one in settings.values()} == {
-        (2, 5, "dense"), (2, 5, "ternary"), (2, 5, "tools/miniature")}
+        (2, 5, "dense"), (2, 5, "ternary"), (2, 5, "miniature/train")}
 
 
 def test_inspect_describes_a_repository(pack, capsys):

@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from random_model import write_repository
 
 from bonsai_image.loaders import PackError, load_transformer, save_transformer
 from bonsai_image.standalone import generate as generating
 from bonsai_image.standalone.cli import main
-from bonsai_image.standalone.random_pack import write_random_pack
 
 MINIATURE = Path(__file__).parent.parent / "miniature"
 
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-    return write_random_pack(tmp_path_factory.mktemp("cli") / "bonsai-mini")
+    return write_repository(tmp_path_factory.mktemp("cli") / "bonsai-mini")
 
 
 def run(*argv) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_model import random_transformer, write_repository
 from reference import dense64, random_weight, relative
 
 from bonsai_image.loaders import Transformer
@@ -22,7 +23,6 @@ from bonsai_image.standalone import cli, models
 from bonsai_image.standalone.generate import generate
 from bonsai_image.standalone.mlx_transformer import MlxTransformer
 from bonsai_image.standalone.models import transformer_module
-from bonsai_image.standalone.random_pack import random_transformer, write_random_pack
 
 mx = pytest.importorskip("mlx.core")
 from bonsai_image.ops import mlx_arrays, mlx_klein  # noqa: E402
@@ -231,7 +231,7 @@ def test_threads():
 
 def test_the_text_encoder_is_gone_before_the_transformer_loads(tmp_path, monkeypatch):
     """Neither torch nor MLX still holds any of it, in memory or in MLX's cache."""
-    pack = write_random_pack(tmp_path / "pack")
+    pack = write_repository(tmp_path / "pack")
     seen = []
     build_encoder, build_transformer = models.text_encoder_module, models.transformer_module
 

@@ -19,13 +19,14 @@ if str(COMFYUI) not in sys.path:
     args.cpu = True
 
 # After the host: it sets up torch for the flags above.
+import random_model  # noqa: E402
+
 from bonsai_image.loaders import Transformer, save_transformer  # noqa: E402
 from bonsai_image.loaders.qwen3 import Qwen3Config  # noqa: E402
-from bonsai_image.standalone import random_pack  # noqa: E402
 
 #: The width the host's Klein encoder is detected by, and its real vocabulary; everything else as small as can be.
 TEXT = Qwen3Config(vocab=151936, hidden=2560, layers=28, heads=1, kv_heads=1, head_dim=128, mlp=128)
-KLEIN = dataclasses.replace(random_pack._KLEIN, text_width=3 * 2560)
+KLEIN = dataclasses.replace(random_model._KLEIN, text_width=3 * 2560)
 #: The host fixes the widths of the encoder; the decoder's are read off its tensors.
 VAE = {"block_out_channels": (128, 256, 512, 512), "decoder_block_out_channels": (32, 64, 128, 128),
        "layers_per_block": 2, "latent_channels": 32}
@@ -39,7 +40,7 @@ def comfyui() -> Path:
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory) -> Path:
     """A whole miniature repository that the host accepts."""
-    return random_pack.write_random_pack(tmp_path_factory.mktemp("host") / "bonsai-mini-ternary", 2, klein=KLEIN,
+    return random_model.write_repository(tmp_path_factory.mktemp("host") / "bonsai-mini-ternary", 2, klein=KLEIN,
                                          text=TEXT, vae=VAE)
 
 
@@ -52,7 +53,7 @@ def transformer(pack) -> Path:
 def binary_transformer(tmp_path_factory) -> Path:
     """A binary diffusion model in our own format."""
     path = tmp_path_factory.mktemp("host") / "bonsai-mini-binary.safetensors"
-    tensors = random_pack.random_transformer(KLEIN, 1, torch.Generator().manual_seed(1))
+    tensors = random_model.random_transformer(KLEIN, 1, torch.Generator().manual_seed(1))
     save_transformer(Transformer(path, "comfy", tensors, KLEIN), path, "comfy")
     return path
 

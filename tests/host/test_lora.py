@@ -361,12 +361,13 @@ def test_models_are_unloaded_outside_inference_mode(pack, transformer, tensors, 
 
 def test_merging_two_bonsai_models_works_densely(transformer, dense_model, tensors, inputs, tmp_path):
     """ModelMergeSimple's way: half of one, half of the other; then the merged model drops the merge again."""
+    import random_model
+
     from bonsai_image.loaders import Transformer, save_transformer
-    from bonsai_image.standalone import random_pack
 
     config = load_transformer(transformer).config
     path = tmp_path / "other.safetensors"
-    other = random_pack.random_transformer(config, 2, torch.Generator().manual_seed(9))
+    other = random_model.random_transformer(config, 2, torch.Generator().manual_seed(9))
     save_transformer(Transformer(path, "comfy", other, config), path, "comfy")
     first, second = models.load_model(str(transformer), "fp32"), models.load_model(str(path), "fp32")
     dense_second = comfy.sd.load_diffusion_model_state_dict(

@@ -1,4 +1,4 @@
-"""Train the miniature from nothing and write it: ``python tools/miniature/train.py``.
+"""Train the miniature from nothing and write it: ``python miniature/train/train.py``.
 
 Stages: VAE, text encoder, dense transformer, then binary and ternary ones that start from the dense one, and a LoRA. A
 finished stage is kept in ``--work`` and an interrupted one goes on where it was; delete the folder to start anew.

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ..loaders import mlx
-from ..loaders.klein import KleinConfig, diffusers_shapes
-from ..loaders.names import is_packable
-from ..loaders.qwen3 import Qwen3Config, qwen3_shapes
-from ..ops.codecs import pack_codes
-from ..ops.packed import packed_weight
+from bonsai_image.loaders import mlx
+from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
+from bonsai_image.loaders.names import is_packable
+from bonsai_image.loaders.qwen3 import Qwen3Config, qwen3_shapes
+from bonsai_image.ops.codecs import pack_codes
+from bonsai_image.ops.packed import packed_weight
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -74,7 +74,7 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def write_random_pack(folder: Path, bits: int = 2, seed: int = 0, klein: KleinConfig = _KLEIN,
+def write_repository(folder: Path, bits: int = 2, seed: int = 0, klein: KleinConfig = _KLEIN,
                     text: Qwen3Config = _TEXT, vae: Mapping[str, object] = _VAE) -> Path:
     """Write a random repository in the layout of the MLX packs to ``folder`` and return it."""
     generator = torch.Generator().manual_seed(seed)

@@ -28,9 +28,12 @@ _TRANSFORMER, _TEXT_ENCODER = "transformer-packed-mflux", "text_encoder-mlx-4bit
 def write(folder: Path, models: dict[str, dict[str, torch.Tensor]], encoder: dict[str, torch.Tensor], tokenizer,
           vae: AutoencoderKLFlux2, lora: dict[str, torch.Tensor]) -> None:
     """Write ``models`` (diffusers-named tensors by variant), the parts they share and a LoRA to ``folder``, replacing
-    it."""
-    shutil.rmtree(folder, ignore_errors=True)
+    what an earlier run wrote there."""
     pack = folder / REPOSITORY
+    for old in (pack, folder / "dense"):
+        shutil.rmtree(old, ignore_errors=True)
+    for old in (folder / "binary.safetensors", folder / "blue_pot_lora.safetensors"):
+        old.unlink(missing_ok=True)
     save_transformer(_transformer(models["ternary"]), pack / _TRANSFORMER, "mlx")
     save_transformer(_transformer(models["binary"]), folder / "binary.safetensors", "comfy")
     (folder / "dense").mkdir()
@@ -50,7 +53,7 @@ def write(folder: Path, models: dict[str, dict[str, torch.Tensor]], encoder: dic
 
 
 def _transformer(tensors: dict[str, torch.Tensor]) -> Transformer:
-    return Transformer(Path("miniature"), "mlx", tensors, KLEIN, {"bonsai.source": "tools/miniature"})
+    return Transformer(Path("miniature"), "mlx", tensors, KLEIN, {"bonsai.source": "miniature/train"})
 
 
 def _write_json(path: Path, value: dict) -> None:
