@@ -20,9 +20,13 @@ if str(COMFYUI) not in sys.path:
 
 # After the host: it sets up torch for the flags above.
 import random_model  # noqa: E402
+from reference import dense64  # noqa: E402
 
-from bonsai_image.loaders import Transformer, save_transformer  # noqa: E402
+from bonsai_image.loaders import Transformer, load_transformer, save_transformer  # noqa: E402
+from bonsai_image.loaders.names import to_comfyui  # noqa: E402
 from bonsai_image.loaders.qwen3 import Qwen3Config  # noqa: E402
+from bonsai_image.nodes import models  # noqa: E402
+from bonsai_image.ops.packed import is_packed  # noqa: E402
 
 #: The width the host's Klein encoder is detected by, and its real vocabulary; everything else as small as can be.
 TEXT = Qwen3Config(vocab=151936, hidden=2560, layers=28, heads=1, kv_heads=1, head_dim=128, mlp=128)
@@ -74,3 +78,13 @@ def inputs():
     generator = torch.Generator().manual_seed(3)
     return (torch.randn(2, 128, 6, 4, generator=generator), torch.tensor([0.8, 0.3]),
             torch.randn(2, 20, KLEIN.text_width, generator=generator))
+
+
+@pytest.fixture(scope="module")
+def pair(transformer):
+    """The packed MODEL and a dense one of ComfyUI's own layers."""
+    import comfy.sd
+
+    tensors = to_comfyui(load_transformer(transformer).tensors)
+    dense = {name: dense64(t).float() if is_packed(t) else t.float() for name, t in tensors.items()}
+    return models.load_model(str(transformer), "fp32"), comfy.sd.load_diffusion_model_state_dict(dense)

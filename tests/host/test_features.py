@@ -9,42 +9,14 @@ from __future__ import annotations
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.sample
-import comfy.sd
 import node_helpers
 import pytest
 import torch
-from reference import dense64, relative
+from reference import relative
+from sampling import HEIGHT, WIDTH, conditioning, random, sample
 
 from bonsai_image.loaders import load_transformer
-from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.nodes import models
-from bonsai_image.ops.packed import is_packed
-
-HEIGHT, WIDTH = 4, 6
-TEXT_WIDTH = 3 * 2560
-
-
-@pytest.fixture(scope="module")
-def pair(transformer):
-    """The packed MODEL and a dense one of the host's own layers."""
-    tensors = to_comfyui(load_transformer(transformer).tensors)
-    dense = {name: dense64(t).float() if is_packed(t) else t.float() for name, t in tensors.items()}
-    return models.load_model(str(transformer), "fp32"), comfy.sd.load_diffusion_model_state_dict(dense)
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def conditioning(seed=4, **values):
-    return [[random(1, 512, TEXT_WIDTH, seed=seed), values]]
-
-
-def sample(model, positive=None, negative=None, cfg=1.0, batch=1, latent=None, mask=None, denoise=1.0, steps=3):
-    noise = random(batch, 128, HEIGHT, WIDTH, seed=3)
-    latent = torch.zeros_like(noise) if latent is None else latent
-    return comfy.sample.sample(model, noise, steps, cfg, "euler", "simple", positive or conditioning(),
-                               negative or conditioning(5), latent, denoise=denoise, noise_mask=mask, seed=3)
 
 
 def batch_of_three(model):
