@@ -1,12 +1,16 @@
-"""What a MODEL is made of, as text."""
+"""The node that shows what a MODEL is made of."""
 
 from __future__ import annotations
 
 from collections import Counter
 
+from comfy_api.latest import io, ui
+from server import PromptServer
+
 from ..loaders.names import is_packable
 from ..ops import backends
 from ..ops.packed import is_packed, packed_nbytes
+from .load import CATEGORY
 from .models import ATTACHMENT, MLX_ATTACHMENT, Origin
 
 
@@ -35,3 +39,30 @@ def describe(patcher) -> str:
                  f"{sum(p.nbytes for p in dense.values()):,} dense")
     lines.append(f"device: {patcher.load_device}, patches on {len(patcher.patches)} weights")
     return "\n".join(lines)
+
+
+def show(text: str, node_id: str) -> None:
+    """Show ``text`` on the node: the frontend displays the text output of none but a few nodes of its own."""
+    PromptServer.instance.send_progress_text(text, node_id)
+
+
+class BonsaiModelInfo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="BonsaiModelInfo",
+            display_name="Bonsai Model Info",
+            category=CATEGORY,
+            description="Show what a MODEL is made of: variant, backend, bytes packed and dense, dtype, source.",
+            search_aliases=["bonsai", "inspect model", "vram", "size"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[io.Model.Input("model", tooltip="Any MODEL from a Bonsai loader.")],
+            outputs=[io.String.Output("info", display_name="info")],
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        text = describe(model)
+        show(text, cls.hidden.unique_id)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))

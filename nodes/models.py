@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
@@ -18,7 +17,7 @@ from ..loaders.files import Progress
 from ..loaders.names import to_comfyui
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
-from . import checks, lora
+from . import advice, lora
 from .operations import packed_operations
 
 #: The key under which a MODEL of ours carries its :class:`Origin`.
@@ -78,7 +77,7 @@ def load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", di
         logging.info("Bonsai Image: the backend %s is not available on %s, %s serves.", backend, patcher.load_device,
                      served)
     lora.install(patcher)
-    checks.install(patcher, loaded.config.text_width)
+    advice.install(patcher, loaded.config.text_width)
     patcher.cached_patcher_init = (load_model, (path, compute_dtype, backend))
     used = dtype or patcher.model.get_dtype_inference()
     patcher.set_attachments(ATTACHMENT, Origin(path, loaded.format, loaded.variant, loaded.source,
@@ -117,7 +116,7 @@ def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = Fa
                        "qwen3_4b_model_config": dimensions},
         disable_dynamic=disable_dynamic)
     lora.install(clip.patcher)
-    checks.name_out_of_memory(clip.patcher, ("encode_token_weights",), (
+    advice.name_out_of_memory(clip.patcher, ("encode_token_weights",), (
         "Out of memory in the text encoder: close what else uses this device, or start ComfyUI with --novram, which "
         "runs the text encoder on the CPU."))
     clip.patcher.cached_patcher_init = (_clip_patcher, (path, compute_dtype))
@@ -134,7 +133,7 @@ def load_vae_model(path: str, disable_dynamic: bool = False):
     vae = comfy.sd.VAE(sd=dict(tensors))
     if vae.first_stage_model is None:
         raise PackError(path, "a VAE this ComfyUI knows", "another", "update ComfyUI")
-    checks.name_out_of_memory(vae.patcher, ("encode", "decode"), (
+    advice.name_out_of_memory(vae.patcher, ("encode", "decode"), (
         "Out of memory in the VAE, even in tiles: lower batch_size or the size, use the (Tiled) node of VAE Encode or "
         "Decode with a tile_size of 256, or start ComfyUI with --cpu-vae."))
     vae.patcher.cached_patcher_init = (_vae_patcher, (path,))
@@ -143,30 +142,3 @@ def load_vae_model(path: str, disable_dynamic: bool = False):
 
 def _vae_patcher(path: str, disable_dynamic: bool = False):
     return load_vae_model(path).patcher
-
-
-def model_choices(kind: str) -> list[str]:
-    """Model files of a host folder kind, and the folders that hold them, relative to their root."""
-    files = folder_paths.get_filename_list(kind)
-    folders = {Path(file).parent.as_posix() for file in files} - {"."}
-    return sorted([*files, *folders])
-
-
-def repository_choices() -> list[str]:
-    """Folders under ``models/diffusers`` that look like a downloaded repository: they have subfolders with weights."""
-    found = set()
-    for root in map(Path, folder_paths.get_folder_paths("diffusers")):
-        found.update(weights.parent.parent.relative_to(root).as_posix()
-                     for pattern in ("*/*/", "*/*/*/") for weights in root.glob(f"{pattern}*.safetensors"))
-    return sorted(found)
-
-
-def resolve(kind: str, name: str) -> str:
-    """The path of a choice. Raises PackError if it is gone."""
-    # By the letters of the path: what a user has linked into the folder may lie anywhere.
-    inside = not Path(name).anchor and ".." not in Path(name).parts
-    for root in map(Path, folder_paths.get_folder_paths(kind)):
-        if inside and (root / name).exists():
-            return str(root / name)
-    action = checks.how_to_download(name) if kind == "diffusers" else "put it there and press R to refresh the list"
-    raise PackError(name, f"a file or folder under models/{kind}", "nothing of that name", action)

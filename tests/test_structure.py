@@ -1,4 +1,4 @@
-"""The rules of the house that a program can check: import directions, lint, what importing the pack costs."""
+"""The rules of the house that a program can check: imports, file sizes, lint, packaging, what importing costs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = {"ops": set(), "loaders": {"ops"}, "nodes": {"loaders", "ops"}, "standalone": {"loaders", "ops"}}
 HOST = {"comfy", "folder_paths", "comfy_api", "comfy_extras", "comfy_execution", "server", "execution", "node_helpers"}
-FILES = sorted(path for room in ROOMS for path in (ROOT / room).glob("*.py"))
+FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 
 def imports(path: Path):
@@ -25,29 +25,49 @@ def imports(path: Path):
             yield from ((node.level, name) for name in names)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_import_directions(path):
-    room = path.parent.name
+def check_imports(path: Path, root: Path) -> None:
+    """The rule, for a file that lies at any depth in a room of ``root``."""
+    room, *folders = path.relative_to(root).parts[:-1]
     for dots, module in imports(path):
         first = module.split(".")[0]
-        assert dots < 3, f"{module} reaches above the pack"
-        if dots == 2 and first in ROOMS:
+        assert dots <= len(folders) + 2, f"{module} reaches above the pack"
+        if dots == len(folders) + 2 and first in ROOMS:
             assert first in ROOMS[room], f"{room} imports {first}"
         assert dots > 0 or first != "bonsai_image", "imports inside the pack are relative"
         assert room == "nodes" or dots > 0 or first not in HOST, f"{room} imports the host"
 
 
-def test_the_rule_can_fail(tmp_path):
-    bad = tmp_path / "ops"
-    bad.mkdir()
-    (bad / "bad.py").write_text("from ..loaders import PackError\n")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_import_directions(path):
+    check_imports(path, ROOT)
+
+
+@pytest.mark.parametrize(("name", "line"), [
+    ("ops/bad.py", "from ..loaders import PackError"),
+    ("ops/mlx/bad.py", "from ...loaders import PackError"),
+    ("loaders/formats/bad.py", "from ... import nodes"),
+    ("loaders/formats/bad.py", "import comfy.sd"),
+    ("loaders/formats/bad.py", "from bonsai_image.ops import packed"),
+    ("nodes/bad.py", "from ...other_pack import nodes"),
+])
+def test_import_rule_can_fail(tmp_path, name, line):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    path.write_text(f"{line}\n")
     with pytest.raises(AssertionError):
-        test_import_directions(bad / "bad.py")
+        check_imports(path, tmp_path)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_files_stay_small(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 250
+
+
+def test_an_installation_has_every_package():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {path.relative_to(ROOT).parent.as_posix().replace("/", ".") for path in FILES}
+    assert set(settings["packages"]) == {"bonsai_image"} | {f"bonsai_image.{folder}" for folder in folders}
 
 
 def test_ruff():

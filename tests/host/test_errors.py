@@ -17,7 +17,7 @@ import torch
 
 from bonsai_image import nodes
 from bonsai_image.loaders import PackError
-from bonsai_image.nodes import checks, models
+from bonsai_image.nodes import folders, models
 from bonsai_image.ops import accelerator, mlx_backend
 
 TEXT_WIDTH = 3 * 2560
@@ -62,9 +62,9 @@ def test_a_missing_pack_prints_the_command_of_this_installation(tmp_path, monkey
 
 def test_a_command_for_windows_starts_without_quotes_or_says_what_powershell_needs(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(checks.os, "name", "nt")
-        plain = checks.shell_command(r"C:\ComfyUI\python.exe", r"C:\My Files\__main__.py", "download")
-        spaced = checks.shell_command(r"C:\My Files\python.exe", "-m", "pip")
+        patch.setattr(folders.os, "name", "nt")
+        plain = folders.shell_command(r"C:\ComfyUI\python.exe", r"C:\My Files\__main__.py", "download")
+        spaced = folders.shell_command(r"C:\My Files\python.exe", "-m", "pip")
     assert plain == r'C:\ComfyUI\python.exe "C:\My Files\__main__.py" download'
     assert spaced == r'"C:\My Files\python.exe" -m pip (in PowerShell with & before it)'
 

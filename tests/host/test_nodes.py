@@ -14,7 +14,8 @@ from test_parity import host_forward
 from bonsai_image import nodes
 from bonsai_image.loaders import PackError, load_transformer
 from bonsai_image.loaders.names import to_comfyui
-from bonsai_image.nodes import models
+from bonsai_image.nodes import folders as node_folders
+from bonsai_image.nodes import info, models, save
 from bonsai_image.ops import torch_backend
 from bonsai_image.ops.packed import PackedLayout, equal, is_packed, packed_nbytes
 
@@ -36,7 +37,8 @@ def folders(tmp_path, monkeypatch, pack):
 def shown(monkeypatch):
     """What the nodes show on themselves; outside the server nobody is there to see it."""
     texts = []
-    monkeypatch.setattr(nodes, "_show", lambda text, node_id: texts.append(text))
+    for module in (save, info):
+        monkeypatch.setattr(module, "show", lambda text, node_id: texts.append(text))
     for node in (nodes.BonsaiSaveModel, nodes.BonsaiModelInfo):
         monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="1"))
     return texts
@@ -46,7 +48,7 @@ def test_pack_loader_gives_the_hosts_own_types(folders, pack):
     import comfy.model_patcher
     import comfy.sd
 
-    assert models.repository_choices() == [pack.name]
+    assert node_folders.repository_choices() == [pack.name]
     model, clip, vae = nodes.BonsaiPackLoader.execute(pack.name, "fp32", "auto").args
     assert isinstance(model, comfy.model_patcher.ModelPatcher) and type(model) is comfy.model_patcher.ModelPatcher
     assert isinstance(clip, comfy.sd.CLIP) and isinstance(vae, comfy.sd.VAE)
@@ -54,12 +56,12 @@ def test_pack_loader_gives_the_hosts_own_types(folders, pack):
 
 def test_choices_are_files_and_folders(folders, transformer):
     (folders / "diffusion_models" / "mini").symlink_to(transformer, target_is_directory=True)
-    choices = models.model_choices("diffusion_models")
+    choices = node_folders.model_choices("diffusion_models")
     assert choices == ["mini", "mini/diffusion_pytorch_model.safetensors"]
     for choice in choices:
-        assert load_transformer(models.resolve("diffusion_models", choice)).variant == "ternary"
+        assert load_transformer(node_folders.resolve("diffusion_models", choice)).variant == "ternary"
     with pytest.raises(PackError, match="press R"):
-        models.resolve("diffusion_models", "../diffusers")
+        node_folders.resolve("diffusion_models", "../diffusers")
 
 
 @pytest.mark.parametrize("storage", ["packed", "base3"])

@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import comfy.model_management
-import folder_paths
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 
 _KEY = "bonsai_image"
 #: Pixels along each side of one position of the latent.
 _PATCH = 16
-
-
-def how_to_download(name: str) -> str:
-    """The command that fetches the pack ``name`` on this very installation, and the way by hand."""
-    program = Path(__file__).absolute().parent.parent / "__main__.py"
-    variant = "binary" if "binary" in name else "ternary"
-    gemlite = "gemlite" in name
-    repository = f"bonsai-image-{variant}-4B-{'gemlite' if gemlite else 'mlx'}-{1 if variant == 'binary' else 2}bit"
-    folder = folder_paths.get_folder_paths("diffusers")[0]
-    form = ["--format", "gemlite"] if gemlite else []
-    command = shell_command(sys.executable, str(program), "download", "--variant", variant, *form, "--to", folder)
-    return (f"run {command} in a terminal, or put all of https://huggingface.co/prism-ml/{repository} into a folder "
-            "of its name there, and press R")
-
-
-def shell_command(*words: str) -> str:
-    """``words`` as they have to be typed into a terminal of this system."""
-    if os.name != "nt":
-        return shlex.join(words)
-    command = subprocess.list2cmdline(words)
-    # PowerShell takes a line that begins with a quoted path for a text, the older prompt knows no &.
-    return f"{command} (in PowerShell with & before it)" if command.startswith('"') else command
 
 
 def install(patcher, text_width: int) -> None:

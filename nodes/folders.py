@@ -1,0 +1,62 @@
+"""What the lists of the loaders show, and how to download what they lack."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import folder_paths
+
+from ..loaders import PackError
+
+
+def model_choices(kind: str) -> list[str]:
+    """Model files of a host folder kind, and the folders that hold them, relative to their root."""
+    files = folder_paths.get_filename_list(kind)
+    folders = {Path(file).parent.as_posix() for file in files} - {"."}
+    return sorted([*files, *folders])
+
+
+def repository_choices() -> list[str]:
+    """Folders under ``models/diffusers`` that look like a downloaded repository: they have subfolders with weights."""
+    found = set()
+    for root in map(Path, folder_paths.get_folder_paths("diffusers")):
+        found.update(weights.parent.parent.relative_to(root).as_posix()
+                     for pattern in ("*/*/", "*/*/*/") for weights in root.glob(f"{pattern}*.safetensors"))
+    return sorted(found)
+
+
+def resolve(kind: str, name: str) -> str:
+    """The path of a choice. Raises PackError if it is gone."""
+    # By the letters of the path: what a user has linked into the folder may lie anywhere.
+    inside = not Path(name).anchor and ".." not in Path(name).parts
+    for root in map(Path, folder_paths.get_folder_paths(kind)):
+        if inside and (root / name).exists():
+            return str(root / name)
+    action = how_to_download(name) if kind == "diffusers" else "put it there and press R to refresh the list"
+    raise PackError(name, f"a file or folder under models/{kind}", "nothing of that name", action)
+
+
+def how_to_download(name: str) -> str:
+    """The command that fetches the pack ``name`` on this very installation, and the way by hand."""
+    program = Path(__file__).absolute().parent.parent / "__main__.py"
+    variant = "binary" if "binary" in name else "ternary"
+    gemlite = "gemlite" in name
+    repository = f"bonsai-image-{variant}-4B-{'gemlite' if gemlite else 'mlx'}-{1 if variant == 'binary' else 2}bit"
+    folder = folder_paths.get_folder_paths("diffusers")[0]
+    form = ["--format", "gemlite"] if gemlite else []
+    command = shell_command(sys.executable, str(program), "download", "--variant", variant, *form, "--to", folder)
+    return (f"run {command} in a terminal, or put all of https://huggingface.co/prism-ml/{repository} into a folder "
+            "of its name there, and press R")
+
+
+def shell_command(*words: str) -> str:
+    """``words`` as they have to be typed into a terminal of this system."""
+    if os.name != "nt":
+        return shlex.join(words)
+    command = subprocess.list2cmdline(words)
+    # PowerShell takes a line that begins with a quoted path for a text, the older prompt knows no &.
+    return f"{command} (in PowerShell with & before it)" if command.startswith('"') else command
