@@ -25,7 +25,7 @@ from load import FULL, peak_bytes, random_model
 
 from bonsai_image.loaders import Transformer, find_repository, load_transformer
 from bonsai_image.loaders.klein import KleinConfig
-from bonsai_image.ops import mlx_backend
+from bonsai_image.ops.mlx import backend as mlx_backend
 from bonsai_image.ops.packed import is_packed, packed_nbytes
 from bonsai_image.standalone.generate import generate
 from bonsai_image.standalone.models import transformer_module

@@ -1,6 +1,6 @@
 """The MLX transformer at the host's diffusion-model wrapper, so that MODEL stays the host's own.
 
-The wrapper takes a step only where ``ops/mlx_step.py`` finds nothing it would not honour. Tokens, position ids and
+The wrapper takes a step only where ``nodes/mlx_step.py`` finds nothing it would not honour. Tokens, position ids and
 reference latents are prepared by the host's own ``Flux._forward``, run on a stand-in whose ``forward_orig`` is MLX.
 Importing this imports MLX.
 """
@@ -17,9 +17,11 @@ import torch
 from comfy.ldm.flux.model import Flux
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..ops import mlx_arrays, mlx_backend, mlx_klein
-from ..ops.mlx_step import Step, refusal
+from ..ops.mlx import arrays as mlx_arrays
+from ..ops.mlx import backend as mlx_backend
+from ..ops.mlx import klein as mlx_klein
 from ..ops.packed import is_packed
+from .mlx_step import Step, refusal
 
 #: The key of the wrapper and the callbacks.
 _KEY = "bonsai_image_mlx"
@@ -133,7 +135,7 @@ def _name(declined: str | None) -> str:
 
 
 def _tensors(flux) -> dict[str, torch.Tensor]:
-    """Parameters by the names of ``ops/mlx_klein.py``; older hosts call the weights of their norms ``scale``."""
+    """Parameters by the names of ``ops/mlx/klein.py``; older hosts call the weights of their norms ``scale``."""
     return {re.sub(r"_norm\.scale$", "_norm.weight", name): tensor for name, tensor in flux.named_parameters()}
 
 

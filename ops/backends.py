@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from . import accelerator, mlx_backend, torch_backend
+from . import accelerator, torch_backend
+from .mlx import backend as mlx_backend
 
 #: Name -> module. ``auto`` is no backend but the choice among them.
 BACKENDS = {"torch": torch_backend, "mlx": mlx_backend}

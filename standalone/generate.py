@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from ..loaders import PackError, find_repository, load_text_encoder, load_transformer
 from ..loaders.files import Progress, tensor_files
-from ..ops import backends, mlx_backend
+from ..ops import backends
+from ..ops.mlx import backend as mlx_backend
 from ..ops.packed import is_packed, packed_nbytes
 from . import models
 

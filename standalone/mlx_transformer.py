@@ -1,4 +1,4 @@
-"""diffusers' FLUX.2 transformer, computed in MLX (``ops/mlx_klein.py``)."""
+"""diffusers' FLUX.2 transformer, computed in MLX (``ops/mlx/klein.py``)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from ..loaders import Transformer
 from ..loaders.names import to_comfyui
-from ..ops import mlx_backend
+from ..ops.mlx import backend as mlx_backend
 from ..ops.packed import is_packed
 
 
 def servable(model: Transformer) -> bool:
-    """Whether MLX's product is exact in form for every packed layer (see ``ops/mlx_backend.py``)."""
+    """Whether MLX's product is exact in form for every packed layer (see ``ops/mlx/backend.py``)."""
     return all(mlx_backend.serves(tensor) for tensor in model.tensors.values() if is_packed(tensor))
 
 
@@ -25,7 +25,7 @@ class MlxTransformer(torch.nn.Module):
     """
 
     def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype):
-        from ..ops import mlx_klein
+        from ..ops.mlx import klein as mlx_klein
 
         super().__init__()
         self.config = SimpleNamespace(**model.config.diffusers())

@@ -17,7 +17,8 @@ from reference import dense64, random_weight, relative
 from bonsai_image.loaders import Transformer
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.loaders.names import to_comfyui
-from bonsai_image.ops import backends, mlx_backend, torch_backend
+from bonsai_image.ops import backends, torch_backend
+from bonsai_image.ops.mlx import backend as mlx_backend
 from bonsai_image.ops.packed import is_packed, packed_nbytes, packed_weight
 from bonsai_image.standalone import cli, models
 from bonsai_image.standalone.generate import generate
@@ -25,7 +26,8 @@ from bonsai_image.standalone.mlx_transformer import MlxTransformer
 from bonsai_image.standalone.models import transformer_module
 
 mx = pytest.importorskip("mlx.core")
-from bonsai_image.ops import mlx_arrays, mlx_klein  # noqa: E402
+from bonsai_image.ops.mlx import arrays as mlx_arrays  # noqa: E402
+from bonsai_image.ops.mlx import klein as mlx_klein  # noqa: E402
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5

@@ -1,4 +1,4 @@
-"""When MLX serves: on which machines, and which steps of a host its transformer takes."""
+"""On which machines MLX multiplies, and what happens where it is broken."""
 
 from __future__ import annotations
 
@@ -12,44 +12,10 @@ import pytest
 import torch
 from reference import random_weight
 
-from bonsai_image.ops import accelerator, backends, mlx_backend, torch_backend
-from bonsai_image.ops.mlx_step import Step, refusal
+from bonsai_image.ops import accelerator, backends, torch_backend
+from bonsai_image.ops.mlx import backend as mlx_backend
 
 needs_mlx = pytest.mark.skipif(importlib.util.find_spec("mlx") is None, reason="MLX is not installed")
-
-# Which steps it takes
-
-
-@pytest.mark.parametrize(("step", "reason"), [
-    (Step(), None),
-    (Step({"sigmas": 1, "uuids": [], "cond_or_uncond": [0], "sample_sigmas": 1}), None),
-    (Step({"wrappers": {"diffusion_model": {}}, "callbacks": {}, "prefetch_dynamic_vbars": False}), None),
-    (Step({"patches": {}, "patches_replace": {}}), None),
-    (Step({"patches": {"attn1_patch": []}, "patches_replace": {"dit": {}}}), None),
-    (Step({"rope_options": {"scale_x": 2.0}}), None),
-    (Step(inputs=["guidance", "y", "ref_latents_method"]), None),
-    (Step({"patches": {"attn1_patch": [len]}}), "attn1_patch"),
-    (Step({"patches": {"post_input": [len]}}), "post_input"),
-    (Step({"patches_replace": {"dit": {("double_block", 0): len}}}), "dit"),
-    (Step({"optimized_attention_override": len}), "optimized_attention_override"),
-    (Step({"an option of next year": 1}), "an option of next year"),
-    (Step({("a", 1): 1}), "('a', 1)"),
-    (Step(inputs=["control"]), "control"),
-    (Step(inputs=["attention_mask"]), "attention_mask"),
-    (Step(inputs=["timestep_zero_index"]), "timestep_zero_index"),
-    (Step(inputs=["an input of next year"]), "an input of next year"),
-    (Step(patched=80), "80 weights"),
-    (Step(changed=["img_in"]), "img_in"),
-    (Step(hooks=True), "hooks"),
-    (Step(managed=True), "dynamic VRAM"),
-    (Step(gradient=True), "gradient"),
-])
-def test_refusals(step, reason):
-    refused = refusal(step)
-    assert refused is None if reason is None else reason in refused
-
-
-# Whether it serves at all
 
 
 @needs_mlx
@@ -99,7 +65,7 @@ def test_the_self_check_passes_here():
 @pytest.mark.parametrize("failure", ["wrong", "import", "kernel", "bits", "missing"])
 def test_a_broken_mlx_is_named_once_and_torch_serves(failure, fresh_verdict, monkeypatch, caplog):
     mx = pytest.importorskip("mlx.core")
-    from bonsai_image.ops import mlx_arrays
+    from bonsai_image.ops.mlx import arrays as mlx_arrays
 
     product = mx.quantized_matmul
 

@@ -18,7 +18,8 @@ import torch
 from bonsai_image import nodes
 from bonsai_image.loaders import PackError
 from bonsai_image.nodes import folders, models
-from bonsai_image.ops import accelerator, mlx_backend
+from bonsai_image.ops import accelerator
+from bonsai_image.ops.mlx import backend as mlx_backend
 
 TEXT_WIDTH = 3 * 2560
 MISSING = "bonsai-image-binary-4B-mlx-1bit"

@@ -14,7 +14,7 @@ from bonsai_image.nodes.info import describe
 
 pytest.importorskip("mlx.core")
 from bonsai_image.nodes import mlx_path
-from bonsai_image.ops import mlx_arrays
+from bonsai_image.ops.mlx import arrays as mlx_arrays
 
 TOLERANCE = 1e-5
 

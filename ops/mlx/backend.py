@@ -1,7 +1,7 @@
 """The MLX backend: ``mx.quantized_matmul`` on the packed words, for Apple silicon.
 
 The canonical codes are MLX's words, so nothing is repacked. This file says when MLX serves; importing it does not
-import MLX. What runs in MLX is in ``ops/mlx_arrays.py`` (one product) and ``ops/mlx_klein.py`` (the whole
+import MLX. What runs in MLX is in ``ops/mlx/arrays.py`` (one product) and ``ops/mlx/klein.py`` (the whole
 transformer).
 
 MLX computes ``scales * code + biases``. The symmetric and affine forms of ``ops/packed.py`` are exactly that; the
@@ -19,7 +19,7 @@ import platform
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from . import torch_backend
+from .. import torch_backend
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,9 +43,9 @@ def problem() -> str | None:
     # A metallib built for a newer macOS fails at import, an older MLX refuses 1 bit (ValueError), a missing kernel is
     # a RuntimeError, and a miscompiled one multiplies wrongly.
     try:
-        from . import mlx_arrays
+        from . import arrays
 
-        error = mlx_arrays.self_check_error()
+        error = arrays.self_check_error()
     except ValueError as failure:
         return (f"MLX {importlib.metadata.version('mlx')} is too old ({str(failure).splitlines()[0]}): update it "
                 "(pip install --upgrade mlx)")
@@ -77,13 +77,13 @@ def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) 
     """
     if not serves(weight) or x.requires_grad or x.dtype == torch.float64 or not x.numel():
         return torch_backend.linear(x, weight, bias)
-    from . import mlx_arrays
+    from . import arrays
 
-    return mlx_arrays.linear(x, weight, bias)
+    return arrays.linear(x, weight, bias)
 
 
 def clear_cache() -> None:
     """Give the memory that MLX keeps for reuse back to the system. Call it when a model is dropped."""
-    from . import mlx_arrays
+    from . import arrays
 
-    mlx_arrays.clear_cache()
+    arrays.clear_cache()

@@ -13,8 +13,8 @@ import mlx.core as mx
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from . import torch_backend
-from .packed import packed_weight
+from .. import torch_backend
+from ..packed import packed_weight
 
 DTYPES = {torch.float32: mx.float32, torch.float16: mx.float16, torch.bfloat16: mx.bfloat16}
 
@@ -73,7 +73,7 @@ def to_torch(array: mx.array, like: torch.Tensor) -> torch.Tensor:
 
 
 def weight_arrays(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> list[PackedArrays | mx.array]:
-    """Packed and dense weights in MLX, for activations of ``dtype``; packed ones must satisfy ``mlx_backend.serves``.
+    """Packed and dense weights in MLX, for activations of ``dtype``; packed ones must satisfy ``backend.serves``.
 
     Where memory is shared, all that is new is ``biases`` of a symmetric weight, and ``scales`` in another dtype than
     the file's. A dense weight keeps its dtype.
@@ -151,5 +151,5 @@ def self_check_error() -> str | None:
 
 
 def clear_cache() -> None:
-    """See ``mlx_backend.clear_cache``."""
+    """See ``backend.clear_cache``."""
     mx.clear_cache()

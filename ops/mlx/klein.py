@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 import torch
 
-from . import mlx_arrays
-from .mlx_arrays import PackedArrays, product
+from . import arrays
+from .arrays import PackedArrays, product
 
 Weights = dict[str, PackedArrays | mx.array]
 
@@ -28,7 +28,7 @@ _FP16_MAX = 65504.0
 
 def load(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Weights:
     """The weights of one model in MLX, evaluated, for activations of ``dtype``."""
-    return dict(zip(tensors, mlx_arrays.weight_arrays(list(tensors.values()), dtype), strict=True))
+    return dict(zip(tensors, arrays.weight_arrays(list(tensors.values()), dtype), strict=True))
 
 
 def rotary_tables(ids: torch.Tensor, axes: Sequence[int] = ROPE_AXES,
@@ -61,8 +61,8 @@ def step(weights: Weights, img: torch.Tensor, img_ids: torch.Tensor, txt: torch.
     from 0 to 1. ``qk_eps`` is that of the query and key norms. See :func:`forward` for ``after_block``.
     """
     cos, sin = rotary_tables(torch.cat((txt_ids, img_ids)), axes, theta)
-    inputs = mlx_arrays.to_mlx([img, txt.to(img.dtype), time_embedding(timestep).to(img.dtype), cos, sin])
-    return mlx_arrays.to_torch(forward(weights, *inputs, qk_eps, after_block), img)
+    inputs = arrays.to_mlx([img, txt.to(img.dtype), time_embedding(timestep).to(img.dtype), cos, sin])
+    return arrays.to_torch(forward(weights, *inputs, qk_eps, after_block), img)
 
 
 def forward(weights: Weights, img: mx.array, txt: mx.array, time: mx.array, cos: mx.array, sin: mx.array,
