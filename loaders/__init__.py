@@ -10,8 +10,8 @@ from .detect import (
     load_transformer,
     load_vae,
 )
-from .errors import PackError
+from .errors import ModelFileError
 from .save import TARGETS, save_transformer
 
-__all__ = ["TARGETS", "PackError", "Repository", "TextEncoder", "Transformer", "find_repository", "is_repository",
+__all__ = ["TARGETS", "ModelFileError", "Repository", "TextEncoder", "Transformer", "find_repository", "is_repository",
            "load_text_encoder", "load_transformer", "load_vae", "save_transformer"]

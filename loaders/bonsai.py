@@ -22,7 +22,7 @@ from safetensors import safe_open
 from ..ops import codecs
 from ..ops.packed import FORMAT_NAME, Form, packed_weight, tag
 from . import names
-from .errors import DOWNLOAD_AGAIN, PackError
+from .errors import DOWNLOAD_AGAIN, ModelFileError
 from .files import SAFETENSORS_SUFFIXES, TensorFile
 
 NAME = "comfy"
@@ -40,11 +40,12 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
         conf = _conf(file.path, layer, stored.pop(f"{layer}{_TAG}"))
         parts = [stored.pop(f"{layer}.weight{suffix}", None) for suffix in ("", "_scale", "_shift")]
         if parts[0] is None or parts[1] is None:
-            raise PackError(file.path, f"weight and weight_scale of {layer}", "one of them missing", DOWNLOAD_AGAIN)
+            raise ModelFileError(file.path, f"weight and weight_scale of {layer}", "one of them missing",
+                                 DOWNLOAD_AGAIN)
         try:
             result[f"{layer}.weight"] = _weight(file, layer, conf, *parts)
         except ValueError as error:
-            raise PackError(file.path, f"{layer} packed as its tag says", str(error), DOWNLOAD_AGAIN) from error
+            raise ModelFileError(file.path, f"{layer} packed as its tag says", str(error), DOWNLOAD_AGAIN) from error
     return result | stored
 
 
@@ -54,10 +55,10 @@ def _conf(path: Path, layer: str, stored: torch.Tensor) -> dict:
     try:
         conf = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PackError(path, f"JSON in {layer}{_TAG}", "something else", DOWNLOAD_AGAIN) from error
+        raise ModelFileError(path, f"JSON in {layer}{_TAG}", "something else", DOWNLOAD_AGAIN) from error
     if not isinstance(conf, dict) or conf.get("format") != FORMAT_NAME:
-        raise PackError(path, f"{layer} in the format {FORMAT_NAME}", text.decode(errors="replace"),
-                        "load it with ComfyUI's Load Diffusion Model instead")
+        raise ModelFileError(path, f"{layer} in the format {FORMAT_NAME}", text.decode(errors="replace"),
+                             "load it with ComfyUI's Load Diffusion Model instead")
     return conf
 
 

@@ -13,7 +13,7 @@ from ..ops import codecs
 from ..ops.packed import packed_weight
 from . import names
 from .check import FLOATS
-from .errors import PackError
+from .errors import ModelFileError
 from .files import TensorFile
 from .klein import is_klein
 
@@ -38,8 +38,8 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
     try:
         return _pack(file, tensors, bits=2)
     except ValueError as error:
-        raise PackError(file.path, "a Bonsai model, every group of 128 weights -s, 0 or s", str(error),
-                        "load an ordinary FLUX.2 model with ComfyUI's Load Diffusion Model instead") from error
+        raise ModelFileError(file.path, "a Bonsai model, every group of 128 weights -s, 0 or s", str(error),
+                             "load an ordinary FLUX.2 model with ComfyUI's Load Diffusion Model instead") from error
 
 
 def _pack(file: TensorFile, tensors: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:

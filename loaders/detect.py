@@ -12,7 +12,7 @@ import torch
 
 from ..ops.packed import is_packed
 from . import bonsai, dense, gemlite, hqq, klein, mlx, names, qwen3, vae
-from .errors import DOWNLOAD_AGAIN, PackError
+from .errors import DOWNLOAD_AGAIN, ModelFileError
 from .files import Progress, TensorFile, files_in, no_progress, open_tensors, read_json
 
 #: Every format that can be read, in the order they are tried. A format is a module with NAME, matches and decode.
@@ -57,7 +57,7 @@ class Transformer:
         path = self.path.absolute()
         for folder in path.parents[:2]:
             # A damaged note is no reason to refuse a model.
-            with contextlib.suppress(PackError, KeyError):
+            with contextlib.suppress(ModelFileError, KeyError):
                 record = read_json(folder / _RECORD)
                 return f"{record['repository']}@{record['commit']}"
         parts = path.parts
@@ -90,62 +90,62 @@ class Repository:
 
 
 def detect(file: TensorFile):
-    """The format module that reads ``file``. Raises PackError if none does."""
+    """The format module that reads ``file``. Raises ModelFileError if none does."""
     for module in FORMATS:
         if module.matches(file):
             return module
     name, value = next(iter(file.tensors.items()), ("no tensors", None))
     kind = str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else type(value).__name__
-    raise PackError(file.path, "a Bonsai Image model (GemLite, MLX, unpacked or our own format)",
-                    f"tensors such as {name} ({kind})", _FAMILY_ACTION)
+    raise ModelFileError(file.path, "a Bonsai Image model (GemLite, MLX, unpacked or our own format)",
+                         f"tensors such as {name} ({kind})", _FAMILY_ACTION)
 
 
 def _decode(file: TensorFile) -> tuple[str, dict[str, torch.Tensor]]:
-    """Format name and canonical tensors of ``file``. Raises PackError."""
+    """Format name and canonical tensors of ``file``. Raises ModelFileError."""
     module = detect(file)
     if module is not hqq:
         _refuse_other_than_tensors(file)
     try:
         return module.NAME, module.decode(file)
     except ValueError as error:
-        raise PackError(file.path, f"a consistent {module.NAME} pack", str(error), DOWNLOAD_AGAIN) from error
+        raise ModelFileError(file.path, f"a consistent {module.NAME} pack", str(error), DOWNLOAD_AGAIN) from error
 
 
 def _refuse_other_than_tensors(file: TensorFile) -> None:
-    """Raise PackError if a pickle holds anything else; only HQQ's does."""
+    """Raise ModelFileError if a pickle holds anything else; only HQQ's does."""
     for name, value in file.tensors.items():
         if not isinstance(value, torch.Tensor):
-            raise PackError(file.path, f"{name} to be a tensor", f"a {type(value).__name__}", DOWNLOAD_AGAIN)
+            raise ModelFileError(file.path, f"{name} to be a tensor", f"a {type(value).__name__}", DOWNLOAD_AGAIN)
 
 
 def load_transformer(path: Path | str, progress: Progress = no_progress) -> Transformer:
-    """Load the diffusion model at ``path`` (a file or folder in any known format). Raises PackError."""
+    """Load the diffusion model at ``path`` (a file or folder in any known format). Raises ModelFileError."""
     file = open_tensors(Path(path), progress)
     if not klein.is_klein(names.normalise(file.path, file.tensors)):
-        raise PackError(file.path, "the diffusion model of Bonsai Image (FLUX.2 Klein)",
-                        f"tensors such as {next(iter(file.tensors), 'none')}", _FAMILY_ACTION)
+        raise ModelFileError(file.path, "the diffusion model of Bonsai Image (FLUX.2 Klein)",
+                             f"tensors such as {next(iter(file.tensors), 'none')}", _FAMILY_ACTION)
     name, tensors = _decode(file)
     config = klein.check_klein(file.path, tensors, file.config)
     return Transformer(file.path, name, tensors, config, file.metadata)
 
 
 def load_text_encoder(path: Path | str, progress: Progress = no_progress) -> TextEncoder:
-    """Load the text encoder at ``path`` (HQQ, MLX 4-bit or dense; a file or folder). Raises PackError."""
+    """Load the text encoder at ``path`` (HQQ, MLX 4-bit or dense; a file or folder). Raises ModelFileError."""
     file = open_tensors(Path(path), progress)
     if not qwen3.is_qwen3(file.tensors):
-        raise PackError(file.path, "the text encoder of Bonsai Image (Qwen3-4B)",
-                        f"tensors such as {next(iter(file.tensors), 'none')}", "choose a text encoder file")
+        raise ModelFileError(file.path, "the text encoder of Bonsai Image (Qwen3-4B)",
+                             f"tensors such as {next(iter(file.tensors), 'none')}", "choose a text encoder file")
     name, tensors = _decode(file)
     tensors = qwen3.normalise(file.path, tensors)
     return TextEncoder(file.path, name, tensors, qwen3.check_qwen3(file.path, tensors, file.config))
 
 
 def load_vae(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors and the config of a diffusers AutoencoderKLFlux2 at ``path`` (a file or folder). Raises PackError."""
+    """Tensors and config of the diffusers AutoencoderKLFlux2 at ``path`` (a file or folder). Raises ModelFileError."""
     file = open_tensors(Path(path))
     if not vae.is_vae(file.tensors):
-        raise PackError(file.path, "the VAE of FLUX.2 in diffusers' layout",
-                        f"tensors such as {next(iter(file.tensors), 'none')}", "choose the vae folder of the pack")
+        raise ModelFileError(file.path, "the VAE of FLUX.2 in diffusers' layout",
+                             f"tensors such as {next(iter(file.tensors), 'none')}", "choose the vae folder of the pack")
     _refuse_other_than_tensors(file)
     vae.check_vae(file.path, file.tensors, file.config)
     return file.tensors, file.config
@@ -157,11 +157,14 @@ def is_repository(path: Path | str) -> bool:
 
 
 def find_repository(path: Path | str) -> Repository:
-    """Find the parts of a downloaded repository by what its folders contain. Raises PackError without a transformer."""
+    """Find the parts of a downloaded repository by what its folders contain.
+
+    Raises ModelFileError without a transformer.
+    """
     path = Path(path)
     if not os.path.isdir(path):
-        raise PackError(path, "the folder of a downloaded Bonsai Image repository", "no such folder",
-                        "download the whole repository, not one file of it")
+        raise ModelFileError(path, "the folder of a downloaded Bonsai Image repository", "no such folder",
+                             "download the whole repository, not one file of it")
     parts: dict[str, Path] = {}
     for folder in sorted(child for child in path.iterdir() if child.is_dir()):
         if (folder / "scheduler_config.json").is_file():
@@ -181,7 +184,7 @@ def find_repository(path: Path | str) -> Repository:
             parts.setdefault("transformer", folder)
     if "transformer" not in parts:
         class_name = read_json(path / "model_index.json").get("_class_name", "no diffusion model")
-        raise PackError(path, "a folder with the diffusion model of Bonsai Image", str(class_name),
-                        "download the whole repository again")
+        raise ModelFileError(path, "a folder with the diffusion model of Bonsai Image", str(class_name),
+                             "download the whole repository again")
     return Repository(path, parts["transformer"], *(parts.get(part) for part in
                       ("text_encoder", "vae", "tokenizer", "scheduler")))

@@ -9,11 +9,11 @@ from pathlib import Path
 _LONGEST = 200
 
 
-class PackError(Exception):
-    """A file or folder is not a usable Bonsai pack. The message is one sentence a user can act on."""
+class ModelFileError(Exception):
+    """A file or folder cannot be used. The message is one sentence a user can act on; its parts are attributes."""
 
     def __init__(self, path: Path | str, expected: str, found: str, action: str):
-        self.path = Path(path)
+        self.path, self.expected, self.found, self.action = Path(path), expected, found, action
         super().__init__(f"{path}: expected {_phrase(expected)}, found {_phrase(found)}; {action}.")
 
 

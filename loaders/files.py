@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import DOWNLOAD_AGAIN, PackError
+from .errors import DOWNLOAD_AGAIN, ModelFileError
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -78,9 +78,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise PackError(path, "a JSON object", f"unreadable text ({type(error).__name__})", DOWNLOAD_AGAIN) from error
+        raise ModelFileError(path, "a JSON object", f"unreadable text ({type(error).__name__})",
+                             DOWNLOAD_AGAIN) from error
     if not isinstance(value, dict):
-        raise PackError(path, "a JSON object", f"a {type(value).__name__}", DOWNLOAD_AGAIN)
+        raise ModelFileError(path, "a JSON object", f"a {type(value).__name__}", DOWNLOAD_AGAIN)
     return value
 
 
@@ -91,8 +92,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
             metadata = file.metadata() or {}
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError, ValueError, OverflowError, KeyError, AttributeError) as error:
-        raise PackError(path, "a whole safetensors file", f"a damaged or truncated one, {error or 'unreadable'}",
-                        DOWNLOAD_AGAIN) from error
+        raise ModelFileError(path, "a whole safetensors file", f"a damaged or truncated one, {error or 'unreadable'}",
+                             DOWNLOAD_AGAIN) from error
     for name, tensor in tensors.items():
         check_stored(path, name, tensor)
     return tensors, metadata
@@ -108,10 +109,10 @@ def read_pickle(path: Path, mmap: bool) -> dict[str, Any]:
         _check_archive(path, with_data=not mmap)
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except _UNPICKLING_ERRORS as error:
-        raise PackError(path, "a PyTorch file of plain tensors", f"one not safe to read, {_reason(error)}",
-                        "download it again from its publisher, or use the MLX pack") from error
+        raise ModelFileError(path, "a PyTorch file of plain tensors", f"one not safe to read, {_reason(error)}",
+                             "download it again from its publisher, or use the MLX pack") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise PackError(path, "a dict of tensors by name", f"a {type(value).__name__}", "choose another file")
+        raise ModelFileError(path, "a dict of tensors by name", f"a {type(value).__name__}", "choose another file")
     for name, item in value.items():
         if isinstance(item, torch.Tensor):
             check_stored(path, name, item)
@@ -142,27 +143,27 @@ def _reason(error: Exception) -> str:
 
 
 def check_stored(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """Raise PackError for a tensor that no pack holds: empty, sparse, or claiming more memory than it has on file."""
+    """Raise ModelFileError for a tensor that no pack holds: empty, sparse, or larger than what is on file."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     if not plain or not tensor.numel() or tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise PackError(path, f"every number of {name} in the file",
-                        f"an empty, sparse or partly stored tensor of shape {tuple(tensor.shape)}", DOWNLOAD_AGAIN)
+        raise ModelFileError(path, f"every number of {name} in the file",
+                             f"an empty, sparse or partly stored tensor of shape {tuple(tensor.shape)}", DOWNLOAD_AGAIN)
 
 
 def _shards(folder: Path) -> dict[str, set[str]]:
-    """File name -> the tensors that the folder's index says it holds; ``{}`` without an index. Raises PackError."""
+    """File name -> the tensors that the folder's index says it holds; ``{}`` without one. Raises ModelFileError."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise PackError(index, "a weight_map", "none", DOWNLOAD_AGAIN)
+            raise ModelFileError(index, "a weight_map", "none", DOWNLOAD_AGAIN)
         shards: dict[str, set[str]] = {}
         for tensor, name in weight_map.items():
             shards.setdefault(str(name), set()).add(tensor)
         for name in shards:
             inside = Path(name).name == name and name.endswith(SAFETENSORS_SUFFIXES)
             if not inside or not os.path.isfile(folder / name):
-                raise PackError(index, "the names of safetensors files beside it",
-                                f"{reprlib.repr(name)}, which is none", "download the whole folder again")
+                raise ModelFileError(index, "the names of safetensors files beside it",
+                                     f"{reprlib.repr(name)}, which is none", "download the whole folder again")
         return shards
     return {}
 
@@ -178,16 +179,16 @@ def tensor_files(path: Path) -> list[Path]:
     if os.path.isfile(path):
         return [path]
     if not os.path.isdir(path):
-        raise PackError(path, "a file or folder", "nothing there", "check the path")
+        raise ModelFileError(path, "a file or folder", "nothing there", "check the path")
     if shards := _shards(path):
         return [path / name for name in sorted(shards)]
     found = files_in(path)
     if not found:
-        raise PackError(path, f"a tensor file ({', '.join(SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES[:1])})", "none",
-                        "choose the folder that holds the weights")
+        raise ModelFileError(path, f"a tensor file ({', '.join(SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES[:1])})", "none",
+                             "choose the folder that holds the weights")
     if len(found) > 1:
-        raise PackError(path, "one tensor file, or shards with an index", f"{len(found)} files",
-                        "choose one of the files instead of the folder")
+        raise ModelFileError(path, "one tensor file, or shards with an index", f"{len(found)} files",
+                             "choose one of the files instead of the folder")
     return found
 
 
@@ -204,8 +205,8 @@ def open_tensors(path: Path, progress: Progress = no_progress) -> TensorFile:
             continue
         part, metadata = read_safetensors(file)
         if shards and part.keys() != shards[file.name]:
-            raise PackError(file, "the tensors that the index names", f"{len(part)} tensors, not the same ones",
-                            "download the whole folder again")
+            raise ModelFileError(file, "the tensors that the index names", f"{len(part)} tensors, not the same ones",
+                                 "download the whole folder again")
         tensors.update(part)
     return TensorFile(
         path=files[0] if len(files) == 1 else folder,

@@ -23,7 +23,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ..ops import codecs
 from ..ops.packed import packed_weight
 from .check import FLOATS
-from .errors import DOWNLOAD_AGAIN, PackError
+from .errors import DOWNLOAD_AGAIN, ModelFileError
 from .files import TensorFile, read_pickle
 
 NAME = "gemlite"
@@ -55,15 +55,15 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
         parts = {part: stored.pop(f"{layer}.{part}", None) for part in _PARTS}
         missing = [part for part, tensor in parts.items() if tensor is None]
         if missing:
-            raise PackError(file.path, f"{layer}.{missing[0]}", "none", DOWNLOAD_AGAIN)
+            raise ModelFileError(file.path, f"{layer}.{missing[0]}", "none", DOWNLOAD_AGAIN)
         for part in _OPTIONAL:
             stored.pop(f"{layer}.{part}", None)
         weight = _weight(file.path, layer, **parts)
         packing = (weight._params.bits, weight._params.group)
         for key, stated, own in zip(("bits", "group_size"), file.stated_packing(), packing, strict=True):
             if stated not in (None, own):
-                raise PackError(file.path, f"{key} {reprlib.repr(stated)} as the configuration says",
-                                f"{own} in {layer}", "download the whole folder again")
+                raise ModelFileError(file.path, f"{key} {reprlib.repr(stated)} as the configuration says",
+                                     f"{own} in {layer}", "download the whole folder again")
         result[f"{layer}.weight"] = weight
     return result | stored
 
@@ -71,15 +71,15 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
 def _weight(path: Path, layer: str, W_q, scales, zeros, metadata, orig_shape) -> QuantizedTensor:
     integers = all(part.dtype in (torch.int32, torch.int64) for part in (metadata, orig_shape))
     if not integers or metadata.shape != (len(_META),) or orig_shape.shape != (2,) or W_q.ndim != 2:
-        raise PackError(path, f"{len(_META)} integer metadata fields and a 2-D weight in {layer}",
-                        f"{metadata.numel()} of {metadata.dtype} and {W_q.ndim}-D",
-                        "use a pack made with GemLite 0.5 or newer")
+        raise ModelFileError(path, f"{len(_META)} integer metadata fields and a 2-D weight in {layer}",
+                             f"{metadata.numel()} of {metadata.dtype} and {W_q.ndim}-D",
+                             "use a pack made with GemLite 0.5 or newer")
     meta = dict(zip(_META, metadata.tolist(), strict=True))
     (n, k), bits, group = orig_shape.tolist(), meta["W_nbits"], meta["group_size"]
     odd = [f"{key} {meta[key]}" for key, values in _ALLOWED.items() if meta[key] not in values]
     if odd:
-        raise PackError(path, f"{layer} packed at 1, 2 or 4 bits with group scales and zeros", ", ".join(odd),
-                        "choose a Bonsai Image file")
+        raise ModelFileError(path, f"{layer} packed at 1, 2 or 4 bits with group scales and zeros", ", ".join(odd),
+                             "choose a Bonsai Image file")
     form = _FORMS[meta["W_group_mode"]]
     width = {torch.uint8: 8, torch.int32: 32}.get(W_q.dtype)
     words = None if width is None else (k * bits // width, n)
@@ -87,12 +87,12 @@ def _weight(path: Path, layer: str, W_q, scales, zeros, metadata, orig_shape) ->
                   and tuple(scales.shape) == (k // group, n) and scales.shape == zeros.shape
                   and meta["elements_per_sample"] == width // bits and meta["unpack_mask"] == 2**bits - 1)
     if not consistent:
-        raise PackError(path, f"{layer} of {n} x {k} at {bits} bits in groups of {group}, as its metadata says",
-                        f"W_q {tuple(W_q.shape)} with scales {tuple(scales.shape)} and zeros {tuple(zeros.shape)}",
-                        DOWNLOAD_AGAIN)
+        raise ModelFileError(path, f"{layer} of {n} x {k} at {bits} bits in groups of {group}, as its metadata says",
+                             f"W_q {tuple(W_q.shape)} with scales {tuple(scales.shape)} and zeros {tuple(zeros.shape)}",
+                             DOWNLOAD_AGAIN)
     if scales.dtype not in FLOATS or scales.dtype != zeros.dtype:
-        raise PackError(path, f"scales and zeros of {layer} in one of BF16, FP16 and FP32",
-                        f"{scales.dtype} and {zeros.dtype}", DOWNLOAD_AGAIN)
+        raise ModelFileError(path, f"scales and zeros of {layer} in one of BF16, FP16 and FP32",
+                             f"{scales.dtype} and {zeros.dtype}", DOWNLOAD_AGAIN)
     codes = codecs.from_gemlite(W_q)
     scale, shift = (table.t().contiguous() for table in (scales, zeros))
     symmetric = form == "affine" and bits <= 2 and torch.equal(scale, -shift if bits == 2 else -2 * shift)

@@ -15,7 +15,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ..ops import codecs
 from ..ops.packed import packed_weight
 from .check import FLOATS
-from .errors import DOWNLOAD_AGAIN, PackError
+from .errors import DOWNLOAD_AGAIN, ModelFileError
 from .files import TensorFile, check_stored, read_pickle
 
 NAME = "hqq"
@@ -37,20 +37,20 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
         if module == "lm_head":
             continue
         if not isinstance(entry, dict):
-            raise PackError(file.path, f"{module} to be a dict", f"a {type(entry).__name__}", DOWNLOAD_AGAIN)
+            raise ModelFileError(file.path, f"{module} to be a dict", f"a {type(entry).__name__}", DOWNLOAD_AGAIN)
         flat = entry | entry["meta"] if isinstance(entry.get("meta"), dict) else entry
         for key, value in flat.items():
             if isinstance(value, torch.Tensor):
                 check_stored(file.path, f"{module}.{key}", value)
                 if key not in ("W_q", "scale", "zero") if "W_q" in flat else key != "weight":
-                    raise PackError(file.path, "only the tensors of the model", f"{key} in {module}",
-                                    "choose an unmodified file")
+                    raise ModelFileError(file.path, "only the tensors of the model", f"{key} in {module}",
+                                         "choose an unmodified file")
         if "W_q" in flat:
             result[f"{module}.weight"] = _weight(file, module, flat)
         elif isinstance(flat.get("weight"), torch.Tensor):
             result[f"{module}.weight"] = flat["weight"]
         else:
-            raise PackError(file.path, f"W_q or weight in {module}", "neither", DOWNLOAD_AGAIN)
+            raise ModelFileError(file.path, f"W_q or weight in {module}", "neither", DOWNLOAD_AGAIN)
     return result
 
 
@@ -58,28 +58,28 @@ def _weight(file: TensorFile, module: str, entry: dict) -> QuantizedTensor:
     # Exact types first: what an unpickled entry holds may be anything, and only numbers and names can be shown.
     for key, value in _EXPECTED.items():
         if type(entry.get(key)) is not type(value) or entry[key] != value:
-            raise PackError(file.path, f"{module} as 4-bit 4bit_u8 along axis 1", f"another {key}",
-                            "choose a Bonsai text encoder")
+            raise ModelFileError(file.path, f"{module} as 4-bit 4bit_u8 along axis 1", f"another {key}",
+                                 "choose a Bonsai text encoder")
     if any(entry.get(flag) not in (None, False) for flag in _FLAGS):
-        raise PackError(file.path, f"{module} with plain scales and zeros", "quantised ones",
-                        "choose a Bonsai text encoder")
+        raise ModelFileError(file.path, f"{module} with plain scales and zeros", "quantised ones",
+                             "choose a Bonsai text encoder")
     w_q, scale, zero = (entry.get(name) for name in ("W_q", "scale", "zero"))
     if not all(isinstance(part, torch.Tensor) for part in (w_q, scale, zero)):
-        raise PackError(file.path, f"W_q, scale and zero in {module}", "not all of them", DOWNLOAD_AGAIN)
+        raise ModelFileError(file.path, f"W_q, scale and zero in {module}", "not all of them", DOWNLOAD_AGAIN)
     shape, group = entry.get("shape"), entry.get("group_size")
     sizes = (*shape, group) if isinstance(shape, (tuple, list)) and len(shape) == 2 else ()
     if not sizes or not all(type(size) is int and 0 < size < 2**31 for size in sizes):
-        raise PackError(file.path, f"shape and group_size of {module} as positive integers", "something else",
-                        DOWNLOAD_AGAIN)
+        raise ModelFileError(file.path, f"shape and group_size of {module} as positive integers", "something else",
+                             DOWNLOAD_AGAIN)
     n, k = shape
     groups = n * k // group
     if (k % group or group % 2 or groups % 2 or w_q.dtype != torch.uint8 or tuple(w_q.shape) != (groups // 2, group)
             or tuple(scale.shape) != (groups, 1) or scale.shape != zero.shape):
-        raise PackError(file.path, f"{module} of {n} x {k} in groups of {group}",
-                        f"W_q {tuple(w_q.shape)}, scale {tuple(scale.shape)} and zero {tuple(zero.shape)}",
-                        DOWNLOAD_AGAIN)
+        raise ModelFileError(file.path, f"{module} of {n} x {k} in groups of {group}",
+                             f"W_q {tuple(w_q.shape)}, scale {tuple(scale.shape)} and zero {tuple(zero.shape)}",
+                             DOWNLOAD_AGAIN)
     if scale.dtype not in FLOATS or scale.dtype != zero.dtype:
-        raise PackError(file.path, f"scale and zero of {module} in one of BF16, FP16 and FP32",
-                        f"{scale.dtype} and {zero.dtype}", DOWNLOAD_AGAIN)
+        raise ModelFileError(file.path, f"scale and zero of {module} in one of BF16, FP16 and FP32",
+                             f"{scale.dtype} and {zero.dtype}", DOWNLOAD_AGAIN)
     scale, zero = (part.reshape(n, k // group) for part in (scale, zero))
     return packed_weight(codecs.from_hqq(w_q, n, k), scale, 4, "zeropoint", zero, dtype=scale.dtype)

@@ -13,7 +13,7 @@ import torch
 
 from ..ops.packed import is_packed
 from .check import check_tensors
-from .errors import DOWNLOAD_AGAIN, PackError
+from .errors import DOWNLOAD_AGAIN, ModelFileError
 from .names import count_blocks, is_comfyui, is_packable, name_map
 
 HEAD_DIM = 128
@@ -101,33 +101,34 @@ def is_klein(names: Mapping[str, object]) -> bool:
 def check_klein(path: Path, tensors: Mapping[str, torch.Tensor], config_json: Mapping[str, Any]) -> KleinConfig:
     """Read the dimensions off ``tensors`` and check that they are one complete, finite FLUX.2 Klein model.
 
-    Raises PackError on a missing, surplus, misshapen or non-finite tensor, and where ``config.json`` contradicts.
+    Raises ModelFileError on a missing, surplus, misshapen or non-finite tensor, and where ``config.json`` contradicts.
     """
     comfyui = is_comfyui(tensors)
     names = ("img_in", "txt_in", "final_layer.linear") if comfyui else ("x_embedder", "context_embedder", "proj_out")
     ends = [tensors.get(f"{name}.weight") for name in names]
     if any(end is None or end.ndim != 2 for end in ends):
-        raise PackError(path, f"the tensors {', '.join(names)} of FLUX.2 Klein", "one of them missing or not a matrix",
-                        "choose a Bonsai Image file")
+        raise ModelFileError(path, f"the tensors {', '.join(names)} of FLUX.2 Klein",
+                             "one of them missing or not a matrix", "choose a Bonsai Image file")
     (hidden, in_channels), (_, text_width), (out_channels, _) = (tuple(end.shape) for end in ends)
     double, single = count_blocks(tensors)
     config = KleinConfig(hidden, text_width, in_channels, out_channels, double, single)
     check_tensors(path, tensors, comfyui_shapes(config) if comfyui else diffusers_shapes(config))
     if hidden % HEAD_DIM or not double or not single:
-        raise PackError(path, f"a width that is a multiple of {HEAD_DIM} and blocks of both kinds",
-                        f"width {hidden}, {double} double and {single} single blocks", "choose a Bonsai Image file")
+        raise ModelFileError(path, f"a width that is a multiple of {HEAD_DIM} and blocks of both kinds",
+                             f"width {hidden}, {double} double and {single} single blocks",
+                             "choose a Bonsai Image file")
     if in_channels != out_channels:
-        raise PackError(path, "as many latent channels out as in", f"{in_channels} in and {out_channels} out",
-                        "choose a Bonsai Image file")
+        raise ModelFileError(path, "as many latent channels out as in", f"{in_channels} in and {out_channels} out",
+                             "choose a Bonsai Image file")
     for key, value in config.diffusers().items():
         stated, known = config_json.get(key), list(value) if isinstance(value, tuple) else value
         if key != "guidance_embeds" and stated not in (None, known):
-            raise PackError(path, f"{key} {known} of this model", f"{reprlib.repr(stated)} in config.json",
-                            "download the whole folder again")
+            raise ModelFileError(path, f"{key} {known} of this model", f"{reprlib.repr(stated)} in config.json",
+                                 "download the whole folder again")
     for name, tensor in tensors.items():
         if is_packed(tensor) and not is_packable(name):
-            raise PackError(path, f"{name} dense, as Bonsai leaves all but the linears of the blocks", "it packed",
-                            "choose a Bonsai Image file")
+            raise ModelFileError(path, f"{name} dense, as Bonsai leaves all but the linears of the blocks", "it packed",
+                                 "choose a Bonsai Image file")
     if not comfyui:
         for sources in name_map(double, single).values():
             check_alike(path, sources[0], [tensors[source] for source in sources])
@@ -135,8 +136,8 @@ def check_klein(path: Path, tensors: Mapping[str, torch.Tensor], config_json: Ma
 
 
 def check_alike(path: Path, name: str, weights: list[torch.Tensor]) -> None:
-    """Raise PackError unless ``weights``, which ComfyUI joins into one, are packed alike or all dense."""
+    """Raise ModelFileError unless ``weights``, which ComfyUI joins into one, are packed alike or all dense."""
     kinds = {(w._params.bits, w._params.form, w._params.group) if is_packed(w) else None for w in weights}
     if len(kinds) > 1:
-        raise PackError(path, f"{name} packed like the other projections of its block", "another packing",
-                        DOWNLOAD_AGAIN)
+        raise ModelFileError(path, f"{name} packed like the other projections of its block", "another packing",
+                             DOWNLOAD_AGAIN)

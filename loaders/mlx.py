@@ -17,7 +17,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ..ops import codecs
 from ..ops.packed import packed_weight
 from .check import FLOATS
-from .errors import DOWNLOAD_AGAIN, PackError
+from .errors import DOWNLOAD_AGAIN, ModelFileError
 from .files import TensorFile
 from .klein import is_klein
 
@@ -47,17 +47,17 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
             continue
         scales, biases = (file.tensors.get(f"{layer}.{part}") for part in ("scales", "biases"))
         if scales is None or biases is None or scales.shape != biases.shape or scales.ndim != 2:
-            raise PackError(file.path, f"scales and biases of one shape beside {name}", "them missing or unequal",
-                            DOWNLOAD_AGAIN)
+            raise ModelFileError(file.path, f"scales and biases of one shape beside {name}", "them missing or unequal",
+                                 DOWNLOAD_AGAIN)
         if scales.dtype not in FLOATS or scales.dtype != biases.dtype:
-            raise PackError(file.path, f"scales and biases of {layer} in one of BF16, FP16 and FP32",
-                            f"{scales.dtype} and {biases.dtype}", DOWNLOAD_AGAIN)
+            raise ModelFileError(file.path, f"scales and biases of {layer} in one of BF16, FP16 and FP32",
+                                 f"{scales.dtype} and {biases.dtype}", DOWNLOAD_AGAIN)
         result[name] = _weight(file, name, tensor, scales, biases, stated_bits, group)
     packed = {name for name, tensor in file.tensors.items() if tensor.dtype == torch.uint32}
     orphans = [name for name in file.tensors if name.endswith((".scales", ".biases"))
                and f"{name.rpartition('.')[0]}.weight" not in packed]
     if orphans:
-        raise PackError(file.path, f"a packed weight beside {orphans[0]}", "none", DOWNLOAD_AGAIN)
+        raise ModelFileError(file.path, f"a packed weight beside {orphans[0]}", "none", DOWNLOAD_AGAIN)
     return result
 
 
@@ -66,11 +66,11 @@ def _weight(file, name, words, scales, biases, stated_bits, group) -> QuantizedT
     bits = next((bits for bits in (1, 2, 4) if words.ndim == 2 and type(group) is int
                  and words.shape[1] * 32 == scales.shape[1] * group * bits), None)
     if bits is None or words.shape[0] != scales.shape[0]:
-        raise PackError(file.path, f"{name} packed at 1, 2 or 4 bits in groups of {reprlib.repr(group)}",
-                        f"words {tuple(words.shape)} with scales {tuple(scales.shape)}", DOWNLOAD_AGAIN)
+        raise ModelFileError(file.path, f"{name} packed at 1, 2 or 4 bits in groups of {reprlib.repr(group)}",
+                             f"words {tuple(words.shape)} with scales {tuple(scales.shape)}", DOWNLOAD_AGAIN)
     if stated_bits not in (None, bits):
-        raise PackError(file.path, f"{reprlib.repr(stated_bits)} bits as the configuration says",
-                        f"{bits} in the shapes of {name}", "download the whole folder again")
+        raise ModelFileError(file.path, f"{reprlib.repr(stated_bits)} bits as the configuration says",
+                             f"{bits} in the shapes of {name}", "download the whole folder again")
     codes = codecs.from_mlx(words)
     if bits == 2 and torch.equal(biases, -scales):
         return packed_weight(codes, scales, bits, dtype=scales.dtype)

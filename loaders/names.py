@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..ops.packed import is_packed, packed_weight
-from .errors import PackError
+from .errors import ModelFileError
 
 _TOP = {
     "img_in": "x_embedder",
@@ -92,14 +92,14 @@ def prefix(names: Mapping[str, object]) -> str:
 def normalise(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Strip a checkpoint prefix, and bring the norm names of older ComfyUI files (``.scale``) to ``.weight``.
 
-    Raises PackError where that makes two tensors one.
+    Raises ModelFileError where that makes two tensors one.
     """
     nested = prefix(tensors)
     result = {re.sub(r"_norm\.scale$", "_norm.weight", name.removeprefix(nested)): tensor
               for name, tensor in tensors.items()}
     if len(result) < len(tensors):
-        raise PackError(path, "one tensor of a name", "some twice, under an older name or a prefix",
-                        "choose an unmodified file")
+        raise ModelFileError(path, "one tensor of a name", "some twice, under an older name or a prefix",
+                             "choose an unmodified file")
     return result
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .check import check_tensors
-from .errors import PackError
+from .errors import ModelFileError
 
 #: FLUX.2 Klein reads the hidden states after these layers, so the encoder needs at least 27, plus one so that the
 #: final norm of the library models does not fall on the last of them.
@@ -77,19 +77,19 @@ def is_qwen3(names: Mapping[str, object]) -> bool:
 def normalise(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Names with the ``model.`` prefix, without the language-model head: encoding never uses it.
 
-    Raises PackError where the prefix makes two tensors one.
+    Raises ModelFileError where the prefix makes two tensors one.
     """
     named = {name if name.startswith(("model.", "lm_head")) else f"model.{name}": t for name, t in tensors.items()}
     if len(named) < len(tensors):
-        raise PackError(path, "one tensor of a name", "some twice, with and without the prefix",
-                        "choose an unmodified file")
+        raise ModelFileError(path, "one tensor of a name", "some twice, with and without the prefix",
+                             "choose an unmodified file")
     return {name: tensor for name, tensor in named.items() if not name.startswith("lm_head")}
 
 
 def check_qwen3(path: Path, tensors: Mapping[str, torch.Tensor], config_json: Mapping[str, Any]) -> Qwen3Config:
     """Read the dimensions off ``tensors`` and check that they are one complete, finite Qwen3 encoder.
 
-    Raises PackError on a missing, surplus, misshapen or non-finite tensor, on too few layers, and where
+    Raises ModelFileError on a missing, surplus, misshapen or non-finite tensor, on too few layers, and where
     ``config.json`` contradicts.
     """
     names = [f"model.{name}.weight" for name in ("embed_tokens", "layers.0.self_attn.q_proj",
@@ -98,21 +98,21 @@ def check_qwen3(path: Path, tensors: Mapping[str, torch.Tensor], config_json: Ma
     unusable = [name for name, end in zip(names, ends, strict=True)
                 if end is None or end.ndim != (1 if name.endswith("_norm.weight") else 2)]
     if unusable:
-        raise PackError(path, "the tensors of a Qwen3 text encoder", f"no usable {unusable[0]}",
-                        "choose a Bonsai text encoder")
+        raise ModelFileError(path, "the tensors of a Qwen3 text encoder", f"no usable {unusable[0]}",
+                             "choose a Bonsai text encoder")
     (vocab, hidden), (q, _), (kv, _), (mlp, _), (head_dim,) = (tuple(end.shape) for end in ends)
     layers = len({int(m[1]) for name in tensors if (m := re.match(r"model\.layers\.(\d{1,4})\.", name))})
     config = Qwen3Config(vocab, hidden, layers, q // head_dim, kv // head_dim, head_dim, mlp)
     check_tensors(path, tensors, qwen3_shapes(config))
     if config.heads % config.kv_heads:
-        raise PackError(path, "query heads in whole groups per key-value head",
-                        f"{config.heads} on {config.kv_heads}", "choose a Bonsai text encoder")
+        raise ModelFileError(path, "query heads in whole groups per key-value head",
+                             f"{config.heads} on {config.kv_heads}", "choose a Bonsai text encoder")
     if layers <= max(TAPPED_LAYERS):
-        raise PackError(path, f"more than {max(TAPPED_LAYERS)} layers, the last one FLUX.2 Klein reads", str(layers),
-                        "choose a Bonsai text encoder")
+        raise ModelFileError(path, f"more than {max(TAPPED_LAYERS)} layers, the last one FLUX.2 Klein reads",
+                             str(layers), "choose a Bonsai text encoder")
     for key, value in config.transformers().items():
         stated = config_json.get(key)
         if key not in ("max_position_embeddings", "tie_word_embeddings") and stated not in (None, value):
-            raise PackError(path, f"{key} {value} of this encoder", f"{reprlib.repr(stated)} in config.json",
-                            "download the whole folder again")
+            raise ModelFileError(path, f"{key} {value} of this encoder", f"{reprlib.repr(stated)} in config.json",
+                                 "download the whole folder again")
     return config

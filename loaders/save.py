@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from ..ops.packed import equal, is_packed
 from . import bonsai, dense, gemlite, mlx
 from .detect import Transformer, load_transformer
-from .errors import PackError
+from .errors import ModelFileError
 from .files import SAFETENSORS_SUFFIXES, Progress, no_progress, open_tensors
 from .names import to_comfyui, to_diffusers
 
@@ -67,7 +67,7 @@ def _write_shards(tensors: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def _verify(model: Transformer, target: str, path: Path, progress: Progress) -> None:
-    """Raise PackError unless ``path`` loads to exactly the tensors of ``model``."""
+    """Raise ModelFileError unless ``path`` loads to exactly the tensors of ``model``."""
     if target == "diffusers":
         # Dense weights do not say which codes they came from where a whole group is zero, or a scale negative.
         expected, written, same = to_diffusers(model.tensors), open_tensors(path).tensors, _same_dense
@@ -75,7 +75,7 @@ def _verify(model: Transformer, target: str, path: Path, progress: Progress) -> 
         expected, written, same = to_comfyui(model.tensors), to_comfyui(load_transformer(path, progress).tensors), _same
     for name, tensor in expected.items():
         if not same(tensor, written[name]):
-            raise PackError(path, f"{name} as in {model.path}", "a difference after writing", "check the disk")
+            raise ModelFileError(path, f"{name} as in {model.path}", "a difference after writing", "check the disk")
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -100,15 +100,16 @@ def save_transformer(model: Transformer, path: Path, target: str, base3: bool = 
                      progress: Progress = no_progress) -> None:
     """Write ``model`` to ``path`` in the format ``target``, one of :data:`TARGETS`.
 
-    ``progress`` follows the last part of it, the loading back (a dense one is mapped at once). Raises PackError on an
-    existing path, a name of the wrong kind, or a format that cannot hold the weights exactly.
+    ``progress`` follows the last part of it, the loading back (a dense one is mapped at once). Raises ModelFileError
+    on an existing path, a name of the wrong kind, or a format that cannot hold the weights exactly.
     """
     if base3 and target != "comfy":
-        raise PackError(path, "base 3 with the comfy format", f"the {target} format", "drop base 3")
+        raise ModelFileError(path, "base 3 with the comfy format", f"the {target} format", "drop base 3")
     if base3 and model.variant != "ternary":
-        raise PackError(model.path, "ternary weights, which base 3 stores", f"{model.variant} ones", "drop base 3")
+        raise ModelFileError(model.path, "ternary weights, which base 3 stores", f"{model.variant} ones", "drop base 3")
     if target == "comfy" and path.suffix not in SAFETENSORS_SUFFIXES:
-        raise PackError(path, f"a file name ending in {SAFETENSORS_SUFFIXES[0]}", f"{path.name!r}", "add the ending")
+        raise ModelFileError(path, f"a file name ending in {SAFETENSORS_SUFFIXES[0]}", f"{path.name!r}",
+                             "add the ending")
     _refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".bonsai-image-") as scratch:
@@ -117,11 +118,11 @@ def save_transformer(model: Transformer, path: Path, target: str, base3: bool = 
             _write(model, target, base3, written)
             _flush(written)
         except ValueError as error:
-            raise PackError(model.path, f"weights that the {target} format holds exactly", str(error),
-                            "choose another format") from error
+            raise ModelFileError(model.path, f"weights that the {target} format holds exactly", str(error),
+                                 "choose another format") from error
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise PackError(path, "a disk that takes the file", str(error), "free some space or choose another folder"
-                            ) from error
+            raise ModelFileError(path, "a disk that takes the file", str(error),
+                                 "free some space or choose another folder") from error
         _verify(model, target, written, progress)
         # Somebody else may have been quicker.
         _refuse_existing(path)
@@ -131,4 +132,4 @@ def save_transformer(model: Transformer, path: Path, target: str, base3: bool = 
 def _refuse_existing(path: Path) -> None:
     # A link to a disk that is not there exists, too.
     if os.path.lexists(path):
-        raise PackError(path, "a path that is free", "an existing file or folder", "choose another name")
+        raise ModelFileError(path, "a path that is free", "an existing file or folder", "choose another name")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .check import check_tensors
-from .errors import DOWNLOAD_AGAIN, PackError
+from .errors import DOWNLOAD_AGAIN, ModelFileError
 
 _IMAGE_CHANNELS, _PATCH = 3, 4
 _COUNTER = "bn.num_batches_tracked"
@@ -62,8 +62,8 @@ def _half(name: str, blocks: str, sampler: str, widths: list[int], resnets: int,
 
 
 def check_vae(path: Path, tensors: Mapping[str, torch.Tensor], config_json: Mapping[str, Any]) -> None:
-    """Raise PackError unless ``tensors`` are one complete, finite AutoencoderKLFlux2 that ``config.json``, where there
-    is one, does not contradict."""
+    """Raise ModelFileError unless ``tensors`` are one complete, finite AutoencoderKLFlux2 that ``config.json``, where
+    there is one, does not contradict."""
     def widths(blocks: str) -> list[int]:
         found = {int(m[1]): tensor.shape[0] for name, tensor in tensors.items() if tensor.ndim and (
             m := re.fullmatch(rf"{blocks}\.(\d{{1,2}})\.resnets\.0\.conv1\.weight", name))}
@@ -75,8 +75,8 @@ def check_vae(path: Path, tensors: Mapping[str, torch.Tensor], config_json: Mapp
     first = tensors["decoder.conv_in.weight"]
     counter = tensors.get(_COUNTER)
     if not encoder or not decoder or first.ndim != 4 or counter is None or counter.shape or counter.is_floating_point():
-        raise PackError(path, "the tensors of the FLUX.2 VAE", "no usable encoder, decoder or batch norm",
-                        DOWNLOAD_AGAIN)
+        raise ModelFileError(path, "the tensors of the FLUX.2 VAE", "no usable encoder, decoder or batch norm",
+                             DOWNLOAD_AGAIN)
     latent = first.shape[1]
     shapes = {
         **_half("encoder", "down_blocks", "downsamplers", encoder, resnets,
@@ -93,5 +93,5 @@ def check_vae(path: Path, tensors: Mapping[str, torch.Tensor], config_json: Mapp
                        ("decoder_block_out_channels", decoder[::-1])):
         stated = config_json.get(key)
         if stated not in (None, value):
-            raise PackError(path, f"{key} {reprlib.repr(stated)} as config.json says", f"{value!r} in the tensors",
-                            "download the whole folder again")
+            raise ModelFileError(path, f"{key} {reprlib.repr(stated)} as config.json says", f"{value!r} in the tensors",
+                                 "download the whole folder again")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..loaders import PackError
+from ..loaders import ModelFileError
 
 
 def model_choices(kind: str) -> list[str]:
@@ -30,14 +30,14 @@ def repository_choices() -> list[str]:
 
 
 def resolve(kind: str, name: str) -> str:
-    """The path of a choice. Raises PackError if it is gone."""
+    """The path of a choice. Raises ModelFileError if it is gone."""
     # By the letters of the path: what a user has linked into the folder may lie anywhere.
     inside = not Path(name).anchor and ".." not in Path(name).parts
     for root in map(Path, folder_paths.get_folder_paths(kind)):
         if inside and (root / name).exists():
             return str(root / name)
     action = how_to_download(name) if kind == "diffusers" else "put it there and press R to refresh the list"
-    raise PackError(name, f"a file or folder under models/{kind}", "nothing of that name", action)
+    raise ModelFileError(name, f"a file or folder under models/{kind}", "nothing of that name", action)
 
 
 def how_to_download(name: str) -> str:

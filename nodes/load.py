@@ -6,7 +6,7 @@ import sys
 
 from comfy_api.latest import io
 
-from ..loaders import PackError, find_repository
+from ..loaders import ModelFileError, find_repository
 from ..ops import backends
 from ..ops.devices import DTYPES
 from . import folders, models
@@ -77,7 +77,7 @@ class BonsaiPackLoader(io.ComfyNode):
         repository = find_repository(folders.resolve("diffusers", pack))
         for part in ("text_encoder", "vae"):
             if getattr(repository, part) is None:
-                raise PackError(repository.path, f"a folder with the {part.replace('_', ' ')}", "none",
+                raise ModelFileError(repository.path, f"a folder with the {part.replace('_', ' ')}", "none",
                                 "download the whole repository again")
         return io.NodeOutput(
             models.load_model(str(repository.transformer), compute_dtype, _chosen(backend, precision)),

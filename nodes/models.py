@@ -12,7 +12,7 @@ import folder_paths
 import torch
 from comfy.cli_args import args as host_args
 
-from ..loaders import PackError, Transformer, load_text_encoder, load_transformer, load_vae
+from ..loaders import ModelFileError, Transformer, load_text_encoder, load_transformer, load_vae
 from ..loaders.files import Progress
 from ..loaders.names import to_comfyui
 from ..ops import backends
@@ -61,7 +61,7 @@ def load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", di
     """The MODEL at ``path``, computing in ``compute_dtype`` (``auto`` or a name in ``ops.devices.DTYPES``) with
     ``backend`` (from ``ops.backends.select``).
 
-    Raises PackError. The host calls it again, with the same arguments, for clones on other devices.
+    Raises ModelFileError. The host calls it again, with the same arguments, for clones on other devices.
     """
     loaded = load_transformer(path, progress_bar())
     dtype = _compute_dtype(compute_dtype, comfy.model_management.get_torch_device())
@@ -69,7 +69,7 @@ def load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", di
         _host_tensors(loaded), model_options={"custom_operations": packed_operations(backend)},
         disable_dynamic=disable_dynamic)
     if patcher is None:
-        raise PackError(path, "a model this ComfyUI knows", "FLUX.2 Klein, which it does not", "update ComfyUI")
+        raise ModelFileError(path, "a model this ComfyUI knows", "FLUX.2 Klein, which it does not", "update ComfyUI")
     if dtype is not None:
         patcher.set_model_compute_dtype(dtype)
     served = backends.resolve(backend, patcher.load_device)
@@ -94,7 +94,7 @@ def _host_tensors(loaded: Transformer) -> dict[str, torch.Tensor]:
 
 
 def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = False):
-    """The CLIP at ``path``, its linears computing in ``compute_dtype``. Raises PackError.
+    """The CLIP at ``path``, its linears computing in ``compute_dtype``. Raises ModelFileError.
 
     The host runs text encoders in FP32, and so do we, except where BF16 (which the release was made for) is the only
     fast way: on a CPU that has it, ``auto`` means BF16 products between the FP32 layers of the host.
@@ -102,7 +102,7 @@ def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = Fa
     loaded = load_text_encoder(path, progress_bar())
     config = loaded.config
     if config.hidden != _TEXT_WIDTH:
-        raise PackError(path, f"a text encoder {_TEXT_WIDTH} wide (Qwen3-4B)", f"one {config.hidden} wide",
+        raise ModelFileError(path, f"a text encoder {_TEXT_WIDTH} wide (Qwen3-4B)", f"one {config.hidden} wide",
                         "choose the text encoder of Bonsai Image 4B")
     dimensions = {
         "num_hidden_layers": config.layers, "vocab_size": config.vocab, "intermediate_size": config.mlp,
@@ -128,11 +128,11 @@ def _clip_patcher(path: str, compute_dtype: str, disable_dynamic: bool = False):
 
 
 def load_vae_model(path: str, disable_dynamic: bool = False):
-    """The VAE at ``path``. Raises PackError."""
+    """The VAE at ``path``. Raises ModelFileError."""
     tensors, _ = load_vae(path)
     vae = comfy.sd.VAE(sd=dict(tensors))
     if vae.first_stage_model is None:
-        raise PackError(path, "a VAE this ComfyUI knows", "another", "update ComfyUI")
+        raise ModelFileError(path, "a VAE this ComfyUI knows", "another", "update ComfyUI")
     advice.name_out_of_memory(vae.patcher, ("encode", "decode"), (
         "Out of memory in the VAE, even in tiles: lower batch_size or the size, use the (Tiled) node of VAE Encode or "
         "Decode with a tile_size of 256, or start ComfyUI with --cpu-vae."))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .. import __version__
-from ..loaders import TARGETS, PackError, find_repository, is_repository, load_transformer, save_transformer
+from ..loaders import TARGETS, ModelFileError, find_repository, is_repository, load_transformer, save_transformer
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
 from .inspect import inspect, report
@@ -118,7 +118,7 @@ def _reference(path: Path) -> Image.Image:
         # Cameras store many pictures lying on their side, with a note.
         return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except (OSError, Image.DecompressionBombError) as error:
-        raise PackError(path, "an image", str(error), "give a PNG or JPEG file with --image") from error
+        raise ModelFileError(path, "an image", str(error), "give a PNG or JPEG file with --image") from error
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             source = find_repository(args.source).transformer if is_repository(args.source) else args.source
             save_transformer(load_transformer(source), args.target, args.format, args.base3)
             print(args.target)
-    except (PackError, ValueError, OSError) as error:
+    except (ModelFileError, ValueError, OSError) as error:
         print(f"bonsai-image: {error}", file=sys.stderr)
         return 2
     return 0

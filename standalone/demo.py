@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..loaders import PackError
+from ..loaders import ModelFileError
 from .generate import Result, generate
 
 #: The miniature in a clone of the repository (``miniature/train`` trains it).
@@ -29,10 +29,10 @@ _MARGIN, _LABEL, _LINES = 8, 118, 66
 
 def draw(device: torch.device, dtype: torch.dtype, backend: str = "auto", steps: int = 4, seed: int = 0,
          progress: bool = True) -> dict[str, Result]:
-    """:data:`PROMPTS` by every variant. Raises PackError where the miniature is not there."""
+    """:data:`PROMPTS` by every variant. Raises ModelFileError where the miniature is not there."""
     if not MINIATURE.is_dir():
-        raise PackError(MINIATURE, "the trained miniature", "no such folder",
-                        "clone the repository, the registry's archive leaves it out")
+        raise ModelFileError(MINIATURE, "the trained miniature", "no such folder",
+                             "clone the repository, the registry's archive leaves it out")
     results = {}
     for variant, name in VARIANTS.items():
         model = {"dense" if variant == "dense" else "transformer": MINIATURE / name}

@@ -19,7 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from ..loaders import PackError, find_repository, load_text_encoder, load_transformer
+from ..loaders import ModelFileError, find_repository, load_text_encoder, load_transformer
 from ..loaders.files import Progress, tensor_files
 from ..ops import backends
 from ..ops.mlx import backend as mlx_backend
@@ -102,8 +102,8 @@ def generate(
     """Draw ``prompts`` with the repository folder ``pack``, each from the noise of the same ``seed``.
 
     ``images`` are references for an edit. ``transformer`` replaces the diffusion model of the pack by another file or
-    folder, ``dense`` by a folder of diffusers' with ordinary weights, to compare with. Raises PackError on an unusable
-    pack, ValueError on a size that is not a multiple of 16 or on fewer than one step.
+    folder, ``dense`` by a folder of diffusers' with ordinary weights, to compare with. Raises ModelFileError on an
+    unusable pack, ValueError on a size that is not a multiple of 16 or on fewer than one step.
     """
     if width < SIZE_STEP or height < SIZE_STEP or width % SIZE_STEP or height % SIZE_STEP:
         raise ValueError(f"width and height must be positive multiples of {SIZE_STEP}, got {width} x {height}")
@@ -114,8 +114,8 @@ def generate(
     repository = find_repository(pack)
     for part in ("text_encoder", "tokenizer", "vae"):
         if getattr(repository, part) is None:
-            raise PackError(pack, f"a folder with the {part.replace('_', ' ')}", "none",
-                            "download the whole repository")
+            raise ModelFileError(pack, f"a folder with the {part.replace('_', ' ')}", "none",
+                                 "download the whole repository")
     stages: dict[str, dict[str, float]] = {}
     served = backends.resolve(backend, device)
 
@@ -142,8 +142,9 @@ def generate(
         else:
             loaded = load_transformer(transformer or repository.transformer, _follow(bar))
             if loaded.config.text_width != embeddings.shape[-1]:
-                raise PackError(loaded.path, f"a model for text {embeddings.shape[-1]} wide, as that of {pack.name}",
-                                f"one for {loaded.config.text_width}", "choose a pack and a transformer of one family")
+                raise ModelFileError(
+                    loaded.path, f"a model for text {embeddings.shape[-1]} wide, as that of {pack.name}",
+                    f"one for {loaded.config.text_width}", "choose a pack and a transformer of one family")
             packed = sum(packed_nbytes(tensor) for tensor in loaded.tensors.values() if is_packed(tensor))
             settings |= {"variant": loaded.variant, "format": loaded.format, "source": loaded.source,
                          "packed_bytes": packed}

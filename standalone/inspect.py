@@ -43,7 +43,7 @@ def _describe(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def inspect_part(path: Path) -> dict[str, Any]:
-    """Describe one model, a file or folder. Raises PackError."""
+    """Describe one model, a file or folder. Raises ModelFileError."""
     names = open_tensors(path).tensors
     if is_qwen3(names):
         encoder = load_text_encoder(path)
@@ -58,7 +58,7 @@ def inspect_part(path: Path) -> dict[str, Any]:
 
 
 def inspect(path: Path) -> list[dict[str, Any]]:
-    """Describe every part of a repository folder, or the one model that ``path`` is. Raises PackError."""
+    """Describe every part of a repository folder, or the one model that ``path`` is. Raises ModelFileError."""
     if not is_repository(path):
         return [inspect_part(path)]
     repository = find_repository(path)

@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
-from ..loaders import PackError, TextEncoder, Transformer, load_vae
+from ..loaders import ModelFileError, TextEncoder, Transformer, load_vae
 from ..loaders.names import to_diffusers
 from ..loaders.qwen3 import TAPPED_LAYERS
 from ..ops import backends
@@ -78,35 +78,37 @@ def text_encoder_module(model: TextEncoder, device: torch.device, dtype: torch.d
 
 
 def vae_module(path: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLFlux2:
-    """diffusers' FLUX.2 VAE from a ``vae`` folder with its ``config.json``. Raises PackError."""
+    """diffusers' FLUX.2 VAE from a ``vae`` folder with its ``config.json``. Raises ModelFileError."""
     tensors, config = load_vae(path)
     if not config:
-        raise PackError(path / "config.json", "the VAE's configuration", "no such file", "download the folder again")
+        raise ModelFileError(path / "config.json", "the VAE's configuration", "no such file",
+                             "download the folder again")
     with init_empty_weights():
         module = AutoencoderKLFlux2.from_config(config)
     try:
         _assign(module, tensors, dtype)
     except RuntimeError as error:
         # The first line names the class only.
-        raise PackError(path, "the tensors that config.json describes", str(error).splitlines()[-1].strip(),
-                        "download the folder again") from error
+        raise ModelFileError(path, "the tensors that config.json describes", str(error).splitlines()[-1].strip(),
+                             "download the folder again") from error
     return _ready(module, device)
 
 
 def tokenizer(path: Path):
-    """The pack's own tokenizer, from local files only; no code beside it ever runs. Raises PackError."""
+    """The pack's own tokenizer, from local files only; no code beside it ever runs. Raises ModelFileError."""
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing more special for a damaged file
-        raise PackError(path, "the tokenizer of Qwen3, which needs no code of its own", str(error),
-                        "download the folder again") from error
+        raise ModelFileError(path, "the tokenizer of Qwen3, which needs no code of its own", str(error),
+                             "download the folder again") from error
 
 
 def scheduler(path: Path | None) -> FlowMatchEulerDiscreteScheduler:
-    """The pack's scheduler, or the one of FLUX.2 Klein. Raises PackError."""
+    """The pack's scheduler, or the one of FLUX.2 Klein. Raises ModelFileError."""
     if path is None:
         return FlowMatchEulerDiscreteScheduler.from_config(_SCHEDULER)
     try:
         return FlowMatchEulerDiscreteScheduler.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
-        raise PackError(path, "diffusers' scheduler_config.json", str(error), "download the folder again") from error
+        raise ModelFileError(path, "diffusers' scheduler_config.json", str(error),
+                             "download the folder again") from error

@@ -13,7 +13,7 @@ from random_model import random_text_encoder, random_transformer
 from safetensors.torch import load_file, save_file
 
 from bonsai_image.loaders import (
-    PackError,
+    ModelFileError,
     bonsai,
     dense,
     gemlite,
@@ -108,8 +108,8 @@ def load(name: str, path: Path) -> dict[str, torch.Tensor]:
 
 
 def refusal(loader, path) -> str:
-    """The message of the PackError that ``loader(path)`` raises: one sentence with the path, fit to be shown."""
-    with pytest.raises(PackError) as info:
+    """The message of the ModelFileError that ``loader(path)`` raises: one sentence with the path, fit to be shown."""
+    with pytest.raises(ModelFileError) as info:
         loader(path)
     message = str(info.value)
     assert str(path) in message

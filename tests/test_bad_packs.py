@@ -1,5 +1,4 @@
-"""Damaged packs: cut, flipped or contradictory ones end in PackError. Each case damages a copy in one way and loads it.
-"""
+"""Damaged packs: cut, flipped or contradictory ones end in ModelFileError. Each case damages a copy in one way."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from bad_packs import PACKS, load, read, refusal, write
 
-from bonsai_image.loaders import PackError, load_transformer
+from bonsai_image.loaders import ModelFileError, load_transformer
 from bonsai_image.ops.packed import equal, is_packed
 
 
@@ -35,7 +34,7 @@ def _unharmed(name: str, path: Path, original: dict[str, torch.Tensor]) -> bool:
     """Whether the pack is refused properly, or loads to exactly the original tensors."""
     try:
         tensors = load(name, path)
-    except PackError:
+    except ModelFileError:
         refusal(PACKS[name][0], path)
         return True
     return tensors.keys() == original.keys() and all(

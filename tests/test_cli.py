@@ -170,20 +170,20 @@ def test_written_files_have_ordinary_permissions(pack, tmp_path):
 
 
 def test_a_failed_write_leaves_nothing(pack, tmp_path, monkeypatch):
-    from bonsai_image.loaders import PackError, load_transformer, save
+    from bonsai_image.loaders import ModelFileError, load_transformer, save
 
     def spoil(model, target, base3, path):
         path.write_bytes(b"half a file")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(save, "_write", spoil)
-    with pytest.raises((OSError, PackError)):
+    with pytest.raises((OSError, ModelFileError)):
         save.save_transformer(load_transformer(pack / "transformer-packed-mflux"), tmp_path / "a.safetensors", "comfy")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_written_is_verified(pack, tmp_path, monkeypatch):
-    from bonsai_image.loaders import PackError, load_transformer, save
+    from bonsai_image.loaders import ModelFileError, load_transformer, save
 
     original = save._write
 
@@ -194,7 +194,7 @@ def test_what_was_written_is_verified(pack, tmp_path, monkeypatch):
         path.write_bytes(data)
 
     monkeypatch.setattr(save, "_write", flip)
-    with pytest.raises(PackError, match="difference after writing"):
+    with pytest.raises(ModelFileError, match="difference after writing"):
         save.save_transformer(load_transformer(pack / "transformer-packed-mflux"), tmp_path / "a.safetensors", "comfy")
     assert list(tmp_path.iterdir()) == []
 

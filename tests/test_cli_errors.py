@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from random_model import write_repository
 
-from bonsai_image.loaders import PackError, load_transformer, save_transformer
+from bonsai_image.loaders import ModelFileError, load_transformer, save_transformer
 from bonsai_image.standalone import generate as generating
 from bonsai_image.standalone.cli import main
 
@@ -173,7 +173,7 @@ def test_a_name_taken_while_writing_is_kept(pack, tmp_path, monkeypatch):
         target.write_text("somebody else's")
 
     monkeypatch.setattr(save, "_verify", slow)
-    with pytest.raises(PackError, match="existing"):
+    with pytest.raises(ModelFileError, match="existing"):
         save_transformer(load_transformer(pack / "transformer-packed-mflux"), target, "comfy")
     assert target.read_text() == "somebody else's" and list(tmp_path.iterdir()) == [target]
 

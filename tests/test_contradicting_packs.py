@@ -1,5 +1,5 @@
-"""Packs that contradict themselves end in PackError: JSON, tags and numbers against tensors, tensors among themselves.
-"""
+"""Packs that contradict themselves end in ModelFileError: JSON, tags and numbers against tensors, and tensors among
+themselves."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Files of other models, pickles that would run code, and paths of the wrong kind end in PackError. Nothing in them
-runs, and a refusal leaves nothing behind.
+"""Files of other models, pickles that would run code, and paths of the wrong kind end in ModelFileError. Nothing in
+them runs, and a refusal leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from bad_packs import KLEIN, PACKS, TO_Q, WEIGHTS, load, read, refusal, write
 from safetensors.torch import save_file
 
-from bonsai_image.loaders import PackError, find_repository, load_text_encoder, load_transformer, load_vae
+from bonsai_image.loaders import ModelFileError, find_repository, load_text_encoder, load_transformer, load_vae
 from bonsai_image.loaders.klein import comfyui_shapes, diffusers_shapes
 
 LOADERS = {"transformer": load_transformer, "text-encoder": load_text_encoder, "vae": load_vae}
@@ -245,7 +245,7 @@ def test_refusals_do_not_grow_memory(name, copy):
     process = psutil.Process()
 
     def refuse():
-        with pytest.raises(PackError):
+        with pytest.raises(ModelFileError):
             PACKS[name][0](path)
 
     for _ in range(3):

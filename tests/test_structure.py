@@ -43,8 +43,8 @@ def test_import_directions(path):
 
 
 @pytest.mark.parametrize(("name", "line"), [
-    ("ops/bad.py", "from ..loaders import PackError"),
-    ("ops/mlx/bad.py", "from ...loaders import PackError"),
+    ("ops/bad.py", "from ..loaders import ModelFileError"),
+    ("ops/mlx/bad.py", "from ...loaders import ModelFileError"),
     ("loaders/formats/bad.py", "from ... import nodes"),
     ("loaders/formats/bad.py", "import comfy.sd"),
     ("loaders/formats/bad.py", "from bonsai_image.ops import packed"),

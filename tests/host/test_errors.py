@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bonsai_image import nodes
-from bonsai_image.loaders import PackError
+from bonsai_image.loaders import ModelFileError
 from bonsai_image.nodes import folders, models
 from bonsai_image.ops import accelerator
 from bonsai_image.ops.mlx import backend as mlx_backend
@@ -48,7 +48,7 @@ def test_a_missing_pack_prints_the_command_of_this_installation(tmp_path, monkey
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(folder)], {"folder"}))
 
     def said(pack: str) -> str:
-        with pytest.raises(PackError) as caught:
+        with pytest.raises(ModelFileError) as caught:
             nodes.BonsaiPackLoader.execute(pack)
         return str(caught.value)
 
@@ -72,7 +72,7 @@ def test_a_command_for_windows_starts_without_quotes_or_says_what_powershell_nee
 
 @pytest.mark.parametrize("node", [nodes.BonsaiModelLoader, nodes.BonsaiTextEncoderLoader])
 def test_a_missing_file_says_where_to_put_it(node):
-    with pytest.raises(PackError) as caught:
+    with pytest.raises(ModelFileError) as caught:
         node.execute("gone.safetensors")
     text = str(caught.value)
     assert one_sentence(text.replace("gone.safetensors", "gone")) and "press R" in text and "models/" in text
@@ -82,7 +82,7 @@ def test_a_missing_file_says_where_to_put_it(node):
                                             (models.load_clip, "transformer-packed-mflux"), (models.load_clip, "vae"),
                                             (models.load_vae_model, "transformer-packed-mflux")])
 def test_the_wrong_kind_of_file(pack, load, part):
-    with pytest.raises(PackError, match=r"expected the .* of .*found tensors such as .*; choose") as caught:
+    with pytest.raises(ModelFileError, match=r"expected the .* of .*found tensors such as .*; choose") as caught:
         load(str(pack / part))
     assert "\n" not in str(caught.value)
 

@@ -12,7 +12,7 @@ from reference import relative
 from test_parity import host_forward
 
 from bonsai_image import nodes
-from bonsai_image.loaders import PackError, load_transformer
+from bonsai_image.loaders import ModelFileError, load_transformer
 from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.nodes import folders as node_folders
 from bonsai_image.nodes import info, models, save
@@ -60,7 +60,7 @@ def test_choices_are_files_and_folders(folders, transformer):
     assert choices == ["mini", "mini/diffusion_pytorch_model.safetensors"]
     for choice in choices:
         assert load_transformer(node_folders.resolve("diffusion_models", choice)).variant == "ternary"
-    with pytest.raises(PackError, match="press R"):
+    with pytest.raises(ModelFileError, match="press R"):
         node_folders.resolve("diffusion_models", "../diffusers")
 
 
@@ -165,7 +165,7 @@ def test_text_encoder_of_another_width_is_refused(tmp_path):
     import packs
 
     folder = packs.write_mlx_text_encoder(packs.text_model(), tmp_path / "narrow")
-    with pytest.raises(PackError, match="128 wide"):
+    with pytest.raises(ModelFileError, match="128 wide"):
         models.load_clip(str(folder))
 
 
