@@ -87,4 +87,10 @@ def pair(transformer):
 
     tensors = to_comfyui(load_transformer(transformer).tensors)
     dense = {name: dense64(t).float() if is_packed(t) else t.float() for name, t in tensors.items()}
-    return models.load_model(str(transformer), "fp32"), comfy.sd.load_diffusion_model_state_dict(dense)
+
+    def load(disable_dynamic: bool = False):
+        patcher = comfy.sd.load_diffusion_model_state_dict(dict(dense), disable_dynamic=disable_dynamic)
+        patcher.cached_patcher_init = (load, ())
+        return patcher
+
+    return models.load_model(str(transformer), "fp32"), load()
