@@ -1,11 +1,11 @@
 """MLX on a Mac: is it correct, how long does a denoising step take, how much memory does it need?
 
-    python benchmarks/mac.py [--pack DIR] [--sizes 512 1024] [--steps 4] [--without-dense]
+    python benchmarks/mac.py [--checkpoint DIR] [--sizes 512 1024] [--steps 4] [--without-dense]
     python benchmarks/mac.py --tiny        a miniature on any CPU: shows that the script runs, measures nothing
 
 Needs an Apple silicon Mac with macOS 14 and MLX (pip install mlx). First the correctness of what MLX computes here,
-then one table: seconds and memory of the diffusion model's four paths, each in a process of its own. Without --pack,
-the weights are random in the full size. With it, a whole image is drawn with it as well.
+then one table: seconds and memory of the diffusion model's four paths, each in a process of its own. Without
+--checkpoint, the weights are random in the full size. With it, a whole image is drawn with it as well.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def table(results: list[dict]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pack", type=Path, help="folder of a downloaded repository")
+    parser.add_argument("--checkpoint", type=Path, help="folder of a downloaded repository")
     parser.add_argument("--sizes", type=int, nargs="+", help="pixels (default: 512 1024; 64 128 with --tiny)")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--without-dense", action="store_true", help="leave out the 7.8 GB of dense weights")
@@ -170,7 +170,7 @@ def main() -> int:
         print("This measures MLX on an Apple silicon Mac, and this machine is none. Nothing was run. "
               "(--tiny runs a miniature on any CPU.)")
         return 2
-    source = str(find_repository(args.pack).transformer) if args.pack else None
+    source = str(find_repository(args.checkpoint).transformer) if args.checkpoint else None
     if args.measure:
         print(json.dumps(measure(args.measure, source, sizes, args.steps, args.tiny)))
         return 0
@@ -188,7 +188,7 @@ def main() -> int:
             results.append(json.loads(done.stdout.splitlines()[-1]))
     table(results)
     with tempfile.TemporaryDirectory() as folder:
-        pack = args.pack or (write_repository(Path(folder) / "bonsai-miniature") if args.tiny else None)
+        pack = args.checkpoint or (write_repository(Path(folder) / "bonsai-miniature") if args.tiny else None)
         if pack is not None:
             draw(pack, sizes, args.steps, args.tiny)
     return 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .info import BonsaiModelInfo
-from .load import BonsaiModelLoader, BonsaiPackLoader, BonsaiTextEncoderLoader
+from .load import BonsaiCheckpointLoader, BonsaiModelLoader, BonsaiTextEncoderLoader
 from .save import BonsaiSaveModel
 
 
 class BonsaiExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [BonsaiPackLoader, BonsaiModelLoader, BonsaiTextEncoderLoader, BonsaiSaveModel, BonsaiModelInfo]
+        return [BonsaiCheckpointLoader, BonsaiModelLoader, BonsaiTextEncoderLoader, BonsaiSaveModel, BonsaiModelInfo]

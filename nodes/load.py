@@ -18,26 +18,28 @@ CATEGORY = "model/loaders/bonsai"
 def _compute_dtype_input() -> io.Combo.Input:
     return io.Combo.Input(
         "compute_dtype", options=["auto", *DTYPES], default="auto", optional=True, advanced=True,
-        tooltip="Dtype of activations. auto: the host's choice, and BF16 on a CPU that multiplies it fast. The packed "
-                "weights stay exact in any case.")
+        tooltip="Dtype of the activations. auto: ComfyUI's choice, or BF16 on a CPU with fast BF16. The packed weights "
+                "stay exact.")
 
 
 def _backend_input() -> io.Combo.Input:
     return io.Combo.Input(
         "backend", options=list(backends.NAMES), default="auto", optional=True, advanced=True,
-        tooltip="What multiplies the packed weights. auto: the fastest that works on this device.")
+        tooltip="What computes with the packed weights. auto: the fastest backend that runs on this device.")
 
 
 def _precision_input() -> io.Combo.Input:
     return io.Combo.Input(
         "precision", options=list(backends.PRECISIONS), default="exact", optional=True, advanced=True,
-        tooltip="exact: activations keep their dtype. fast: they are rounded to int8, which changes the picture a "
-                "little; NVIDIA cards since Ampere, exact elsewhere. The packed weights stay exact in any case.")
+        tooltip="exact: activations keep their dtype. fast: activations are rounded to int8, which changes the image "
+                "slightly; NVIDIA GPUs since Ampere, same as exact elsewhere. The packed weights stay exact.")
 
 
-def _chosen(backend: str, precision: str) -> str:
-    """What was chosen on a node, for ``load_model``. Who chose a backend by name is told if it is not there; ``auto``
-    takes another, and so does every backend on a device of another kind."""
+def _backend_setting(backend: str, precision: str) -> str:
+    """The backend setting for ``models.load_model``.
+
+    Raises ValueError if a backend chosen by name is not installed. ``auto`` never raises.
+    """
     problem = backends.problem(backend)
     if problem is not None:
         raise ValueError(f"The backend {backend} cannot be used: {problem}; run pip as "
@@ -45,17 +47,17 @@ def _chosen(backend: str, precision: str) -> str:
     return backends.select(backend, precision)
 
 
-class BonsaiPackLoader(io.ComfyNode):
+class BonsaiCheckpointLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="BonsaiPackLoader",
-            display_name="Load Bonsai Image Pack",
+            node_id="BonsaiCheckpointLoader",
+            display_name="Load Bonsai Checkpoint",
             category=CATEGORY,
             description="Load a whole downloaded Bonsai Image repository: diffusion model, text encoder and VAE.",
             search_aliases=["bonsai", "prismml", "ternary", "1-bit", "2-bit", "low bit", "flux 2 klein"],
             inputs=[
-                io.Combo.Input("pack", options=folders.repository_choices(),
+                io.Combo.Input("checkpoint", options=folders.repository_choices(),
                                tooltip="A repository folder under models/diffusers, such as "
                                        "bonsai-image-ternary-4B-mlx-2bit."),
                 _compute_dtype_input(),
@@ -66,21 +68,21 @@ class BonsaiPackLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, pack: str) -> bool:
-        """In place of the host's check, which only says that a name is not in the list. The frontend hides what this
-        would say behind an icon, and shows in full what ``execute`` raises."""
+    def validate_inputs(cls, checkpoint: str) -> bool:
+        """Replaces ComfyUI's combo check: the frontend hides its message behind an icon, but shows in full what
+        ``execute`` raises."""
         return True
 
     @classmethod
-    def execute(cls, pack: str, compute_dtype: str = "auto", backend: str = "auto",
+    def execute(cls, checkpoint: str, compute_dtype: str = "auto", backend: str = "auto",
                 precision: str = "exact") -> io.NodeOutput:
-        repository = find_repository(folders.resolve("diffusers", pack))
+        repository = find_repository(folders.resolve("diffusers", checkpoint))
         for part in ("text_encoder", "vae"):
             if getattr(repository, part) is None:
                 raise ModelFileError(repository.path, f"a folder with the {part.replace('_', ' ')}", "none",
                                 "download the whole repository again")
         return io.NodeOutput(
-            models.load_model(str(repository.transformer), compute_dtype, _chosen(backend, precision)),
+            models.load_model(str(repository.transformer), compute_dtype, _backend_setting(backend, precision)),
             models.load_clip(str(repository.text_encoder)),
             models.load_vae_model(str(repository.vae)),
         )
@@ -108,13 +110,13 @@ class BonsaiModelLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name: str) -> bool:
-        return True  # as in BonsaiPackLoader
+        return True  # as in BonsaiCheckpointLoader
 
     @classmethod
     def execute(cls, model_name: str, compute_dtype: str = "auto", backend: str = "auto",
                 precision: str = "exact") -> io.NodeOutput:
         return io.NodeOutput(models.load_model(folders.resolve("diffusion_models", model_name), compute_dtype,
-                                               _chosen(backend, precision)))
+                                               _backend_setting(backend, precision)))
 
 
 class BonsaiTextEncoderLoader(io.ComfyNode):
@@ -135,7 +137,7 @@ class BonsaiTextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, text_encoder_name: str) -> bool:
-        return True  # as in BonsaiPackLoader
+        return True  # as in BonsaiCheckpointLoader
 
     @classmethod
     def execute(cls, text_encoder_name: str) -> io.NodeOutput:

@@ -18,7 +18,7 @@ from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
 from .inspect import inspect, report
 
-# What draws needs diffusers, which ComfyUI does not bring; the other commands do without it.
+# Only generate and demo need diffusers, which ComfyUI does not install.
 if TYPE_CHECKING:
     from .generate import Result
 
@@ -28,75 +28,77 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    drawing = argparse.ArgumentParser(add_help=False)
-    drawing.add_argument("--steps", type=int, default=4)
-    drawing.add_argument("--seed", type=_seed, default=0)
-    drawing.add_argument("--backend", choices=backends.NAMES, default="auto", help="what multiplies packed weights")
-    drawing.add_argument("--precision", choices=backends.PRECISIONS, default="exact",
-                         help="fast rounds activations to int8 (NVIDIA cards since Ampere; exact elsewhere)")
-    drawing.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of activations")
-    drawing.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: the fastest there is)")
-    drawing.add_argument("--json", action="store_true", help="print settings and stage figures as JSON")
+    sampling = argparse.ArgumentParser(add_help=False)
+    sampling.add_argument("--steps", type=int, default=4)
+    sampling.add_argument("--seed", type=_seed, default=0)
+    sampling.add_argument("--backend", choices=backends.NAMES, default="auto",
+                          help="what computes with the packed weights")
+    sampling.add_argument("--precision", choices=backends.PRECISIONS, default="exact",
+                          help="fast rounds activations to int8 (NVIDIA GPUs since Ampere, else the same as exact)")
+    sampling.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the activations")
+    sampling.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: the fastest available)")
+    sampling.add_argument("--json", action="store_true", help="print settings and figures per stage as JSON")
 
-    command = commands.add_parser("generate", parents=[drawing], help="draw a prompt with a downloaded pack")
-    command.add_argument("--pack", type=Path, required=True, help="folder of a downloaded repository")
+    command = commands.add_parser("generate", parents=[sampling], help="make an image from a prompt")
+    command.add_argument("--checkpoint", type=Path, required=True, help="folder of a downloaded repository")
     command.add_argument("--prompt", required=True)
-    command.add_argument("--image", type=Path, action="append", default=[], help="a reference to edit (repeatable)")
-    command.add_argument("--transformer", type=Path, help="another diffusion model, in any format, for the pack's own")
+    command.add_argument("--image", type=Path, action="append", default=[], help="an image to edit (repeatable)")
+    command.add_argument("--transformer", type=Path,
+                         help="a diffusion model in any format, used instead of the checkpoint's own")
     command.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16")
     command.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16")
-    command.add_argument("--out", type=_picture, default="bonsai.png", help="PNG to write, or to replace")
+    command.add_argument("--out", type=_png, default="bonsai.png", help="PNG file to write; replaced if it exists")
 
-    command = commands.add_parser("demo", parents=[drawing], help="draw a contact sheet with a trained miniature")
-    command.add_argument("--out", type=_picture, default="bonsai-demo.png", help="PNG to write, or to replace")
+    command = commands.add_parser("demo", parents=[sampling], help="make a contact sheet with the trained miniature")
+    command.add_argument("--out", type=_png, default="bonsai-demo.png", help="PNG file to write; replaced if it exists")
 
-    command = commands.add_parser("inspect", help="what a file, folder or repository holds")
+    command = commands.add_parser("inspect", help="describe a file, folder or repository")
     command.add_argument("path", type=Path)
     command.add_argument("--json", action="store_true")
 
-    command = commands.add_parser("convert", help="transcode a diffusion model without loss")
+    command = commands.add_parser("convert", help="convert a diffusion model to another format without loss")
     command.add_argument("source", type=Path)
     command.add_argument("target", type=Path)
     command.add_argument("--to", choices=TARGETS, required=True, dest="format")
-    command.add_argument("--base3", action="store_true", help="store ternary codes five a byte (with --to comfy)")
+    command.add_argument("--base3", action="store_true", help="store five ternary codes per byte (with --to comfy)")
 
-    # Listed here; run by __main__ before this module, and torch with it, is imported.
-    commands.add_parser("download", help="fetch a pack from the Hugging Face Hub", add_help=False)
+    # Listed for --help; __main__ runs it without importing this module, which imports torch.
+    commands.add_parser("download", help="download a repository from the Hugging Face Hub", add_help=False)
     return parser
 
 
 def _seed(text: str) -> int:
     if not 0 <= (seed := int(text)) < 2**63:
-        raise argparse.ArgumentTypeError("a seed is a number from 0 to 2**63 - 1")
+        raise argparse.ArgumentTypeError("a seed must be between 0 and 2**63 - 1")
     return seed
 
 
-def _picture(text: str) -> Path:
-    # Before minutes are spent on a picture that has nowhere to go.
+def _png(text: str) -> Path:
+    # Fail before rendering if the output cannot be written.
     path = Path(text)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.suffix.lower() != ".png" or path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is no name for a picture, which has to end in .png")
+        raise argparse.ArgumentTypeError(f"{text} must end in .png and must not be a folder")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} cannot be written, because {folder} is no folder that takes files")
+        raise argparse.ArgumentTypeError(f"{text} cannot be written, because {folder} is not a writable folder")
     return path
 
 
 def _device(name: str | None) -> torch.device:
-    # Unchecked, it names what PyTorch was built for, which on Linux is CUDA also where there is no card.
+    # Without the check, PyTorch built for CUDA answers cuda on a machine without a GPU.
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if name is None:
         return best
-    # PyTorch has a different exception for each way in which a device can be missing.
+    # PyTorch raises a different exception for each reason why a device is unavailable.
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} is nothing that this PyTorch can use; leave it out for {best}.") from error
+        raise ValueError(f"--device {name} is not available in this PyTorch; omit it to use {best}.") from error
     return torch.device(name)
 
 
 def _table(results: dict[str, Result]) -> str:
-    """Seconds and megabytes of every stage, a pair of columns for each of ``results``."""
+    """Seconds and megabytes of every stage: two columns per result."""
     rows = [f"{'':<22}" + "".join(f"{name:>20}" for name in results) if len(results) > 1 else "",
             f"{'stage':<22}" + f"{'seconds':>9}{'MB in use':>11}" * len(results)]
     stages = [result.stages for result in results.values()]
@@ -115,18 +117,18 @@ def _run_on(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, str]:
 
 def _reference(path: Path) -> Image.Image:
     try:
-        # Cameras store many pictures lying on their side, with a note.
+        # Apply the EXIF orientation.
         return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except (OSError, Image.DecompressionBombError) as error:
-        raise ModelFileError(path, "an image", str(error), "give a PNG or JPEG file with --image") from error
+        raise ModelFileError(path, "an image", str(error), "pass a PNG or JPEG file to --image") from error
 
 
 def _generate(args: argparse.Namespace) -> None:
     from .generate import generate
 
     device, dtype, backend = _run_on(args)
-    result = generate(args.pack, [args.prompt], device, dtype, backend, args.width, args.height, args.steps, args.seed,
-                      progress=not args.json, images=[_reference(path) for path in args.image],
+    result = generate(args.checkpoint, [args.prompt], device, dtype, backend, args.width, args.height, args.steps,
+                      args.seed, progress=not args.json, images=[_reference(path) for path in args.image],
                       transformer=args.transformer)
     result.save(args.out)
     if args.json:
@@ -154,7 +156,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 with one sentence on stderr where the input cannot be used."""
+    """Run one command. Returns 0 on success, and 2 after printing one sentence to stderr if the input is unusable."""
     args = _parser().parse_args(argv)
     try:
         if args.command == "generate":

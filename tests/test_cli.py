@@ -63,7 +63,7 @@ def test_what_draws_nothing_does_without_diffusers(pack, tmp_path):
     code = "import sys; sys.modules['diffusers'] = None; from bonsai_image.__main__ import main; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", code, "inspect", pack], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    done = subprocess.run([sys.executable, "-c", code, "generate", "--pack", pack, "--prompt", "x"],
+    done = subprocess.run([sys.executable, "-c", code, "generate", "--checkpoint", pack, "--prompt", "x"],
                           capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith(f"bonsai-image: {sys.executable} has no diffusers")
     assert len(done.stderr.strip().splitlines()) == 1
@@ -73,8 +73,8 @@ def test_generate_is_reproducible_and_carries_its_settings(pack, tmp_path, capsy
     images = []
     for i, seed in enumerate((7, 7, 8)):
         out = tmp_path / f"{i}.png"
-        assert run("generate", "--pack", pack, "--prompt", "ein Bäumchen", "--width", 64, "--height", 64, "--seed",
-                   seed, "--dtype", "fp32", "--device", "cpu", "--out", out, "--json") == 0
+        assert run("generate", "--checkpoint", pack, "--prompt", "ein Bäumchen", "--width", 64, "--height", 64,
+                   "--seed", seed, "--dtype", "fp32", "--device", "cpu", "--out", out, "--json") == 0
         images.append(Image.open(out))
     assert images[0].tobytes() == images[1].tobytes() != images[2].tobytes()
     settings = json.loads(images[0].text["bonsai"])
@@ -87,8 +87,8 @@ def test_generate_is_reproducible_and_carries_its_settings(pack, tmp_path, capsy
 
 def test_prompt_reaches_the_picture(pack, tmp_path):
     for name in ("a", "b"):
-        run("generate", "--pack", pack, "--prompt", name, "--width", 64, "--height", 64, "--device", "cpu", "--out",
-            tmp_path / f"{name}.png", "--json")
+        run("generate", "--checkpoint", pack, "--prompt", name, "--width", 64, "--height", 64, "--device", "cpu",
+            "--out", tmp_path / f"{name}.png", "--json")
     assert Image.open(tmp_path / "a.png").tobytes() != Image.open(tmp_path / "b.png").tobytes()
 
 
@@ -99,8 +99,9 @@ def test_every_option_reaches_the_picture(tmp_path, words):
     words = [tmp_path / word if word == "reference.png" else word for word in words]
     pictures = []
     for name, more in (("a", ()), ("b", words)):
-        assert run("generate", "--pack", BINARY.parent / "ternary", "--prompt", "two green circles", "--width", 64,
-                   "--height", 64, "--device", "cpu", "--out", tmp_path / f"{name}.png", "--json", *more) == 0
+        assert run("generate", "--checkpoint", BINARY.parent / "ternary", "--prompt", "two green circles",
+                   "--width", 64, "--height", 64, "--device", "cpu",
+                   "--out", tmp_path / f"{name}.png", "--json", *more) == 0
         pictures.append(Image.open(tmp_path / f"{name}.png"))
     assert pictures[0].tobytes() != pictures[1].tobytes()
     variant = "binary" if BINARY in words else "ternary"
@@ -108,7 +109,7 @@ def test_every_option_reaches_the_picture(tmp_path, words):
 
 
 def test_precision_reaches_the_choice_of_a_backend(pack, capsys):
-    assert run("generate", "--pack", pack, "--prompt", "x", "--backend", "torch", "--precision", "fast") == 2
+    assert run("generate", "--checkpoint", pack, "--prompt", "x", "--backend", "torch", "--precision", "fast") == 2
     assert "set backend to auto, not torch" in capsys.readouterr().err
 
 

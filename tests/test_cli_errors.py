@@ -41,25 +41,25 @@ def sentence(capsys) -> str:
 def test_a_device_that_is_not_there_is_one_sentence(tmp_path, capsys, device):
     assert run("demo", "--out", tmp_path / "demo.png", "--device", device) == 2
     error = capsys.readouterr().err
-    assert device in error and "leave it out for" in error and len(error.strip().splitlines()) == 1
+    assert device in error and "omit it to use" in error and len(error.strip().splitlines()) == 1
 
 
 def test_a_reference_that_is_no_image_is_one_sentence(pack, tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(b"no picture")
-    assert run("generate", "--pack", pack, "--prompt", "x", "--image", tmp_path / "a.png") == 2
+    assert run("generate", "--checkpoint", pack, "--prompt", "x", "--image", tmp_path / "a.png") == 2
     error = capsys.readouterr().err
     assert "a.png" in error and len(error.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("words", [("--width", 100), ("--height", 0), ("--steps", 0)], ids=str)
 def test_bad_sizes_are_one_sentence(pack, tmp_path, capsys, words):
-    assert run("generate", "--pack", pack, "--prompt", "x", "--out", tmp_path / "x.png", *words) == 2
+    assert run("generate", "--checkpoint", pack, "--prompt", "x", "--out", tmp_path / "x.png", *words) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "x.png").exists()
 
 
 def test_missing_pack_is_one_sentence(tmp_path, capsys):
-    assert run("generate", "--pack", tmp_path / "nothing", "--prompt", "x") == 2
+    assert run("generate", "--checkpoint", tmp_path / "nothing", "--prompt", "x") == 2
     error = capsys.readouterr().err
     assert "nothing" in error and len(error.strip().splitlines()) == 1
 
@@ -71,13 +71,13 @@ def no_drawing(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "said"), [("picture", "end in .png"), ("a.jpg", "end in .png"),
-                                            ("folder.png", "no name for a picture"),
-                                            ("file.txt/a.png", "no folder that takes files")])
+                                            ("folder.png", "must end in .png"),
+                                            ("file.txt/a.png", "not a writable folder")])
 def test_a_picture_that_cannot_be_written(pack, tmp_path, capsys, no_drawing, name, said):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file.txt").touch()
     with pytest.raises(SystemExit) as caught:
-        run("generate", "--pack", pack, "--prompt", "x", "--out", tmp_path / name)
+        run("generate", "--checkpoint", pack, "--prompt", "x", "--out", tmp_path / name)
     assert caught.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -85,25 +85,25 @@ def test_the_default_picture_that_cannot_be_written(pack, tmp_path, capsys, no_d
     (tmp_path / "bonsai.png").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        run("generate", "--pack", pack, "--prompt", "x")
-    assert caught.value.code == 2 and "no name for a picture" in capsys.readouterr().err
+        run("generate", "--checkpoint", pack, "--prompt", "x")
+    assert caught.value.code == 2 and "must end in .png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**63), "x"])
 def test_a_seed_out_of_range(pack, capsys, no_drawing, seed):
     with pytest.raises(SystemExit) as caught:
-        run("generate", "--pack", pack, "--prompt", "x", "--seed", seed)
+        run("generate", "--checkpoint", pack, "--prompt", "x", "--seed", seed)
     assert caught.value.code == 2 and "seed" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_transformer_that_is_not_there(pack, tmp_path, capsys, no_drawing):
-    assert run("generate", "--pack", pack, "--prompt", "x", "--transformer", tmp_path / "nothing") == 2
+    assert run("generate", "--checkpoint", pack, "--prompt", "x", "--transformer", tmp_path / "nothing") == 2
     assert "nothing there" in sentence(capsys)
 
 
 def test_a_transformer_of_another_text_width(pack, tmp_path, capsys):
     other = MINIATURE / "binary.safetensors"
-    assert run("generate", "--pack", pack, "--prompt", "x", "--transformer", other, "--out", tmp_path / "a.png",
+    assert run("generate", "--checkpoint", pack, "--prompt", "x", "--transformer", other, "--out", tmp_path / "a.png",
                "--device", "cpu", "--json") == 2
     assert "binary.safetensors: expected a model for text 384 wide" in sentence(capsys)
 
@@ -117,8 +117,8 @@ def test_code_beside_a_tokenizer_never_runs(pack, tmp_path):
     ran = tmp_path / "ran"
     (file.parent / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nfrom transformers import Qwen2Tokenizer\n"
                                          "class EvilTokenizer(Qwen2Tokenizer): pass\n")
-    words = ("generate", "--pack", evil, "--prompt", "x", "--out", tmp_path / "a.png", "--device", "cpu", "--json",
-             "--width", "32", "--height", "32")
+    words = ("generate", "--checkpoint", evil, "--prompt", "x", "--out", tmp_path / "a.png", "--device", "cpu",
+             "--json", "--width", "32", "--height", "32")
     done = subprocess.run([sys.executable, "-m", "bonsai_image", *map(str, words)], input="yes\n" * 9, text=True,
                           capture_output=True)
     assert not ran.exists()
@@ -134,7 +134,7 @@ def test_a_tokenizer_without_its_vocabulary(tmp_path, capsys, content):
         (broken / "tokenizer" / name).unlink(missing_ok=True)
     if content is not None:
         (broken / "tokenizer" / "tokenizer.json").write_text(content)
-    assert run("generate", "--pack", broken, "--prompt", "x", "--out", tmp_path / "a.png", "--device", "cpu",
+    assert run("generate", "--checkpoint", broken, "--prompt", "x", "--out", tmp_path / "a.png", "--device", "cpu",
                "--json") == 2
     assert "tokenizer" in sentence(capsys) and not (tmp_path / "a.png").exists()
 
@@ -143,7 +143,7 @@ def test_a_damaged_scheduler(pack, tmp_path, capsys):
     broken = shutil.copytree(pack, tmp_path / "broken")
     (broken / "scheduler").mkdir(exist_ok=True)
     (broken / "scheduler" / "scheduler_config.json").write_text("{")
-    assert run("generate", "--pack", broken, "--prompt", "x", "--out", tmp_path / "a.png", "--device", "cpu",
+    assert run("generate", "--checkpoint", broken, "--prompt", "x", "--out", tmp_path / "a.png", "--device", "cpu",
                "--json") == 2
     assert "scheduler" in sentence(capsys)
 

@@ -19,21 +19,21 @@ def note(title: str, text: str, height: int) -> Node:
     return Node(title, "MarkdownNote", 400, [text], title=title, height=height)
 
 
-def where_the_pack_goes(pack: str) -> str:
-    return (f"Download the **whole** repository [prism-ml/{pack}]({_HUB}/{pack}) into the folder below, then press "
-            f"**R** and choose it in the loader above.\n\n```\nmodels/diffusers/{pack}\n```\n\n")
+def where_it_goes(repository: str) -> str:
+    return (f"Download the **whole** repository [prism-ml/{repository}]({_HUB}/{repository}) into the folder below, "
+            f"then press **R** and choose it in the loader above.\n\n```\nmodels/diffusers/{repository}\n```\n\n")
 
 
-_SIZES = ("The model is made for **4 steps** at **1024 x 1024**; other sizes should be multiples of 16. CFG is not "
-          "used, so there is no negative prompt to write: just say what you want to see.\n")
+_SIZES = ("The model is made for **4 steps** at **1024 x 1024**; other sizes should be multiples of 16. There "
+          "is no CFG and so no negative prompt: describe what you want to see.\n")
 
 
 def model(text: str, height: int = 300, more: Node | None = None) -> Group:
-    loader = Node("pack", "BonsaiPackLoader", 400, [TERNARY, "auto", "auto", "exact"])
+    loader = Node("loader", "BonsaiCheckpointLoader", 400, [TERNARY, "auto", "auto", "exact"])
     return Group("1. Model", [[loader, note("Before the first run", text, height), *([more] if more else [])]])
 
 
-def prompt(text: str, clip: tuple[str, int] = ("pack", 1), width: int = 300) -> Group:
+def prompt(text: str, clip: tuple[str, int] = ("loader", 1), width: int = 300) -> Group:
     return Group("2. Prompt", [[Node("prompt", "CLIPTextEncode", width, [text], {"clip": clip}, "Prompt", 160)]])
 
 
@@ -42,9 +42,9 @@ def size(pixels: int = 1024) -> Group:
                               for name in ("Width", "Height")]])
 
 
-def picture(megapixels: float = 1.0) -> Group:
-    """Any picture, brought to the size that the model is made for, in multiples of 16."""
-    return Group("3. Your picture", [
+def source_image(megapixels: float = 1.0) -> Group:
+    """Any image, scaled to the size that the model is made for, in multiples of 16."""
+    return Group("3. Your image", [
         [Node("load", "LoadImage", 400, ["example.png"], height=330)],
         # Below the links from the loader to the nodes on the right.
         [Node("scale", "ImageScaleToTotalPixels", 300, ["lanczos", megapixels, 16], {"image": ("load", 0)},
@@ -53,7 +53,7 @@ def picture(megapixels: float = 1.0) -> Group:
 
 
 def sampling(width: tuple[str, int] = ("width", 0), height: tuple[str, int] = ("height", 0),
-             source: tuple[str, int] = ("pack", 0), conditioning: tuple[str, int] = ("prompt", 0), batch: int = 1,
+             source: tuple[str, int] = ("loader", 0), conditioning: tuple[str, int] = ("prompt", 0), batch: int = 1,
              steps: int = 4, start: tuple[str, int] | None = None, denoise: float = 1.0) -> Column:
     """``start`` is the latent to begin with (None: an empty one), ``denoise`` the part of the steps to take from it."""
     sides = {"width": width, "height": height}
@@ -79,13 +79,13 @@ def sampling(width: tuple[str, int] = ("width", 0), height: tuple[str, int] = ("
 
 
 def encoded() -> Group:
-    return Group("Your picture as a latent", [[
-        Node("encode", "VAEEncode", 300, [], {"pixels": ("scale", 0), "vae": ("pack", 2)}, "Encode"),
-        Node("measure", "GetImageSize", 300, [], {"image": ("scale", 0)}, "Size of the picture"),
+    return Group("Your image as a latent", [[
+        Node("encode", "VAEEncode", 300, [], {"pixels": ("scale", 0), "vae": ("loader", 2)}, "Encode"),
+        Node("measure", "GetImageSize", 300, [], {"image": ("scale", 0)}, "Image size"),
     ]])
 
 
-def image(vae: tuple[str, int] = ("pack", 2), described: Node | None = None) -> Column:
+def image(vae: tuple[str, int] = ("loader", 2), described: Node | None = None) -> Column:
     below = [Group("Good to know", [[described]])] if described else []
     return Column(0, [Group("5. Image", [
         [Node("decode", "VAEDecode", 225, [], {"samples": ("sample", 0), "vae": vae})],
@@ -93,9 +93,9 @@ def image(vae: tuple[str, int] = ("pack", 2), described: Node | None = None) -> 
 
 
 def text_to_image() -> list[Column]:
-    smaller = (f"Short of memory? [prism-ml/{BINARY}]({_HUB}/{BINARY}) is its smaller sister; give it a folder of its "
-               "own next to the first.\n\n")
-    return [Column(0, [model(where_the_pack_goes(TERNARY) + smaller + _SIZES, 200)]),
+    smaller = (f"Short of memory? [prism-ml/{BINARY}]({_HUB}/{BINARY}) is the smaller model; put it into its own "
+               "folder beside the first.\n\n")
+    return [Column(0, [model(where_it_goes(TERNARY) + smaller + _SIZES, 200)]),
             Column(230, [prompt(PROMPT), size()]), sampling(), image()]
 
 
@@ -116,8 +116,8 @@ def text_to_image_fast_and_small() -> list[Column]:
                         for _, folder, name, file, _ in parts.values())
     text = ("The binary model from three single files. Download each, **rename it** as written below, and press "
             f"**R**.\n\n{lines}\n\nThe whole repository [prism-ml/{BINARY}]({_HUB}/{BINARY}) as a folder works too, "
-            "with *Load Bonsai Image Pack*.\n\nOne bit a weight is the smallest there is, and 768 x 768 has just over "
-            "half the pixels of 1024 x 1024.\n")
+            "with *Load Bonsai Checkpoint*.\n\nOne bit per weight is the smallest there is, and 768 x 768 has just "
+            "over half the pixels of 1024 x 1024.\n")
     described = note("Before the first run", text, 350)
     described.width = 430
     return [Column(0, [Group("1. Model", [[*loaders, described]])]),
@@ -127,15 +127,15 @@ def text_to_image_fast_and_small() -> list[Column]:
 
 def reference_edit() -> list[Column]:
     weakness = note("Editing: what to expect", (
-        "The graph is the one of FLUX.2 Klein, but **editing is the known weak side of weights of 1 to 2 bits**: "
-        "a user who tried it called the results quite poor. Expect parts to change that should have stayed."
-        "\n\nTry a few seeds and a short, plain instruction. Where the original must be kept, use FLUX.2 Klein 4B "
-        "itself: the same graph with ComfyUI's own loaders.\n"), 200)
+        "This is the graph for FLUX.2 Klein, but **editing is a known weakness of 1-bit and 2-bit weights**: a user "
+        "who tried it called the results quite poor. Expect changes where you asked for none.\n\nTry a few seeds "
+        "and a short, plain instruction. If the rest of the image must not change, use FLUX.2 Klein 4B itself: the "
+        "same graph with ComfyUI's own loaders.\n"), 200)
     reference = Node("reference", "ReferenceLatent", 240, [], {"conditioning": ("prompt", 0), "latent": ("encode", 0)},
-                     "Picture as reference")
-    text = (where_the_pack_goes(TERNARY)
-            + "Your picture is scaled to about one megapixel; the edited one has its size.\n")
-    return [Column(0, [model(text, 150), picture()]),
+                     "Image as reference")
+    text = (where_it_goes(TERNARY)
+            + "Your image is scaled to about one megapixel, and the result has that size.\n")
+    return [Column(0, [model(text, 150), source_image()]),
             Column(230, [prompt("Make it winter: snow on the ground and in the air. Keep the rest."), encoded()]),
             Column(290, [Group("Reference", [[reference]])]),
             sampling(("measure", 0), ("measure", 1), conditioning=("reference", 0)), image(described=weakness)]
@@ -143,12 +143,12 @@ def reference_edit() -> list[Column]:
 
 def image_to_image() -> list[Column]:
     weakness = note("Image to image: what to expect", (
-        "The picture is covered with noise and drawn again from there: *How much to change* is the part of the steps "
-        "that is drawn. 6 steps at 0.67 draw 4. Only whole steps count, so take more steps for finer choices.\n\n"
-        "Lower: closer to your picture. How well **weights of 1 to 2 bits** do this has not been measured; expect "
-        "details to change even at low values.\n"), 200)
-    text = where_the_pack_goes(TERNARY) + "Describe the **whole** picture that you want, not the change.\n"
-    return [Column(0, [model(text, 150), picture()]),
+        "Noise is added to your image, and the model removes it again. *How much to change* is the share of the steps "
+        "that runs: 6 steps at 0.67 run 4. Only whole steps count, so more steps give finer control.\n\nLower "
+        "values stay closer to your image. How well **1-bit and 2-bit weights** do this has not been measured; "
+        "expect details to change even at low values.\n"), 200)
+    text = where_it_goes(TERNARY) + "Describe the **whole** image that you want, not the change.\n"
+    return [Column(0, [model(text, 150), source_image()]),
             Column(230, [prompt("An ink and watercolour drawing of a girl in a meadow, loose lines, warm paper"),
                          encoded()]),
             sampling(("measure", 0), ("measure", 1), start=("encode", 0), steps=6, denoise=0.67),
@@ -157,27 +157,27 @@ def image_to_image() -> list[Column]:
 
 def lora() -> list[Column]:
     text = note("LoRA", (
-        "A LoRA made for **FLUX.2 Klein 4B** goes into the folder below; press **R** and choose it.\n\n"
-        "```\nmodels/loras\n```\n\nBoth LoRA nodes are **switched off** (purple) until you have one: choose the file, "
+        "Put a LoRA made for **FLUX.2 Klein 4B** into the folder below, then press **R** and choose it.\n\n"
+        "```\nmodels/loras\n```\n\nBoth LoRA nodes are **bypassed** (purple) until you have one: choose the file, "
         "then select the node and press **Ctrl+B**. Use one or both.\n\nThe LoRA is computed beside the packed "
-        "weights, which stay as they are: nothing is merged or rounded. It was made for other weights than these, so "
-        "it may need another strength.\n"), 240)
+        "weights, which stay as they are: nothing is merged or rounded. It was trained on the dense weights, so it "
+        "may need a different strength here.\n"), 240)
     loras = [Node(key, "LoraLoaderModelOnly", 300, ["flux2_klein_4b_lora.safetensors", strength], {"model": source},
                   title, mode=BYPASSED)
-             for key, source, strength, title in (("lora", ("pack", 0), 1.0, "First LoRA"),
+             for key, source, strength, title in (("lora", ("loader", 0), 1.0, "First LoRA"),
                                                   ("second", ("lora", 0), 0.6, "Second LoRA"))]
-    return [Column(0, [model(where_the_pack_goes(TERNARY), 120, text)]),
+    return [Column(0, [model(where_it_goes(TERNARY), 120, text)]),
             Column(180, [Group("LoRA", [[node] for node in loras]), prompt(PROMPT, width=660), size()]),
             sampling(source=("second", 0)), image()]
 
 
 def batch_variations() -> list[Column]:
     text = note("Variations", (
-        "*batch_size* in **Empty Latent** pictures are drawn from one seed and one prompt, all at once; each gets "
-        "its own part of the noise.\n\nA batch takes more memory than one picture; if it does not fit, lower "
-        "batch_size and queue several times.\n\nIn the prompt, `{blue|red|white}` chooses one of the words at random "
-        "for each run (not for each picture).\n"), 200)
-    return [Column(0, [model(where_the_pack_goes(TERNARY), 120, text)]),
+        "*batch_size* in **Empty Latent** is the number of images made at once from one prompt and one seed; each "
+        "gets its own noise.\n\nA batch takes more memory than one image; if it does not fit, lower batch_size and "
+        "queue several runs.\n\nIn the prompt, `{blue|red|white}` picks one of the words at random for each run "
+        "(not for each image).\n"), 200)
+    return [Column(0, [model(where_it_goes(TERNARY), 120, text)]),
             Column(230, [prompt("A tiny bonsai tree in a {blue|red|white} ceramic pot on a windowsill, "
                                 "{morning light|snow outside|evening}, photograph"), size()]),
             sampling(batch=4), image()]
@@ -188,15 +188,15 @@ WORKFLOWS = {build.__name__: build for build in (text_to_image, text_to_image_fa
 
 #: The subgraph that stands for all of text to image, and what of it shows on the one node.
 BLUEPRINT = "Bonsai Text to Image"
-BLUEPRINT_DESCRIPTION = ("A picture from a prompt with a Bonsai Image 4B pack: ternary or binary weights, 4 steps, no "
-                         "CFG. Put a pack into models/diffusers first.")
+BLUEPRINT_DESCRIPTION = ("An image from a prompt with Bonsai Image 4B: ternary or binary weights, 4 steps, no CFG. "
+                         "Download a repository into models/diffusers first.")
 BLUEPRINT_INPUTS = {"prompt": ("prompt", "text"), "width": ("width", "value"), "height": ("height", "value"),
-                    "seed": ("seed", "noise_seed"), "pack": ("pack", "pack")}
+                    "seed": ("seed", "noise_seed"), "checkpoint": ("loader", "checkpoint")}
 BLUEPRINT_OUTPUT = ("decode", 0)
 
 
 def blueprint_columns() -> list[Column]:
-    loader = Node("pack", "BonsaiPackLoader", 400, [TERNARY, "auto", "auto", "exact"])
-    decode = Node("decode", "VAEDecode", 225, [], {"samples": ("sample", 0), "vae": ("pack", 2)})
+    loader = Node("loader", "BonsaiCheckpointLoader", 400, [TERNARY, "auto", "auto", "exact"])
+    decode = Node("decode", "VAEDecode", 225, [], {"samples": ("sample", 0), "vae": ("loader", 2)})
     return [Column(0, [Group("1. Model", [[loader]])]), Column(230, [prompt(PROMPT), size()]), sampling(),
             Column(0, [Group("5. Image", [[decode]])])]

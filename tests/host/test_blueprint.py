@@ -59,7 +59,7 @@ def test_a_user_finds_it_and_gets_an_image(server, tmp_path):
                 await page.send("Input.dispatchMouseEvent", type=kind, **mouse)
             assert await page.evaluate("app.graph.nodes[0].title") == BLUEPRINT.stem
             names = await page.evaluate("app.graph.nodes[0].widgets.map(widget => widget.name)")
-            assert names == ["prompt", "width", "height", "seed", "pack"]
+            assert names == ["prompt", "width", "height", "seed", "checkpoint"]
             seed = await page.evaluate("app.graph.nodes[0].widgets[3].value")
             await page.evaluate(SAVE)
             await page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")

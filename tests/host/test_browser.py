@@ -126,12 +126,13 @@ def save_picture(path: Path, graph: bytes, scratch: Path) -> None:
 
 def test_a_missing_node_is_noticed(server, tmp_path):
     """The check above can fail."""
-    workflow = WORKFLOWS[0].read_text(encoding="utf-8").replace('"BonsaiPackLoader"', '"BonsaiPackLoaderOfTomorrow"')
+    name = "BonsaiCheckpointLoader"
+    workflow = WORKFLOWS[0].read_text(encoding="utf-8").replace(f'"{name}"', f'"{name}OfTomorrow"')
 
     async def scenario():
         async with frontend(server.url, tmp_path / "profile") as page:
             found = await complaints(page, await drop(page, workflow))
-            assert "BonsaiPackLoaderOfTomorrow is red" in found
+            assert "BonsaiCheckpointLoaderOfTomorrow is red" in found
             assert any("missing node" in line.lower() for line in found)
 
     asyncio.run(scenario())

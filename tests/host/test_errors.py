@@ -49,7 +49,7 @@ def test_a_missing_pack_prints_the_command_of_this_installation(tmp_path, monkey
 
     def said(pack: str) -> str:
         with pytest.raises(ModelFileError) as caught:
-            nodes.BonsaiPackLoader.execute(pack)
+            nodes.BonsaiCheckpointLoader.execute(pack)
         return str(caught.value)
 
     text = said(MISSING)
@@ -214,10 +214,10 @@ def test_a_backend_chosen_by_name_that_is_missing_or_too_old(pack, monkeypatch, 
     arrange(monkeypatch)
     try:
         with pytest.raises(ValueError, match=f"The backend {backend} cannot be used: ") as caught:
-            nodes.BonsaiPackLoader.execute(pack.name, backend=backend)
+            nodes.BonsaiCheckpointLoader.execute(pack.name, backend=backend)
         assert said in str(caught.value) and str(caught.value).endswith("or set backend to auto.")
         assert one_sentence(str(caught.value))
-        nodes.BonsaiPackLoader.execute(pack.name)
+        nodes.BonsaiCheckpointLoader.execute(pack.name)
     finally:
         mlx_backend.problem.cache_clear()
 

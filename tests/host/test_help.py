@@ -45,10 +45,12 @@ def test_english_is_what_the_nodes_say():
             name: entry["tooltip"] for name, entry in words["inputs"].items()}
 
 
-@pytest.mark.parametrize("change", [lambda d: d.pop("BonsaiModelInfo"),
-                                    lambda d: d["BonsaiPackLoader"]["inputs"].pop("pack"),
-                                    lambda d: d["BonsaiPackLoader"]["inputs"].update(old={"name": "a", "tooltip": "b"}),
-                                    lambda d: d["BonsaiSaveModel"].update(description="")])
+@pytest.mark.parametrize("change", [
+    lambda d: d.pop("BonsaiModelInfo"),
+    lambda d: d["BonsaiCheckpointLoader"]["inputs"].pop("checkpoint"),
+    lambda d: d["BonsaiCheckpointLoader"]["inputs"].update(old={"name": "a", "tooltip": "b"}),
+    lambda d: d["BonsaiSaveModel"].update(description=""),
+])
 def test_each_kind_of_gap_is_found(change):
     translated = definitions("fr")
     change(translated)
@@ -70,8 +72,8 @@ def test_server_serves_help_and_translations_under_any_folder_name(comfyui, pack
 
     async def scenario():
         await server.wait()
-        info = await server.get("/object_info/BonsaiPackLoader")
-        folder = info["BonsaiPackLoader"]["python_module"].removeprefix("custom_nodes.")
+        info = await server.get("/object_info/BonsaiCheckpointLoader")
+        folder = info["BonsaiCheckpointLoader"]["python_module"].removeprefix("custom_nodes.")
         async with aiohttp.ClientSession() as session:
             for node in SCHEMAS:
                 async with session.get(f"{server.url}/extensions/{folder}/docs/{node}.md") as reply:

@@ -71,7 +71,7 @@ def test_every_page_opens_with_the_picture_of_its_node(server, tmp_path):
                 title = json.dumps(schema.display_name)
                 await page.until(f"{PAGE}?.querySelector('h1')?.textContent === {title}")
                 assert await page.until(f"{PAGE}.querySelector('img')?.naturalWidth") == Image.open(stored).width
-                if update and node == "BonsaiPackLoader":
+                if update and node == "BonsaiCheckpointLoader":
                     (ROOT / "docs" / "images" / "help.jpg").write_bytes(await page.picture())
 
     asyncio.run(scenario())

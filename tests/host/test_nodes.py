@@ -49,7 +49,7 @@ def test_pack_loader_gives_the_hosts_own_types(folders, pack):
     import comfy.sd
 
     assert node_folders.repository_choices() == [pack.name]
-    model, clip, vae = nodes.BonsaiPackLoader.execute(pack.name, "fp32", "auto").args
+    model, clip, vae = nodes.BonsaiCheckpointLoader.execute(pack.name, "fp32", "auto").args
     assert isinstance(model, comfy.model_patcher.ModelPatcher) and type(model) is comfy.model_patcher.ModelPatcher
     assert isinstance(clip, comfy.sd.CLIP) and isinstance(vae, comfy.sd.VAE)
 
@@ -170,7 +170,7 @@ def test_text_encoder_of_another_width_is_refused(tmp_path):
 
 
 def test_schemas_are_complete():
-    for node in (nodes.BonsaiPackLoader, nodes.BonsaiModelLoader, nodes.BonsaiTextEncoderLoader,
+    for node in (nodes.BonsaiCheckpointLoader, nodes.BonsaiModelLoader, nodes.BonsaiTextEncoderLoader,
                  nodes.BonsaiSaveModel, nodes.BonsaiModelInfo):
         schema = node.GET_SCHEMA()
         assert schema.node_id == node.__name__ and schema.description

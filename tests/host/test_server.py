@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def graph(pack: str, prompt: str = "a bonsai", width: int = 64, height: int = 48, seed: int = 1) -> dict:
     """Text to image: pack loader, prompt, Flux2Scheduler, sampler, VAE decode, save; and the model's description."""
     return {
-        "1": {"class_type": "BonsaiPackLoader", "inputs": {"pack": pack}},
+        "1": {"class_type": "BonsaiCheckpointLoader", "inputs": {"checkpoint": pack}},
         "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": prompt}},
         "3": {"class_type": "Flux2Scheduler", "inputs": {"steps": 2, "width": width, "height": height}},
         "4": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
@@ -119,10 +119,10 @@ def server(comfyui, pack, tmp_path_factory):
 def test_nodes_are_registered_with_their_choices(server, pack):
     info = asyncio.run(server.get("/object_info"))
     ours = {name for name in info if name.startswith("Bonsai")}
-    assert ours == {"BonsaiPackLoader", "BonsaiModelLoader", "BonsaiTextEncoderLoader", "BonsaiSaveModel",
+    assert ours == {"BonsaiCheckpointLoader", "BonsaiModelLoader", "BonsaiTextEncoderLoader", "BonsaiSaveModel",
                     "BonsaiModelInfo"}
-    loader = info["BonsaiPackLoader"]
-    assert pack.name in json.dumps(loader["input"]["required"]["pack"])
+    loader = info["BonsaiCheckpointLoader"]
+    assert pack.name in json.dumps(loader["input"]["required"]["checkpoint"])
     assert loader["output"] == ["MODEL", "CLIP", "VAE"]
     assert all(entry[1].get("tooltip") for name in ours for part in info[name]["input"] if part != "hidden"
                for entry in info[name]["input"][part].values())
@@ -153,7 +153,7 @@ def test_seed_and_prompt_reach_the_picture(server, pack):
 def test_a_missing_pack_says_how_to_get_it_where_the_frontend_shows_it(server):
     """What a node raises is shown in full; what its validation says is not."""
     last = asyncio.run(server.run(graph("bonsai-image-binary-4B-mlx-1bit")))[-1]
-    assert last["type"] == "execution_error" and last["data"]["node_type"] == "BonsaiPackLoader"
+    assert last["type"] == "execution_error" and last["data"]["node_type"] == "BonsaiCheckpointLoader"
     message = last["data"]["exception_message"].strip()
     assert "download --variant binary" in message and "\n" not in message
 
@@ -165,7 +165,7 @@ def test_a_damaged_pack_is_one_sentence_in_the_error_box(server, pack):
     whole = (pack / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors").read_bytes()
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(whole[: len(whole) // 2])
     last = asyncio.run(server.run(graph("broken")))[-1]
-    assert last["type"] == "execution_error" and last["data"]["node_type"] == "BonsaiPackLoader"
+    assert last["type"] == "execution_error" and last["data"]["node_type"] == "BonsaiCheckpointLoader"
     message = last["data"]["exception_message"].strip()
     assert "diffusion_pytorch_model.safetensors" in message and "download" in message and "\n" not in message
     assert asyncio.run(server.run(graph(pack.name, "after")))[-1]["type"] == "execution_success"

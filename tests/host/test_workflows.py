@@ -168,10 +168,10 @@ def test_workflow_agrees_with_the_schemas(path, schemas):
 def test_notes_say_which_file_goes_where(path):
     workflow = json.loads(path.read_text(encoding="utf-8"))
     notes = "\n".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES)
-    packs = [node for node in workflow["nodes"] if node["type"] == "BonsaiPackLoader"]
+    checkpoints = [node for node in workflow["nodes"] if node["type"] == "BonsaiCheckpointLoader"]
     files = [entry for node in workflow["nodes"] for entry in node["properties"].get("models", [])]
-    assert packs or files
-    for loader in packs:
+    assert checkpoints or files
+    for loader in checkpoints:
         assert f"huggingface.co/prism-ml/{loader['widgets_values'][0]})" in notes
         assert f"models/diffusers/{loader['widgets_values'][0]}\n" in notes
     for entry in files:
@@ -195,18 +195,19 @@ def node_of(workflow: dict, kind: str) -> dict:
 
 
 MUTATIONS = {
-    "unknown node": (lambda w: node_of(w, "BonsaiPackLoader").update(type="BonsaiPackLoder"), "no such node"),
+    "unknown node": (lambda w: node_of(w, "BonsaiCheckpointLoader").update(type="BonsaiPackLoder"), "no such node"),
     "too few widgets": (lambda w: node_of(w, "RandomNoise")["widgets_values"].pop(), "widget values"),
     "value out of range": (lambda w: node_of(w, "Flux2Scheduler")["widgets_values"].__setitem__(0, 0), "cannot be 0"),
     "value of another type": (lambda w: node_of(w, "PrimitiveInt")["widgets_values"].__setitem__(0, "1024"),
                               "cannot be '1024'"),
     "choice that is gone": (lambda w: node_of(w, "KSamplerSelect")["widgets_values"].__setitem__(0, "eular"),
                             "cannot be 'eular'"),
-    "pack under another name": (lambda w: node_of(w, "BonsaiPackLoader")["widgets_values"].__setitem__(0, "bonsai"),
-                                "cannot be 'bonsai'"),
+    "checkpoint under another name": (
+        lambda w: node_of(w, "BonsaiCheckpointLoader")["widgets_values"].__setitem__(0, "bonsai"),
+        "cannot be 'bonsai'"),
     "renamed input": (lambda w: node_of(w, "BasicGuider")["inputs"][0].update(name="modell"), "input modell"),
     "open input": (lambda w: node_of(w, "VAEDecode")["inputs"].pop(), "vae is not connected"),
-    "missing output": (lambda w: node_of(w, "BonsaiPackLoader")["outputs"].pop(), "outputs are not"),
+    "missing output": (lambda w: node_of(w, "BonsaiCheckpointLoader")["outputs"].pop(), "outputs are not"),
     "wrong link type": (lambda w: w["links"][0].__setitem__(5, "VAE"), "links and"),
     "link to another slot": (lambda w: w["links"][0].__setitem__(2, 0), "links and outputs"),
     "link to a node that is gone": (lambda w: w["links"][0].__setitem__(3, 99), "links and inputs"),
@@ -253,5 +254,5 @@ def test_blueprint_agrees_with_the_schemas(schemas):
     (node,) = blueprint["nodes"]
     (subgraph,) = blueprint["definitions"]["subgraphs"]
     assert node["type"] == subgraph["id"] and node["title"] == subgraph["name"] == BLUEPRINT.stem
-    assert [entry["name"] for entry in node["inputs"]] == ["prompt", "width", "height", "seed", "pack"]
+    assert [entry["name"] for entry in node["inputs"]] == ["prompt", "width", "height", "seed", "checkpoint"]
     assert [(entry["name"], entry["type"]) for entry in node["outputs"]] == [("IMAGE", "IMAGE")]
