@@ -1,6 +1,9 @@
-"""The packed layers as ComfyUI ``operations``: the layers of ``ops`` under the host's own weight management."""
+"""The packed layers as ComfyUI ``operations``: the layers of ``ops`` under ComfyUI's own weight management."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import comfy.ops
 import torch
@@ -9,64 +12,80 @@ from ..ops.linear import PackedEmbedding, PackedLinear, embedding, linear
 from ..ops.packed import is_packed
 
 
-class HostLinear(PackedLinear, comfy.ops.CastWeightBiasOp):
-    """A Linear that the host offloads, prefetches and interrupts like its own.
+class HostLayer(comfy.ops.CastWeightBiasOp):
+    """Common to the layers below: ComfyUI offloads, prefetches, patches and merges their weights."""
+
+    comfy_cast_weights = True
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    @contextmanager
+    def cast(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Weight and bias on ``device``; ComfyUI gets them back at the end, also after an error.
+
+        The weight keeps its form and dtype, unless another node pack has put a function on it, which gets it dense in
+        ``dtype``.
+        """
+        functions = self.weight_function
+        # An offloaded layer also has its LoRA among the functions; it is a side path already, so leave it out here.
+        others = [function for function in functions if not hasattr(function, "is_lowvram_patch")]
+        if not (others or self.bias_function or self.weight.device != device
+                or (self.bias is not None and self.bias.device != device)):
+            # Not even asked: on a CPU, ComfyUI decodes the packed weight of a layer that it once had on a GPU.
+            yield self.weight, self.bias
+            return
+        # One forward runs at a time, and the functions are called before cast_bias_weight returns.
+        self.weight_function = others
+        try:
+            weight, bias, stream = comfy.ops.cast_bias_weight(
+                self, dtype=dtype if others else self.weight.dtype, device=device, bias_dtype=dtype, offloadable=True,
+                compute_dtype=dtype)
+        finally:
+            self.weight_function = functions
+        try:
+            yield weight, bias
+        finally:
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+    def convert_weight(self, weight: torch.Tensor, **_) -> torch.Tensor:
+        """How ComfyUI gets a dense weight, to merge it into another model or to extract a LoRA from it."""
+        return weight.dequantize() if is_packed(weight) else weight
+
+    def set_weight(self, weight: torch.Tensor, return_weight: bool = False, **_) -> torch.Tensor | None:
+        """How ComfyUI puts a patched weight back: not at all, its patches are side paths."""
+        return weight if return_weight else None
+
+
+class HostLinear(HostLayer, PackedLinear):
+    """A Linear that ComfyUI offloads, prefetches and interrupts like its own.
 
     ``compute_dtype`` None means the dtype of the activations. ``side_paths`` add the effect of LoRAs beside the product
     (see ``nodes/lora.py``, which notes in ``attached`` what they were made of; None while the model is not loaded). The
     weight itself, packed or dense, never changes.
     """
 
-    comfy_cast_weights = True
     compute_dtype: torch.dtype | None = None
     side_paths: tuple = ()
     attached: tuple | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         comfy.ops.run_every_op()
-        dtype = self.compute_dtype or x.dtype
-        functions = self.weight_function
-        if functions:
-            # The host leaves a LoRA among the weight functions when it offloads a layer: it is a side path already.
-            self.weight_function = [function for function in functions if not hasattr(function, "is_lowvram_patch")]
-        # Asking for the weight's own dtype keeps it packed; only some other weight function needs it dense.
-        packed = is_packed(self.weight) and not self.weight_function
-        try:
-            weight, bias, stream = comfy.ops.cast_bias_weight(
-                self, dtype=self.weight.dtype if packed else dtype, device=x.device, bias_dtype=dtype,
-                offloadable=True, compute_dtype=dtype)
-        finally:
-            self.weight_function = functions
-        x_cast = x.to(dtype)
-        result = linear(x_cast, weight, bias, self.backend)
-        for path in self.side_paths:
-            result = path.add(x_cast, result, weight)
-        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        x_cast = x.to(self.compute_dtype or x.dtype)
+        with self.cast(x.device, x_cast.dtype) as (weight, bias):
+            result = linear(x_cast, weight, bias, self.backend)
+            for path in self.side_paths:
+                result = path.add(x_cast, result, weight)
         return result.to(x.dtype)
 
-    def convert_weight(self, weight: torch.Tensor, **_) -> torch.Tensor:
-        """How the host gets a dense weight, to merge it into another model or to extract a LoRA from it."""
-        return weight.dequantize() if is_packed(weight) else weight
 
-    def set_weight(self, weight: torch.Tensor, return_weight: bool = False, **_) -> torch.Tensor | None:
-        """How the host puts a patched weight back: not at all, its patches are side paths."""
-        return weight if return_weight else None
-
-
-class HostEmbedding(PackedEmbedding, comfy.ops.CastWeightBiasOp):
-    """An Embedding under the host's weight management; only the rows that are looked up are ever converted."""
-
-    comfy_cast_weights = True
+class HostEmbedding(HostLayer, PackedEmbedding):
+    """An Embedding under ComfyUI's weight management; only the rows that are looked up are ever converted."""
 
     def forward(self, indices: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         comfy.ops.run_every_op()
         dtype = out_dtype or self.weight.dtype
-        weight, _, stream = comfy.ops.cast_bias_weight(
-            self, dtype=dtype if self.weight_function else self.weight.dtype, device=indices.device, bias_dtype=dtype,
-            offloadable=True)
-        result = embedding(indices, weight, dtype)
-        comfy.ops.uncast_bias_weight(self, weight, None, stream)
-        return result
+        with self.cast(indices.device, dtype) as (weight, _):
+            return embedding(indices, weight, dtype)
 
 
 def packed_operations(backend: str = "auto", compute_dtype: torch.dtype | None = None) -> type:

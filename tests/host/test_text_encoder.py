@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import comfy.model_management
-import comfy.ops
 import folder_paths
 import pytest
 import torch
 from reference import relative
 from safetensors.torch import save_file
 
-from bonsai_image.nodes import models
+from bonsai_image.nodes import models, operations
 from bonsai_image.nodes.operations import HostEmbedding
 
 
@@ -58,16 +57,11 @@ def test_a_dense_table_is_not_converted_whole(monkeypatch):
     """In FP32 that of Qwen3-4B would take 1.6 GB, twice a prompt."""
     table = HostEmbedding(7, 4)
     table.weight = torch.nn.Parameter(torch.randn(7, 4).half(), requires_grad=False)
-    casts, cast = [], comfy.ops.cast_bias_weight
-
-    def spy(*args, **kwargs):
-        casts.append(cast(*args, **kwargs))
-        return casts[-1]
-
-    monkeypatch.setattr(comfy.ops, "cast_bias_weight", spy)
+    seen, lookup = [], operations.embedding
+    monkeypatch.setattr(operations, "embedding", lambda *args: seen.append(args[1].dtype) or lookup(*args))
     rows = table(torch.tensor([[3, 1]]), out_dtype=torch.float32)
     assert torch.equal(rows, table.weight[[3, 1]].float()[None]) and rows.dtype == torch.float32
-    assert [weight.dtype for weight, *_ in casts] == [torch.float16]
+    assert seen == [torch.float16]
 
 
 def test_bf16_products_stay_close(encoder, clip):

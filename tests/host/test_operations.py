@@ -1,0 +1,55 @@
+"""The packed layers under ComfyUI's weight management: what is cast is given back, and no move decodes a weight."""
+
+from __future__ import annotations
+
+import comfy.ops
+import pytest
+import torch
+
+from bonsai_image.nodes import models, operations
+from bonsai_image.nodes.operations import HostEmbedding, HostLinear
+from bonsai_image.ops.packed import PackedLayout, is_packed
+
+
+@pytest.fixture
+def casts(monkeypatch):
+    """The layers cast and not yet given back, in a host that has something to give back for each."""
+    held = []
+
+    def cast(layer, **kwargs):
+        held.append(layer)
+        return torch.zeros(layer.weight.shape), None, ("stream", None, None)
+
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", cast)
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda layer, *_: held.remove(layer))
+    return held
+
+
+@pytest.mark.parametrize(("kind", "x"), [(HostLinear, torch.zeros(1, 8)), (HostEmbedding, torch.zeros(1, 8).long())])
+def test_a_layer_that_fails_gives_its_weight_back(kind, x, casts, monkeypatch):
+    """Under dynamic VRAM, its pages would otherwise stay pinned as long as the model lives."""
+    def full(*_):
+        assert casts == [layer]
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    layer = kind(8, 8)
+    layer.weight = torch.nn.Parameter(torch.zeros(8, 8, device="meta"), requires_grad=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(operations, kind.__name__.removeprefix("Host").lower(), full)
+        with pytest.raises(torch.OutOfMemoryError):
+            layer(x)
+    assert casts == []
+    layer(x)
+    assert casts == []
+
+
+def test_a_text_encoder_moved_to_the_cpu_is_not_decoded(pack, monkeypatch):
+    """Its layers keep the pages they had on the GPU, and ComfyUI then decodes, and rounds, the weight of each."""
+    clip = models.load_clip(str(pack / "text_encoder-mlx-4bit"), "fp32")
+    tokens = clip.tokenize("a bonsai")
+    expected = clip.encode_from_tokens(tokens)
+    for module in clip.cond_stage_model.modules():
+        if is_packed(getattr(module, "weight", None)):
+            module._v = "pages on a GPU"
+    monkeypatch.setattr(PackedLayout, "dequantize", None)
+    assert torch.equal(clip.encode_from_tokens(tokens), expected)
