@@ -94,3 +94,19 @@ def pair(transformer):
         return patcher
 
     return models.load_model(str(transformer), "fp32"), load()
+
+
+@pytest.fixture(scope="module")
+def packed_model(pair):
+    return pair[0]
+
+
+@pytest.fixture(scope="module")
+def dense_model(pair):
+    return pair[1]
+
+
+@pytest.fixture(scope="module")
+def tensors(transformer):
+    """The weights of ``packed_model`` by ComfyUI's names."""
+    return to_comfyui(load_transformer(transformer).tensors)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from test_server import Server
+from comfyui_server import Server
 from test_workflows import DOWNLOADED, FILES
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -1,7 +1,8 @@
-"""A small latent through ComfyUI's sampler, with fixed noise and conditioning."""
+"""A small latent through ComfyUI's sampler, with fixed noise and conditioning, or once through the model."""
 
 from __future__ import annotations
 
+import comfy.model_management
 import comfy.sample
 import torch
 
@@ -22,3 +23,10 @@ def sample(model, positive=None, negative=None, cfg=1.0, batch=1, latent=None, m
     latent = torch.zeros_like(noise) if latent is None else latent
     return comfy.sample.sample(model, noise, steps, cfg, "euler", "simple", positive or conditioning(),
                                negative or conditioning(5), latent, denoise=denoise, noise_mask=mask, seed=3)
+
+
+def host_forward(patcher, inputs):
+    """One call of the diffusion model of a loaded ``patcher``."""
+    comfy.model_management.load_models_gpu([patcher])
+    with torch.inference_mode():
+        return patcher.model.diffusion_model(*inputs)

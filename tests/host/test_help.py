@@ -7,7 +7,7 @@ import json
 
 import aiohttp
 import pytest
-from test_server import ROOT, Server
+from comfyui_server import ROOT, Server
 
 from bonsai_image.nodes import BonsaiExtension
 

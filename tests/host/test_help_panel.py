@@ -12,10 +12,10 @@ import json
 import os
 
 import pytest
+from comfyui_server import ROOT
 from frontend import frontend, needs_chromium, server_of_a_user
 from PIL import Image
 from test_help import SCHEMAS
-from test_server import ROOT
 
 pytestmark = needs_chromium
 

@@ -9,7 +9,7 @@ import folder_paths
 import pytest
 import torch
 from reference import relative
-from test_parity import host_forward
+from sampling import host_forward
 
 from bonsai_image import nodes
 from bonsai_image.loaders import ModelFileError, load_transformer

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import comfy.model_management
 import pytest
 import torch
 from reference import relative
+from sampling import host_forward
 
 from bonsai_image.loaders import load_text_encoder, load_transformer, save_transformer
 from bonsai_image.nodes import models
 from bonsai_image.standalone.models import text_encoder_module, transformer_module, vae_module
 
 CPU = torch.device("cpu")
-
-
-def host_forward(patcher, inputs):
-    comfy.model_management.load_models_gpu([patcher])
-    with torch.inference_mode():
-        return patcher.model.diffusion_model(*inputs)
 
 
 def diffusers_forward(module, inputs):

@@ -20,8 +20,8 @@ from statistics import median
 import psutil
 import pytest
 import torch
+from comfyui_server import Server, graph
 from safetensors.torch import save_file
-from test_server import Server, graph
 
 from bonsai_image.loaders import load_transformer
 from bonsai_image.ops.packed import is_packed

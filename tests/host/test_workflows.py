@@ -15,7 +15,7 @@ import folder_paths
 import layout
 import pytest
 import workflows as tool
-from test_server import ROOT
+from comfyui_server import ROOT
 
 import nodes as host_nodes
 from bonsai_image import __version__

@@ -1,0 +1,159 @@
+"""When adapters come and go: with loads, clones, prompts, hooks and failures, as ComfyUI moves the model."""
+
+from __future__ import annotations
+
+import functools
+
+import comfy.hooks
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+from adapters import Maker, codes_of, with_lora
+from reference import relative
+from sampling import conditioning, host_forward, sample
+
+from bonsai_image.nodes import lora, models
+from bonsai_image.nodes.operations import HostLinear
+
+
+def test_final_latent_of_the_sampler(packed_model, dense_model, tensors):
+    first, second = Maker(tensors, 1).file("lora"), Maker(tensors, 2).file("lora")
+    latents = [sample(with_lora(with_lora(model, first, 0.7), second, 0.5), steps=4)
+               for model in (packed_model, dense_model)]
+    plain = [sample(model, steps=4) for model in (packed_model, dense_model)]
+    assert relative(latents[1], plain[1]) > 1e-2
+    assert relative(latents[0], latents[1]) < 1e-4
+    assert relative(plain[0], plain[1]) < 1e-4
+
+
+def test_scheduled_lora_through_hooks(packed_model, dense_model, tensors):
+    """A LoRA that the host switches on half way."""
+    file = Maker(tensors, 5).file("lora")
+
+    def run(model):
+        hooks = comfy.hooks.create_hook_lora(dict(file), 0.9, 0.0)
+        key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+        assert key_map
+        frames = comfy.hooks.HookKeyframeGroup()
+        frames.add(comfy.hooks.HookKeyframe(strength=0.0, start_percent=0.0))
+        frames.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.5))
+        hooks.set_keyframes_on_hooks(frames)
+        hooked = comfy.hooks.set_hooks_for_conditioning(conditioning(), hooks)
+        return sample(model, hooked, hooked, steps=4)
+
+    before = codes_of(packed_model)
+    expected, actual = run(dense_model), run(packed_model)
+    assert relative(expected, sample(dense_model, steps=4)) > 1e-2
+    assert relative(actual, expected) < 1e-4
+    assert all(map(torch.equal, before, codes_of(packed_model)))
+    assert torch.equal(run(packed_model), actual)
+    # The host does not load the model again for a prompt that follows.
+    assert relative(sample(packed_model, steps=4), sample(dense_model, steps=4)) < 1e-4
+
+
+def test_the_same_prompt_again_keeps_the_lora(packed_model, dense_model, tensors, inputs):
+    """The host forgets and finds a loaded model between prompts, without loading it again."""
+    file = Maker(tensors).file("lora")
+    expected, patched = host_forward(with_lora(dense_model, file), inputs), with_lora(packed_model, file)
+    for _ in range(3):
+        assert relative(host_forward(patched, inputs), expected) < 1e-4
+
+
+def test_offloaded_layers_do_not_apply_a_lora_twice(packed_model, dense_model, tensors, inputs):
+    """The low-VRAM way of the host leaves the patch among the layer's weight functions as well."""
+    from comfy.model_patcher import LowVramPatch
+
+    file = Maker(tensors).file("lora")
+    expected = host_forward(with_lora(dense_model, file), inputs)
+    patched = with_lora(packed_model, file)
+    comfy.model_management.load_models_gpu([patched])
+    for name, module in patched.model.named_modules():
+        if isinstance(module, HostLinear) and f"{name}.weight" in patched.patches:
+            module.weight_function = [LowVramPatch(f"{name}.weight", patched.patches)]
+    actual = host_forward(patched, inputs)
+    for module in patched.model.modules():
+        if isinstance(module, HostLinear):
+            module.weight_function = []
+    assert relative(actual, expected) < 1e-4
+
+
+def test_dynamic_vram_leaves_the_patch_to_us(packed_model, tensors):
+    """What the host's dynamic patcher attaches for merging is taken away again when the load is done."""
+    from comfy.model_patcher import LowVramPatch
+
+    patched = with_lora(packed_model, Maker(tensors).file("lora"))
+    layer = patched.model.diffusion_model.single_blocks[0].linear1
+    layer.weight_lowvram_function = LowVramPatch("diffusion_model.single_blocks.0.linear1.weight", patched.patches)
+    lora.attach(patched, loading=True)
+    assert layer.weight_lowvram_function is None and len(layer.side_paths) == 1
+
+
+def test_no_memory_for_the_adapters_leaves_nothing_loaded(transformer, tensors, inputs, monkeypatch):
+    """The host takes back what it began to load; and nothing is attached to a model that failed to load."""
+    model = models.load_model(str(transformer), "fp32")
+    patched = with_lora(model, Maker(tensors).file("lora"))
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for owner, name in ((lora, "side_paths"), (patched, "load")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(torch.OutOfMemoryError):
+                comfy.model_management.load_models_gpu([patched])
+        comfy.model_management.unload_all_models()
+        assert patched.loaded_size() == 0
+        assert not any(m.side_paths or m.attached for m in patched.model.modules() if isinstance(m, HostLinear))
+    assert relative(host_forward(patched, inputs), host_forward(model, inputs)) > 1e-2
+
+
+def test_adapters_follow_a_clone_to_its_device(packed_model, tensors):
+    """As by the host's nodes that choose a device: a clone of the same model, with the same patches."""
+    patched = with_lora(packed_model, Maker(tensors).file("lora"))
+    comfy.model_management.load_models_gpu([patched])
+    clone = patched.clone()
+    clone.load_device = torch.device("meta")
+    lora.attach(clone)
+    paths = [path for m in clone.model.modules() if isinstance(m, HostLinear) for path in m.side_paths]
+    assert paths and {path.down.device.type for path in paths} == {"meta"}
+    lora.attach(patched)
+
+
+def test_adapters_are_let_go_with_the_model(packed_model, tensors, inputs):
+    patched = with_lora(packed_model, Maker(tensors).file("lora"))
+    host_forward(patched, inputs)
+    layers = [m for m in patched.model.modules() if isinstance(m, HostLinear)]
+    assert any(layer.side_paths for layer in layers)
+    comfy.model_management.unload_all_models()
+    assert not any(layer.side_paths for layer in layers)
+
+
+@pytest.mark.parametrize("kind", ["model", "clip"])
+def test_models_are_unloaded_outside_inference_mode(pack, transformer, tensors, inputs, kind):
+    """As the server does it between two prompts, which run inside; with another LoRA, and none, afterwards."""
+    if kind == "model":
+        files = [Maker(tensors, seed).file("lora") for seed in (1, 2)]
+        load = functools.partial(models.load_model, str(transformer), "fp32")
+        patched, run = with_lora, lambda model: host_forward(model, inputs)
+    else:
+        name = "text_encoders.qwen3_4b.transformer.model.layers.3.mlp.gate_proj"
+        files = [{f"{name}.lora_up.weight": torch.ones(128, 1), f"{name}.lora_down.weight": torch.full((1, 2560), x)}
+                 for x in (0.01, 0.02)]
+        load = functools.partial(models.load_clip, str(pack / "text_encoder-mlx-4bit"), "fp32")
+
+        def patched(clip, file):
+            return comfy.sd.load_lora_for_models(None, clip, file, 0.0, 1.0)[1]
+
+        def run(clip):
+            return clip.encode_from_tokens(clip.tokenize("a bonsai"))
+
+    with torch.inference_mode():
+        fresh = load()
+        expected = [run(fresh), *(run(patched(fresh, file)) for file in files)]
+        model = load()
+    for turns in ((0, 1, 2), (1, 2, 0), (2, 0)):
+        with torch.inference_mode():
+            for turn in turns:
+                assert torch.equal(run(patched(model, files[turn - 1]) if turn else model), expected[turn])
+        comfy.model_management.unload_all_models()

@@ -1,0 +1,48 @@
+"""Merging two Bonsai models, and what a patched one refuses."""
+
+from __future__ import annotations
+
+import comfy.sd
+import pytest
+import torch
+from adapters import Maker, with_lora
+from reference import dense64, relative
+from sampling import host_forward
+
+from bonsai_image.loaders import load_transformer
+from bonsai_image.loaders.names import to_comfyui
+from bonsai_image.nodes import models
+from bonsai_image.ops.packed import is_packed
+
+
+def test_merging_two_bonsai_models_works_densely(transformer, dense_model, tensors, inputs, tmp_path):
+    """ModelMergeSimple's way: half of one, half of the other; then the merged model drops the merge again."""
+    import random_model
+
+    from bonsai_image.loaders import Transformer, save_transformer
+
+    config = load_transformer(transformer).config
+    path = tmp_path / "other.safetensors"
+    other = random_model.random_transformer(config, 2, torch.Generator().manual_seed(9))
+    save_transformer(Transformer(path, "comfy", other, config), path, "comfy")
+    first, second = models.load_model(str(transformer), "fp32"), models.load_model(str(path), "fp32")
+    dense_second = comfy.sd.load_diffusion_model_state_dict(
+        {name: dense64(t).float() if is_packed(t) else t.float() for name, t in to_comfyui(other).items()})
+
+    def merge(one, two):
+        merged = one.clone()
+        for key, value in two.get_key_patches("diffusion_model.").items():
+            merged.add_patches({key: value}, 0.5, 0.5)
+        return merged
+
+    expected = host_forward(merge(dense_model, dense_second), inputs)
+    assert relative(host_forward(merge(first, second), inputs), expected) < 1e-4
+    assert relative(expected, host_forward(dense_model, inputs)) > 1e-2
+    assert relative(host_forward(first, inputs), host_forward(dense_model, inputs)) < 1e-5
+
+
+def test_save_node_refuses_a_patched_model(packed_model, tensors):
+    from bonsai_image import nodes
+
+    with pytest.raises(ValueError, match="LoRA"):
+        nodes.BonsaiSaveModel.execute(with_lora(packed_model, Maker(tensors).file("lora")), "x", "packed")
