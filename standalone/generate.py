@@ -1,16 +1,16 @@
 """Text (and reference images) to images through diffusers' ``Flux2KleinPipeline``, one stage at a time so that each
-part's memory is freed."""
+part's memory is freed when its stage returns."""
 
 from __future__ import annotations
 
 import gc
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -19,8 +19,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from ..loaders import ModelFileError, find_repository, load_text_encoder, load_transformer
-from ..loaders.files import Progress, tensor_files
+from ..loaders import ModelFileError, Repository, find_repository, load_text_encoder, load_transformer
+from ..loaders.files import Progress, no_progress, tensor_files
 from ..ops import backends
 from ..ops.mlx import backend as mlx_backend
 from ..ops.packed import is_packed, packed_nbytes
@@ -31,6 +31,14 @@ SIZE_STEP = 16
 MAX_TOKENS = 512
 
 
+class Compute(NamedTuple):
+    """Where and how a model runs: its device, the dtype of its activations, what multiplies its packed weights."""
+
+    device: torch.device
+    dtype: torch.dtype
+    backend: str = "auto"
+
+
 @dataclass
 class Result:
     """An image for each prompt, with what they took: seconds and megabytes (process memory, or device memory on CUDA)
@@ -38,7 +46,7 @@ class Result:
 
     images: list[Image.Image]
     settings: dict[str, Any]
-    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    stages: dict[str, dict[str, float]]
 
     def save(self, path: Path) -> None:
         """Write the first image as a PNG."""
@@ -53,34 +61,126 @@ def save_png(image: Image.Image, settings: dict[str, Any], path: Path) -> None:
     image.save(path, format="PNG", pnginfo=info)
 
 
-def _memory_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return psutil.Process().memory_info().rss / 1e6
+class Stages:
+    """Times stages: ``figures`` has the seconds of each and the megabytes in use at its end (on CUDA its peak)."""
+
+    def __init__(self, device: torch.device, progress: bool):
+        self.figures: dict[str, dict[str, float]] = {}
+        self._device, self._progress = device, progress
+
+    @contextmanager
+    def run(self, name: str, total: int = 1) -> Iterator[Progress]:
+        """One stage, with a progress bar. Yields what moves the bar."""
+        gc.collect()
+        cuda = self._device.type == "cuda"
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+        start = time.perf_counter()
+        with tqdm(total=total, desc=f"{name:<20}", disable=not self._progress,
+                  bar_format="{desc}{bar:24} {elapsed}") as bar:
+            def advance(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            yield advance
+            if cuda:
+                torch.cuda.synchronize(self._device)
+            bar.update(bar.total - bar.n)
+        used = torch.cuda.max_memory_allocated(self._device) if cuda else psutil.Process().memory_info().rss
+        self.figures[name] = {"seconds": time.perf_counter() - start, "megabytes": used / 1e6}
 
 
-@contextmanager
-def _stage(name: str, stages: dict, device: torch.device, progress: bool, total: int = 1) -> Iterator[tqdm]:
-    """Time a stage, show its bar, and note the memory in use at its end."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    with tqdm(total=total, desc=f"{name:<20}", disable=not progress, bar_format="{desc}{bar:24} {elapsed}") as bar:
-        yield bar
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        bar.update(bar.total - bar.n)
-    stages[name] = {"seconds": time.perf_counter() - start, "megabytes": _memory_mb(device)}
+def check_settings(width: int, height: int, steps: int) -> None:
+    """Raises ValueError on a size that is not a multiple of 16 or on fewer than one step."""
+    if width < SIZE_STEP or height < SIZE_STEP or width % SIZE_STEP or height % SIZE_STEP:
+        raise ValueError(f"width and height must be positive multiples of {SIZE_STEP}, got {width} x {height}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
 
 
-def _follow(bar: tqdm) -> Progress:
-    def progress(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
+def complete_repository(folder: Path) -> Repository:
+    """The parts of a repository folder that drawing needs. Raises ModelFileError where one is missing."""
+    repository = find_repository(folder)
+    for part in ("text_encoder", "tokenizer", "vae"):
+        if getattr(repository, part) is None:
+            raise ModelFileError(folder, f"a folder with the {part.replace('_', ' ')}", "none",
+                                 "download the whole repository")
+    return repository
 
-    return progress
+
+def text_pipeline(repository: Repository, compute: Compute, progress: Progress = no_progress) -> Flux2KleinPipeline:
+    """A pipeline with the text encoder and the tokenizer alone."""
+    encoder = models.text_encoder_module(load_text_encoder(repository.text_encoder, progress), *compute)
+    return Flux2KleinPipeline(scheduler=models.scheduler(repository.scheduler), vae=None, text_encoder=encoder,
+                              tokenizer=models.tokenizer(repository.tokenizer), transformer=None)
+
+
+def encode(pipeline: Flux2KleinPipeline, prompts: Sequence[str], compute: Compute) -> torch.Tensor:
+    """Prompts -> embeddings ``(prompts, tokens, channels)`` in ``compute.dtype``."""
+    length = min(MAX_TOKENS, pipeline.tokenizer.model_max_length)
+    embeddings, _ = pipeline.encode_prompt(list(prompts), device=compute.device, max_sequence_length=length)
+    return embeddings.to(compute.dtype)
+
+
+def image_pipeline(repository: Repository, transformer: torch.nn.Module, compute: Compute) -> Flux2KleinPipeline:
+    """A pipeline with ``transformer`` and the repository's VAE, without a text encoder."""
+    vae = models.vae_module(repository.vae, compute.device, compute.dtype)
+    pipeline = Flux2KleinPipeline(scheduler=models.scheduler(repository.scheduler), vae=vae, text_encoder=None,
+                                  tokenizer=None, transformer=transformer, is_distilled=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def denoise(pipeline: Flux2KleinPipeline, embeddings: torch.Tensor, seeds: Sequence[int], width: int, height: int,
+            steps: int, images: Sequence[Image.Image] = (), step_done: Callable[[int], None] = lambda done: None,
+            ) -> torch.Tensor:
+    """Embeddings ``(N, tokens, channels)`` and as many seeds -> latents ``(N, C, height / 8, width / 8)``."""
+    def advance(_pipeline, step, _timestep, tensors):
+        step_done(step + 1)
+        return tensors
+
+    # Drawn on the CPU, so that a seed means the same noise on every device; one each, so that an image does not
+    # depend on those beside it.
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return pipeline(image=list(images) or None, prompt_embeds=embeddings, width=width, height=height,
+                    num_inference_steps=steps, guidance_scale=1.0, generator=generators, output_type="latent",
+                    callback_on_step_end=advance).images
+
+
+def decode(vae: torch.nn.Module, processor: Any, latents: torch.Tensor) -> list[Image.Image]:
+    """Latents ``(N, C, H, W)`` -> N images."""
+    decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return processor.postprocess(decoded.float(), output_type="pil")
+
+
+def _encode(repository: Repository, prompts: Sequence[str], compute: Compute, stages: Stages) -> torch.Tensor:
+    with stages.run("load text encoder") as advance:
+        pipeline = text_pipeline(repository, compute, advance)
+    with stages.run("encode prompt"):
+        return encode(pipeline, prompts, compute)
+
+
+def _load(repository: Repository, transformer: Path | None, dense: Path | None, text_width: int, compute: Compute,
+          stages: Stages) -> tuple[Flux2KleinPipeline, dict[str, Any]]:
+    """The image pipeline, and what the settings say about its diffusion model."""
+    with stages.run("load diffusion model") as advance:
+        if dense is not None:
+            module = models.dense_transformer(dense, compute.device, compute.dtype)
+            facts = {"variant": "dense", "format": "dense", "source": dense.name, "packed_bytes": 0}
+        else:
+            loaded = load_transformer(transformer or repository.transformer, advance)
+            if loaded.config.text_width != text_width:
+                raise ModelFileError(
+                    loaded.path, f"a model for text {text_width} wide, as the text encoder's",
+                    f"one for {loaded.config.text_width}", "choose a model and a text encoder of one family")
+            packed = sum(packed_nbytes(tensor) for tensor in loaded.tensors.values() if is_packed(tensor))
+            facts = {"variant": loaded.variant, "format": loaded.format, "source": loaded.source,
+                     "packed_bytes": packed}
+            module = models.transformer_module(loaded, *compute)
+            del loaded
+    with stages.run("load VAE"):
+        return image_pipeline(repository, module, compute), facts
 
 
 @torch.inference_mode()
@@ -105,71 +205,24 @@ def generate(
     folder, ``dense`` by a folder of diffusers' with ordinary weights, to compare with. Raises ModelFileError on an
     unusable pack, ValueError on a size that is not a multiple of 16 or on fewer than one step.
     """
-    if width < SIZE_STEP or height < SIZE_STEP or width % SIZE_STEP or height % SIZE_STEP:
-        raise ValueError(f"width and height must be positive multiples of {SIZE_STEP}, got {width} x {height}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check_settings(width, height, steps)
     if transformer is not None:
         tensor_files(transformer)  # says now what is wrong with the path, not after the prompt is encoded
-    repository = find_repository(pack)
-    for part in ("text_encoder", "tokenizer", "vae"):
-        if getattr(repository, part) is None:
-            raise ModelFileError(pack, f"a folder with the {part.replace('_', ' ')}", "none",
-                                 "download the whole repository")
-    stages: dict[str, dict[str, float]] = {}
+    repository = complete_repository(pack)
+    compute, stages = Compute(device, dtype, backend), Stages(device, progress)
     served = backends.resolve(backend, device)
-
-    with _stage("load text encoder", stages, device, progress) as bar:
-        loaded = load_text_encoder(repository.text_encoder, _follow(bar))
-        encoder = models.text_encoder_module(loaded, device, dtype, backend)
-        pipeline = Flux2KleinPipeline(scheduler=models.scheduler(repository.scheduler), vae=None, text_encoder=encoder,
-                                      tokenizer=models.tokenizer(repository.tokenizer), transformer=None)
-    with _stage("encode prompt", stages, device, progress):
-        length = min(MAX_TOKENS, pipeline.tokenizer.model_max_length)
-        embeddings, _ = pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=length)
-        embeddings = embeddings.to(dtype)
-    del encoder, loaded, pipeline
+    settings = {"prompt": prompts[0] if len(prompts) == 1 else list(prompts), "width": width, "height": height,
+                "steps": steps, "seed": seed, "dtype": str(dtype).removeprefix("torch."), "device": str(device),
+                "backend": served}
+    embeddings = _encode(repository, prompts, compute, stages)
     if served == "mlx":
         mlx_backend.clear_cache()
-
-    with _stage("load diffusion model", stages, device, progress) as bar:
-        settings = {"prompt": prompts[0] if len(prompts) == 1 else list(prompts), "width": width, "height": height,
-                    "steps": steps, "seed": seed, "dtype": str(dtype).removeprefix("torch."), "device": str(device),
-                    "backend": served}
-        if dense is not None:
-            module = models.dense_transformer(dense, device, dtype)
-            settings |= {"variant": "dense", "format": "dense", "source": dense.name, "packed_bytes": 0}
-        else:
-            loaded = load_transformer(transformer or repository.transformer, _follow(bar))
-            if loaded.config.text_width != embeddings.shape[-1]:
-                raise ModelFileError(
-                    loaded.path, f"a model for text {embeddings.shape[-1]} wide, as that of {pack.name}",
-                    f"one for {loaded.config.text_width}", "choose a pack and a transformer of one family")
-            packed = sum(packed_nbytes(tensor) for tensor in loaded.tensors.values() if is_packed(tensor))
-            settings |= {"variant": loaded.variant, "format": loaded.format, "source": loaded.source,
-                         "packed_bytes": packed}
-            module = models.transformer_module(loaded, device, dtype, backend)
-            del loaded
-    with _stage("load VAE", stages, device, progress):
-        vae = models.vae_module(repository.vae, device, dtype)
-        pipeline = Flux2KleinPipeline(scheduler=models.scheduler(repository.scheduler), vae=vae, text_encoder=None,
-                                      tokenizer=None, transformer=module, is_distilled=True)
-        pipeline.set_progress_bar_config(disable=True)
-    with _stage("denoise", stages, device, progress, total=steps) as bar:
-
-        def advance(_pipeline, _step, _timestep, tensors):
-            bar.update()
-            return tensors
-
-        # Drawn on the CPU, so that a seed means the same noise on every device; one each, so that a picture does not
-        # depend on those beside it.
-        generators = [torch.Generator("cpu").manual_seed(seed) for _ in prompts]
-        latents = pipeline(image=list(images) or None, prompt_embeds=embeddings, width=width, height=height,
-                           num_inference_steps=steps, guidance_scale=1.0, generator=generators, output_type="latent",
-                           callback_on_step_end=advance).images
+    pipeline, facts = _load(repository, transformer, dense, embeddings.shape[-1], compute, stages)
+    with stages.run("denoise", steps) as advance:
+        latents = denoise(pipeline, embeddings, [seed] * len(prompts), width, height, steps, images,
+                          lambda done: advance(done, steps))
     if served == "mlx":
         mlx_backend.clear_cache()
-    with _stage("decode image", stages, device, progress):
-        decoded = vae.decode(latents.to(dtype), return_dict=False)[0]
-        pictures = pipeline.image_processor.postprocess(decoded.float(), output_type="pil")
-    return Result(pictures, settings, stages)
+    with stages.run("decode image"):
+        pictures = decode(pipeline.vae, pipeline.image_processor, latents)
+    return Result(pictures, settings | facts, stages.figures)
