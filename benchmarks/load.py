@@ -1,6 +1,7 @@
 """Load full-size packs (3.68 G packed weights, random): wall time, peak memory, resident bytes, file sizes.
 
-    python benchmarks/load.py [--formats mlx gemlite comfy base3 diffusers] [--variants ternary binary] [--keep DIR]
+    python benchmarks/load.py [--formats mlx gemlite comfy comfy-base3 diffusers] [--variants ternary binary]
+                              [--keep DIR]
 
 Every load runs in a process of its own. Memory is the peak resident set (file pages included) above what the imports
 alone take. With COMFYUI_PATH set, each pack is also loaded as a MODEL in ComfyUI on the CPU.
@@ -21,15 +22,15 @@ from pathlib import Path
 import torch
 
 from bonsai_image.loaders import Transformer, load_transformer, save_transformer
+from bonsai_image.loaders.formats.comfy import from_base3
 from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
 from bonsai_image.loaders.names import is_packable
-from bonsai_image.ops.codecs import from_base3
 from bonsai_image.ops.packed import is_packed, packed_nbytes, packed_weight
 
 #: FLUX.2 Klein 4B.
 FULL = KleinConfig(hidden=3072, text_width=7680, in_channels=128, out_channels=128, double_blocks=5, single_blocks=20)
 VARIANTS = {"ternary": 2, "binary": 1}
-FORMATS = ("mlx", "gemlite", "comfy", "base3", "diffusers")
+FORMATS = ("mlx", "gemlite", "comfy", "comfy-base3", "diffusers")
 
 
 def random_model(config: KleinConfig, bits: int, path: Path) -> Transformer:
@@ -115,13 +116,12 @@ def main() -> None:
         for variant in args.variants:
             model = None
             for name in args.formats:
-                if name == "base3" and variant == "binary":
+                if name == "comfy-base3" and variant == "binary":
                     continue
-                target = "comfy" if name == "base3" else name
-                path = root / variant / (f"{name}.safetensors" if target == "comfy" else name)
+                path = root / variant / (f"{name}.safetensors" if name.startswith("comfy") else name)
                 if not path.exists():
                     model = model or random_model(FULL, VARIANTS[variant], root / f"{variant}-random")
-                    save_transformer(model, path, target, base3=name == "base3")
+                    save_transformer(model, path, name)
             model = None
             for name in args.formats:
                 path = next((p for p in (root / variant / f"{name}.safetensors", root / variant / name) if p.exists()),

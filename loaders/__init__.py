@@ -1,17 +1,10 @@
-"""Files to canonical state dicts. One file per published format; ``detect`` finds which one a path holds."""
+"""Files to canonical state dicts, and back. ``formats`` has one file per format of weights."""
 
-from .detect import (
-    Repository,
-    TextEncoder,
-    Transformer,
-    find_repository,
-    is_repository,
-    load_text_encoder,
-    load_transformer,
-    load_vae,
-)
 from .errors import ModelFileError
-from .save import TARGETS, save_transformer
+from .formats import targets
+from .models import TextEncoder, Transformer, Vae, load_text_encoder, load_transformer, load_vae
+from .repository import Repository, find_repository, is_repository
+from .save import save_transformer
 
-__all__ = ["TARGETS", "ModelFileError", "Repository", "TextEncoder", "Transformer", "find_repository", "is_repository",
-           "load_text_encoder", "load_transformer", "load_vae", "save_transformer"]
+__all__ = ["ModelFileError", "Repository", "TextEncoder", "Transformer", "Vae", "find_repository", "is_repository",
+           "load_text_encoder", "load_transformer", "load_vae", "save_transformer", "targets"]

@@ -1,6 +1,6 @@
-"""Reading tensor files from disk: safetensors (memory-mapped), pickles of tensors (never executed), JSON beside them.
+"""Reading files from disk: safetensors (memory-mapped), pickles of tensors (never executed), JSON beside them.
 
-A :class:`TensorFile` is what every format module decodes. Nothing here knows what the tensors mean.
+A :class:`TensorFile` is what every format decodes. Nothing here knows what the tensors mean.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import re
-import reprlib
 import struct
 import zipfile
 import zlib
@@ -26,7 +25,6 @@ from .errors import DOWNLOAD_AGAIN, ModelFileError
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-TENSOR_SUFFIXES = SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES
 
 #: What ``torch.load(weights_only=True)`` and ``zipfile`` raise on damaged or hostile bytes: they pass on whatever they
 #: stumble over.
@@ -83,6 +81,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelFileError(path, "a JSON object", f"a {type(value).__name__}", DOWNLOAD_AGAIN)
     return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write ``value`` as the JSON files of the published folders are written."""
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -148,71 +151,3 @@ def check_stored(path: Path, name: str, tensor: torch.Tensor) -> None:
     if not plain or not tensor.numel() or tensor.nbytes > tensor.untyped_storage().nbytes():
         raise ModelFileError(path, f"every number of {name} in the file",
                              f"an empty, sparse or partly stored tensor of shape {tuple(tensor.shape)}", DOWNLOAD_AGAIN)
-
-
-def _shards(folder: Path) -> dict[str, set[str]]:
-    """File name -> the tensors that the folder's index says it holds; ``{}`` without one. Raises ModelFileError."""
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelFileError(index, "a weight_map", "none", DOWNLOAD_AGAIN)
-        shards: dict[str, set[str]] = {}
-        for tensor, name in weight_map.items():
-            shards.setdefault(str(name), set()).add(tensor)
-        for name in shards:
-            inside = Path(name).name == name and name.endswith(SAFETENSORS_SUFFIXES)
-            if not inside or not os.path.isfile(folder / name):
-                raise ModelFileError(index, "the names of safetensors files beside it",
-                                     f"{reprlib.repr(name)}, which is none", "download the whole folder again")
-        return shards
-    return {}
-
-
-def files_in(folder: Path) -> list[Path]:
-    """The tensor files that lie in ``folder`` itself, sorted; their endings may be in letters of any case."""
-    return sorted(child for child in folder.iterdir() if child.suffix.lower() in TENSOR_SUFFIXES and child.is_file())
-
-
-def tensor_files(path: Path) -> list[Path]:
-    """The tensor files of a model: ``path`` itself, the shards its folder's index names, or the folder's one file."""
-    # os.path answers no, where Path raises, for a name that the system cannot hold.
-    if os.path.isfile(path):
-        return [path]
-    if not os.path.isdir(path):
-        raise ModelFileError(path, "a file or folder", "nothing there", "check the path")
-    if shards := _shards(path):
-        return [path / name for name in sorted(shards)]
-    found = files_in(path)
-    if not found:
-        raise ModelFileError(path, f"a tensor file ({', '.join(SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES[:1])})", "none",
-                             "choose the folder that holds the weights")
-    if len(found) > 1:
-        raise ModelFileError(path, "one tensor file, or shards with an index", f"{len(found)} files",
-                             "choose one of the files instead of the folder")
-    return found
-
-
-def open_tensors(path: Path, progress: Progress = no_progress) -> TensorFile:
-    """Open the model at ``path``, a file or folder, with the JSON files of its folder."""
-    files = tensor_files(path)
-    folder = files[0].parent
-    shards = _shards(folder) if os.path.isdir(path) else {}
-    tensors: dict[str, Any] = {}
-    metadata: dict[str, str] = {}
-    for file in files:
-        if file.suffix.lower() in PICKLE_SUFFIXES:
-            tensors.update(read_pickle(file, mmap=True))
-            continue
-        part, metadata = read_safetensors(file)
-        if shards and part.keys() != shards[file.name]:
-            raise ModelFileError(file, "the tensors that the index names", f"{len(part)} tensors, not the same ones",
-                                 "download the whole folder again")
-        tensors.update(part)
-    return TensorFile(
-        path=files[0] if len(files) == 1 else folder,
-        tensors=tensors,
-        metadata=metadata,
-        config=read_json(folder / "config.json"),
-        quantization=read_json(folder / "quantization_config.json"),
-        progress=progress,
-    )

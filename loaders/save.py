@@ -6,84 +6,36 @@ tensor; only then it takes its name. An existing file is never touched.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ..ops.packed import equal, is_packed
-from . import bonsai, dense, gemlite, mlx
-from .detect import Transformer, load_transformer
+from . import formats
 from .errors import ModelFileError
-from .files import SAFETENSORS_SUFFIXES, Progress, no_progress, open_tensors
-from .names import to_comfyui, to_diffusers
-
-TARGETS = ("comfy", "mlx", "gemlite", "diffusers")
-_WEIGHTS = "diffusion_pytorch_model"
-_SHARD_SIZE = "1GB"
+from .files import Progress, no_progress
+from .formats.dense import expand
+from .models import Transformer, load_transformer
+from .names import is_comfyui, to_comfyui, to_diffusers
 
 
-def _write(model: Transformer, target: str, base3: bool, path: Path) -> None:
-    """Write ``model`` to ``path``: a file for ``comfy``, a folder for the others. Raises ValueError if it does not fit
-    the format."""
-    if target == "comfy":
-        save_file(bonsai.encode(to_comfyui(model.tensors), base3), path, bonsai.metadata(model.variant, model.source))
-        return
-    path.mkdir()
-    tensors = to_diffusers(model.tensors)
-    packed = [tensor._params for tensor in tensors.values() if is_packed(tensor)]
-    _write_json(path / "config.json", {"_class_name": "Flux2Transformer2DModel", **model.config.diffusers()})
-    if target == "diffusers":
-        # One shard is expanded at a time: the whole dense model never exists in memory.
-        _write_shards(tensors, path)
-        return
-    _write_json(path / "quantization_config.json", {"bits": packed[0].bits, "group_size": packed[0].group})
-    if target == "mlx":
-        save_file(mlx.encode(tensors), path / f"{_WEIGHTS}.safetensors", {"format": "mlx"})
-    else:
-        torch.save(gemlite.encode(tensors), path / "state_dict.pt")
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
-
-
-def _write_shards(tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    outlines = {name: torch.empty(tensor.shape, dtype=tensor._params.scale.dtype if is_packed(tensor) else tensor.dtype,
-                                  device="meta") for name, tensor in tensors.items()}
-    split = split_torch_state_dict_into_shards(outlines, filename_pattern=f"{_WEIGHTS}{{suffix}}.safetensors",
-                                               max_shard_size=_SHARD_SIZE)
-    for filename, names in split.filename_to_tensors.items():
-        save_file({name: dense.expand(tensors[name]) for name in names}, folder / filename, {"format": "pt"})
-    if split.is_sharded:
-        _write_json(folder / f"{_WEIGHTS}.safetensors.index.json",
-                    {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-
-
-def _verify(model: Transformer, target: str, path: Path, progress: Progress) -> None:
-    """Raise ModelFileError unless ``path`` loads to exactly the tensors of ``model``."""
-    if target == "diffusers":
-        # Dense weights do not say which codes they came from where a whole group is zero, or a scale negative.
-        expected, written, same = to_diffusers(model.tensors), open_tensors(path).tensors, _same_dense
-    else:
-        expected, written, same = to_comfyui(model.tensors), to_comfyui(load_transformer(path, progress).tensors), _same
+def _verify(model: Transformer, keeps_codes: bool, path: Path, progress: Progress) -> None:
+    """Raise ModelFileError unless ``path`` loads to exactly the weights of ``model``."""
+    written = load_transformer(path, progress).tensors
+    expected = to_comfyui(model.tensors) if is_comfyui(written) else to_diffusers(model.tensors)
     for name, tensor in expected.items():
-        if not same(tensor, written[name]):
-            raise ModelFileError(path, f"{name} as in {model.path}", "a difference after writing", "check the disk")
+        if not _same(tensor, written[name], keeps_codes):
+            raise ModelFileError(model.path, f"{name} on disk as in memory", "a difference after writing",
+                                 "check the disk")
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return equal(one, other) if is_packed(one) else torch.equal(one, other)
-
-
-def _same_dense(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(dense.expand(one), other)
+def _same(one: torch.Tensor, other: torch.Tensor, keeps_codes: bool) -> bool:
+    if is_packed(one) and is_packed(other):
+        return equal(one, other) or (not keeps_codes and torch.equal(expand(one), expand(other)))
+    return torch.equal(one, other)
 
 
 def _flush(path: Path) -> None:
@@ -96,26 +48,21 @@ def _flush(path: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def save_transformer(model: Transformer, path: Path, target: str, base3: bool = False,
-                     progress: Progress = no_progress) -> None:
-    """Write ``model`` to ``path`` in the format ``target``, one of :data:`TARGETS`.
+def save_transformer(model: Transformer, path: Path, target: str, progress: Progress = no_progress) -> None:
+    """Write ``model`` to ``path`` in the format ``target``, one of :func:`~.formats.targets`.
 
-    ``progress`` follows the last part of it, the loading back (a dense one is mapped at once). Raises ModelFileError
-    on an existing path, a name of the wrong kind, or a format that cannot hold the weights exactly.
+    ``progress`` follows the second half of the work, loading back what was written. Raises ModelFileError on an
+    existing path, a name of the wrong kind, or a format that cannot hold the weights exactly.
     """
-    if base3 and target != "comfy":
-        raise ModelFileError(path, "base 3 with the comfy format", f"the {target} format", "drop base 3")
-    if base3 and model.variant != "ternary":
-        raise ModelFileError(model.path, "ternary weights, which base 3 stores", f"{model.variant} ones", "drop base 3")
-    if target == "comfy" and path.suffix not in SAFETENSORS_SUFFIXES:
-        raise ModelFileError(path, f"a file name ending in {SAFETENSORS_SUFFIXES[0]}", f"{path.name!r}",
-                             "add the ending")
+    writer = formats.writer(target, path)
+    if writer.suffixes and path.suffix not in writer.suffixes:
+        raise ModelFileError(path, f"a file name ending in {writer.suffixes[0]}", f"{path.name!r}", "add the ending")
     _refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".bonsai-image-") as scratch:
-        written = Path(scratch) / f"model{path.suffix if target == 'comfy' else ''}"
+        written = Path(scratch) / f"model{path.suffix if writer.suffixes else ''}"
         try:
-            _write(model, target, base3, written)
+            writer.write(written, model.tensors, model.config, formats.About(model.variant, model.source))
             _flush(written)
         except ValueError as error:
             raise ModelFileError(model.path, f"weights that the {target} format holds exactly", str(error),
@@ -123,8 +70,8 @@ def save_transformer(model: Transformer, path: Path, target: str, base3: bool = 
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ModelFileError(path, "a disk that takes the file", str(error),
                                  "free some space or choose another folder") from error
-        _verify(model, target, written, progress)
-        # Somebody else may have been quicker.
+        _verify(model, writer.keeps_codes, written, progress)
+        # The target may have been created meanwhile.
         _refuse_existing(path)
         written.rename(path)
 

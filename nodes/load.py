@@ -6,7 +6,7 @@ import sys
 
 from comfy_api.latest import io
 
-from ..loaders import ModelFileError, find_repository
+from ..loaders import find_repository
 from ..ops import backends
 from ..ops.devices import DTYPES
 from . import folders, models
@@ -77,10 +77,7 @@ class BonsaiCheckpointLoader(io.ComfyNode):
     def execute(cls, checkpoint: str, compute_dtype: str = "auto", backend: str = "auto",
                 precision: str = "exact") -> io.NodeOutput:
         repository = find_repository(folders.resolve("diffusers", checkpoint))
-        for part in ("text_encoder", "vae"):
-            if getattr(repository, part) is None:
-                raise ModelFileError(repository.path, f"a folder with the {part.replace('_', ' ')}", "none",
-                                "download the whole repository again")
+        repository.require("text_encoder", "vae")
         return io.NodeOutput(
             models.load_model(str(repository.transformer), compute_dtype, _backend_setting(backend, precision)),
             models.load_clip(str(repository.text_encoder)),

@@ -129,8 +129,8 @@ def _clip_patcher(path: str, compute_dtype: str, disable_dynamic: bool = False):
 
 def load_vae_model(path: str, disable_dynamic: bool = False):
     """The VAE at ``path``. Raises ModelFileError."""
-    tensors, _ = load_vae(path)
-    vae = comfy.sd.VAE(sd=dict(tensors))
+    loaded = load_vae(path)
+    vae = comfy.sd.VAE(sd=dict(loaded.tensors))
     if vae.first_stage_model is None:
         raise ModelFileError(path, "a VAE this ComfyUI knows", "another", "update ComfyUI")
     advice.name_out_of_memory(vae.patcher, ("encode", "decode"), (

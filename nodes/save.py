@@ -50,8 +50,8 @@ class BonsaiSaveModel(io.ComfyNode):
         file = f"{name}_{counter:05}_.safetensors"
         # From the file it was loaded from: the MODEL in memory may be offloaded or in use.
         progress = models.progress_bar()
-        save_transformer(load_transformer(origin.path, progress), Path(folder) / file, "comfy", storage == "base3",
-                         progress)
+        target = "comfy-base3" if storage == "base3" else "comfy"
+        save_transformer(load_transformer(origin.path, progress), Path(folder) / file, target, progress)
         saved = f"{subfolder}/{file}".lstrip("/")
         show(f"Saved {saved}", cls.hidden.unique_id)
         return io.NodeOutput(ui=ui.PreviewText(saved))

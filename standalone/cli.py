@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .. import __version__
-from ..loaders import TARGETS, ModelFileError, find_repository, is_repository, load_transformer, save_transformer
+from ..loaders import ModelFileError, find_repository, is_repository, load_transformer, save_transformer, targets
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
 from .inspect import inspect, report
@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("convert", help="convert a diffusion model to another format without loss")
     command.add_argument("source", type=Path)
     command.add_argument("target", type=Path)
-    command.add_argument("--to", choices=TARGETS, required=True, dest="format")
-    command.add_argument("--base3", action="store_true", help="store five ternary codes per byte (with --to comfy)")
+    command.add_argument("--to", choices=targets(), required=True, dest="format",
+                         help="comfy-base3 is comfy with five ternary weights a byte")
 
     # Listed for --help; __main__ runs it without importing this module, which imports torch.
     commands.add_parser("download", help="download a repository from the Hugging Face Hub", add_help=False)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(parts, indent=2) if args.json else "\n".join(map(report, parts)))
         else:
             source = find_repository(args.source).transformer if is_repository(args.source) else args.source
-            save_transformer(load_transformer(source), args.target, args.format, args.base3)
+            save_transformer(load_transformer(source), args.target, args.format)
             print(args.target)
     except (ModelFileError, ValueError, OSError) as error:
         print(f"bonsai-image: {error}", file=sys.stderr)

@@ -20,7 +20,8 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from ..loaders import ModelFileError, Repository, find_repository, load_text_encoder, load_transformer
-from ..loaders.files import Progress, no_progress, tensor_files
+from ..loaders.files import Progress, no_progress
+from ..loaders.opening import tensor_files
 from ..ops import backends
 from ..ops.mlx import backend as mlx_backend
 from ..ops.packed import is_packed, packed_nbytes

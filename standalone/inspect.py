@@ -11,7 +11,7 @@ import torch
 
 from ..loaders import find_repository, is_repository, load_text_encoder, load_transformer, load_vae
 from ..loaders.errors import DOWNLOAD_AGAIN
-from ..loaders.files import open_tensors, tensor_files
+from ..loaders.opening import open_tensors, tensor_files
 from ..loaders.qwen3 import is_qwen3
 from ..loaders.vae import is_vae
 from ..ops.packed import is_packed, packed_nbytes
@@ -50,7 +50,7 @@ def inspect_part(path: Path) -> dict[str, Any]:
         return {"kind": "text encoder", "path": str(path), "format": encoder.format, "config": asdict(encoder.config),
                 **_describe(path, encoder.tensors)}
     if is_vae(names):
-        tensors, _ = load_vae(path)
+        tensors = load_vae(path).tensors
         return {"kind": "VAE", "path": str(path), "format": "diffusers", **_describe(path, tensors)}
     model = load_transformer(path)
     return {"kind": "diffusion model", "path": str(path), "format": model.format, "variant": model.variant,

@@ -79,14 +79,14 @@ def text_encoder_module(model: TextEncoder, device: torch.device, dtype: torch.d
 
 def vae_module(path: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLFlux2:
     """diffusers' FLUX.2 VAE from a ``vae`` folder with its ``config.json``. Raises ModelFileError."""
-    tensors, config = load_vae(path)
-    if not config:
+    loaded = load_vae(path)
+    if not loaded.config:
         raise ModelFileError(path / "config.json", "the VAE's configuration", "no such file",
                              "download the folder again")
     with init_empty_weights():
-        module = AutoencoderKLFlux2.from_config(config)
+        module = AutoencoderKLFlux2.from_config(loaded.config)
     try:
-        _assign(module, tensors, dtype)
+        _assign(module, loaded.tensors, dtype)
     except RuntimeError as error:
         # The first line names the class only.
         raise ModelFileError(path, "the tensors that config.json describes", str(error).splitlines()[-1].strip(),

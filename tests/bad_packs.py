@@ -12,20 +12,12 @@ from diffusers import AutoencoderKLFlux2
 from random_model import random_text_encoder, random_transformer
 from safetensors.torch import load_file, save_file
 
-from bonsai_image.loaders import (
-    ModelFileError,
-    bonsai,
-    dense,
-    gemlite,
-    load_text_encoder,
-    load_transformer,
-    load_vae,
-    mlx,
-)
+from bonsai_image.loaders import ModelFileError, load_text_encoder, load_transformer, load_vae
+from bonsai_image.loaders.formats import comfy, dense, gemlite, mlx
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.loaders.qwen3 import Qwen3Config
-from bonsai_image.ops.codecs import to_hqq
+from bonsai_image.ops.codecs import unpack_codes
 from bonsai_image.ops.packed import is_packed
 
 KLEIN = KleinConfig(hidden=128, text_width=384, in_channels=32, out_channels=32, double_blocks=1, single_blocks=1)
@@ -53,6 +45,12 @@ PACKS = {
 }
 
 
+def to_4bit_u8(codes: torch.Tensor, group: int) -> torch.Tensor:
+    """Canonical 4-bit codes, an even number of groups -> HQQ's 4bit_u8."""
+    first, second = unpack_codes(codes, 4).view(-1, group).chunk(2)
+    return (first << 4) | second
+
+
 def hqq_entries(tensors: dict) -> dict:
     """The dict that hqq pickles, from affine 4-bit weights (their zero point is 7.5)."""
     result = {}
@@ -62,7 +60,7 @@ def hqq_entries(tensors: dict) -> dict:
             continue
         scale = tensor._params.scale.half().view(-1, 1)
         result[name.removesuffix(".weight")] = {
-            "W_q": to_hqq(tensor._qdata, 64), "scale": scale, "zero": torch.full_like(scale, 7.5), "nbits": 4,
+            "W_q": to_4bit_u8(tensor._qdata, 64), "scale": scale, "zero": torch.full_like(scale, 7.5), "nbits": 4,
             "group_size": 64, "shape": torch.Size(tensor.shape), "axis": 1, "packing": "4bit_u8",
             "compute_dtype": torch.float16, "quant_zero": False, "quant_scale": False, "view_as_float": False}
     return result
@@ -76,8 +74,8 @@ def write_all(root: Path) -> Path:
     model, encoder = random_transformer(KLEIN, 2, generator), random_text_encoder(TEXT, generator)
     plain = {name: dense.expand(tensor) for name, tensor in model.items()}
     ours = to_comfyui(model)
-    for name, tensors in (("mlx", mlx.encode(model)), ("comfy", bonsai.encode(ours, False)), ("unpacked", plain),
-                          ("base3", bonsai.encode(ours, True)), ("single", to_comfyui(plain)),
+    for name, tensors in (("mlx", mlx.encode(model)), ("comfy", comfy.encode(ours)), ("unpacked", plain),
+                          ("base3", comfy.encode(ours, base3=True)), ("single", to_comfyui(plain)),
                           ("te-mlx", mlx.encode(encoder)),
                           ("te-dense", {name: torch.zeros(tensor.shape) for name, tensor in encoder.items()})):
         save_file(tensors, root / name / PACKS[name][1], {"format": "pt"})
@@ -103,8 +101,7 @@ def write_all(root: Path) -> Path:
 
 def load(name: str, path: Path) -> dict[str, torch.Tensor]:
     """The tensors of the pack ``name`` at ``path``."""
-    loaded = PACKS[name][0](path)
-    return loaded[0] if name == "vae" else loaded.tensors
+    return PACKS[name][0](path).tensors
 
 
 def refusal(loader, path) -> str:

@@ -154,10 +154,8 @@ def test_convert_never_touches_an_existing_file_and_leaves_nothing_behind(pack, 
     assert run("convert", pack, target, "--to", "comfy") == 2
     assert target.read_bytes() == b"precious" and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
     assert "existing" in capsys.readouterr().err
-    assert run("convert", pack, tmp_path / "b", "--to", "mlx", "--base3") == 2
-    assert run("convert", BINARY, tmp_path / "b.safetensors", "--to", "comfy", "--base3") == 2
-    assert "binary.safetensors: expected ternary weights, which base 3 stores, found binary ones; drop base 3." in \
-        capsys.readouterr().err
+    assert run("convert", BINARY, tmp_path / "b.safetensors", "--to", "comfy-base3") == 2
+    assert "base 3 stores ternary weights, not 1-bit symmetric ones; choose another format." in capsys.readouterr().err
     assert run("convert", pack, tmp_path / "b", "--to", "comfy") == 2
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -171,32 +169,34 @@ def test_written_files_have_ordinary_permissions(pack, tmp_path):
 
 
 def test_a_failed_write_leaves_nothing(pack, tmp_path, monkeypatch):
-    from bonsai_image.loaders import ModelFileError, load_transformer, save
+    from bonsai_image.loaders import ModelFileError, load_transformer, save_transformer
+    from bonsai_image.loaders.formats import comfy
 
-    def spoil(model, target, base3, path):
+    def spoil(tensors, path, metadata):
         path.write_bytes(b"half a file")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(save, "_write", spoil)
-    with pytest.raises((OSError, ModelFileError)):
-        save.save_transformer(load_transformer(pack / "transformer-packed-mflux"), tmp_path / "a.safetensors", "comfy")
+    monkeypatch.setattr(comfy, "save_file", spoil)
+    with pytest.raises(ModelFileError, match="no space left"):
+        save_transformer(load_transformer(pack / "transformer-packed-mflux"), tmp_path / "a.safetensors", "comfy")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_written_is_verified(pack, tmp_path, monkeypatch):
-    from bonsai_image.loaders import ModelFileError, load_transformer, save
+    from bonsai_image.loaders import ModelFileError, load_transformer, save_transformer
+    from bonsai_image.loaders.formats import comfy
 
-    original = save._write
+    original = comfy.save_file
 
-    def flip(model, target, base3, path):
-        original(model, target, base3, path)
+    def flip(tensors, path, metadata):
+        original(tensors, path, metadata)
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
 
-    monkeypatch.setattr(save, "_write", flip)
+    monkeypatch.setattr(comfy, "save_file", flip)
     with pytest.raises(ModelFileError, match="difference after writing"):
-        save.save_transformer(load_transformer(pack / "transformer-packed-mflux"), tmp_path / "a.safetensors", "comfy")
+        save_transformer(load_transformer(pack / "transformer-packed-mflux"), tmp_path / "a.safetensors", "comfy")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -179,12 +179,12 @@ def test_a_name_taken_while_writing_is_kept(pack, tmp_path, monkeypatch):
 
 
 def test_a_full_disk(pack, tmp_path, capsys, monkeypatch):
-    from bonsai_image.loaders import save
+    from bonsai_image.loaders.formats import comfy
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(save, "save_file", full)
+    monkeypatch.setattr(comfy, "save_file", full)
     assert run("convert", pack, tmp_path / "a.safetensors", "--to", "comfy") == 2
     assert "No space left on device; free some space" in sentence(capsys) and not list(tmp_path.iterdir())
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scenes import COLOURS, Scene, draw, held_out
 
-from bonsai_image.loaders import TARGETS, load_transformer, save_transformer
+from bonsai_image.loaders import load_transformer, save_transformer, targets
 from bonsai_image.standalone import demo
 from bonsai_image.standalone.generate import generate
 
@@ -142,8 +142,8 @@ def test_whatever_breaks_shows(damage, tmp_path):
 def test_every_layout_draws_the_same_pixels(source, tmp_path):
     model = load_transformer(PACK / "transformer-packed-mflux" if source == "ternary" else BINARY)
     original = drawn(SCENES[:2], transformer=model.path)
-    for target in TARGETS:
-        path = tmp_path / (f"{target}.safetensors" if target == "comfy" else target)
+    for target in set(targets()) - ({"comfy-base3"} if source == "binary" else set()):
+        path = tmp_path / (f"{target}.safetensors" if target.startswith("comfy") else target)
         save_transformer(model, path, target)
         assert torch.equal(drawn(SCENES[:2], transformer=path), original), target
 

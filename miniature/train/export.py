@@ -18,7 +18,8 @@ from text import TEXT
 from transformer import KLEIN, SCHEDULER
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from bonsai_image.loaders import Transformer, load_text_encoder, load_transformer, mlx, save_transformer
+from bonsai_image.loaders import Transformer, load_text_encoder, load_transformer, save_transformer
+from bonsai_image.loaders.formats import mlx
 from bonsai_image.ops.packed import is_packed
 
 REPOSITORY = "ternary"
@@ -69,7 +70,7 @@ def write_layouts(folder: Path, target: Path) -> None:
         for layout in ("mlx", "gemlite", "diffusers"):
             save_transformer(model, target / f"{variant}-{layout}", layout)
         save_transformer(model, target / f"{variant}.safetensors", "comfy")
-    save_transformer(load_transformer(sources["ternary"]), target / "ternary-base3.safetensors", "comfy", base3=True)
+    save_transformer(load_transformer(sources["ternary"]), target / "ternary-base3.safetensors", "comfy-base3")
     _write_hqq(folder / REPOSITORY / _TEXT_ENCODER, target / "text_encoder-hqq-4bit")
 
 

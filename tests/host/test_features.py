@@ -141,7 +141,7 @@ def test_a_model_is_freed_with_its_last_reference(transformer):
 def test_saved_and_loaded_again(pair, transformer, tmp_path):
     from bonsai_image.loaders import save_transformer
 
-    save_transformer(load_transformer(transformer), tmp_path / "saved.safetensors", "comfy", base3=True)
+    save_transformer(load_transformer(transformer), tmp_path / "saved.safetensors", "comfy-base3")
     assert torch.equal(sample(models.load_model(str(tmp_path / "saved.safetensors"), "fp32")), sample(pair[0]))
 
 

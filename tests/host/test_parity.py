@@ -27,13 +27,13 @@ def diffusers_forward(module, inputs):
     return out.transpose(1, 2).view(batch, channels, height, width)
 
 
-@pytest.mark.parametrize("target", ["mlx", "gemlite", "comfy", "base3", "diffusers"])
+@pytest.mark.parametrize("target", ["mlx", "gemlite", "comfy", "comfy-base3", "diffusers"])
 def test_model_equals_diffusers_in_every_format(transformer, inputs, tmp_path, target):
     source = load_transformer(transformer)
     path = transformer
     if target != "mlx":
-        path = tmp_path / ("model.safetensors" if target in ("comfy", "base3") else "model")
-        save_transformer(source, path, "comfy" if target == "base3" else target, base3=target == "base3")
+        path = tmp_path / ("model.safetensors" if target.startswith("comfy") else "model")
+        save_transformer(source, path, target)
     expected = diffusers_forward(transformer_module(source, CPU, torch.float32), inputs)
     assert relative(host_forward(models.load_model(str(path), "fp32"), inputs), expected) < 1e-5
 

@@ -1,8 +1,11 @@
 """HQQ text encoders: a pickle (``qmodel.pt``) of ``{module path: dict}``.
 
-An unquantised module holds ``weight`` (FP16). A quantised linear holds ``W_q`` uint8 in HQQ's 4bit_u8 packing (see
-``ops/codecs.py``), ``scale`` and ``zero`` FP16 ``(N * K / group, 1)``, and ``nbits``, ``group_size``, ``shape``,
-``axis``, ``packing``; older files nest all but ``W_q`` under ``meta``. ``W = (code - zero) * scale``.
+An unquantised module holds ``weight`` (FP16). A quantised linear holds ``W_q`` uint8 in HQQ's 4bit_u8 packing,
+``scale`` and ``zero`` FP16 ``(N * K / group, 1)``, and ``nbits``, ``group_size``, ``shape``, ``axis``, ``packing``;
+older files nest all but ``W_q`` under ``meta``. ``W = (code - zero) * scale``.
+
+4bit_u8 is ``(G / 2, group)`` for G groups of ``group`` weights (row-major over the weight): the high nibbles hold the
+first G / 2 groups, the low nibbles the rest.
 
 Source: hqq 0.2.8 ``save_quantized`` (``tests/test_formats.py`` loads what it writes).
 """
@@ -12,13 +15,12 @@ from __future__ import annotations
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..ops import codecs
-from ..ops.packed import packed_weight
-from .check import FLOATS
-from .errors import DOWNLOAD_AGAIN, ModelFileError
-from .files import TensorFile, check_stored, read_pickle
+from ...ops.packed import packed_weight
+from ..check import FLOATS
+from ..errors import DOWNLOAD_AGAIN, ModelFileError
+from ..files import TensorFile, check_stored, read_pickle
+from .interface import Format
 
-NAME = "hqq"
 _EXPECTED = {"nbits": 4, "packing": "4bit_u8", "axis": 1}
 _FLAGS = ("quant_zero", "quant_scale", "view_as_float")
 
@@ -82,4 +84,13 @@ def _weight(file: TensorFile, module: str, entry: dict) -> QuantizedTensor:
         raise ModelFileError(file.path, f"scale and zero of {module} in one of BF16, FP16 and FP32",
                              f"{scale.dtype} and {zero.dtype}", DOWNLOAD_AGAIN)
     scale, zero = (part.reshape(n, k // group) for part in (scale, zero))
-    return packed_weight(codecs.from_hqq(w_q, n, k), scale, 4, "zeropoint", zero, dtype=scale.dtype)
+    return packed_weight(from_4bit_u8(w_q, n, k), scale, 4, "zeropoint", zero, dtype=scale.dtype)
+
+
+def from_4bit_u8(w_q: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """HQQ 4bit_u8 ``(G / 2, group)`` -> canonical 4-bit codes ``(n, k / 2)``."""
+    halves = [nibble[:, 0::2] | (nibble[:, 1::2] << 4) for nibble in (w_q >> 4, w_q & 15)]
+    return torch.cat(halves).view(n, k // 2)
+
+
+FORMAT = Format("hqq", matches, decode, only_tensors=False)

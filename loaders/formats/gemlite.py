@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..ops import codecs
-from ..ops.packed import packed_weight
-from .check import FLOATS
-from .errors import DOWNLOAD_AGAIN, ModelFileError
-from .files import TensorFile, read_pickle
-
-NAME = "gemlite"
+from ...ops.packed import packed_weight
+from ..check import FLOATS
+from ..errors import DOWNLOAD_AGAIN, ModelFileError
+from ..files import TensorFile, read_pickle
+from ..klein import KleinConfig
+from ..names import to_diffusers
+from .interface import About, Format, Tensors, Writer, encode_layers, make_folder, packing
 
 #: Fields of ``metadata`` in order.
 _META = ("scaled_activations", "W_nbits", "group_size", "unpack_mask", "elements_per_sample", "input_dtype",
@@ -93,39 +93,61 @@ def _weight(path: Path, layer: str, W_q, scales, zeros, metadata, orig_shape) ->
     if scales.dtype not in FLOATS or scales.dtype != zeros.dtype:
         raise ModelFileError(path, f"scales and zeros of {layer} in one of BF16, FP16 and FP32",
                              f"{scales.dtype} and {zeros.dtype}", DOWNLOAD_AGAIN)
-    codes = codecs.from_gemlite(W_q)
+    codes = from_w_q(W_q)
     scale, shift = (table.t().contiguous() for table in (scales, zeros))
     symmetric = form == "affine" and bits <= 2 and torch.equal(scale, -shift if bits == 2 else -2 * shift)
     if symmetric:
-        scale, shift = codecs.narrow_scales(-shift)[0], None
+        scale, shift = narrow_scales(-shift)[0], None
         return packed_weight(codes, scale, bits, dtype=scale.dtype)
-    scale, shift = codecs.narrow_scales(scale, shift)
+    scale, shift = narrow_scales(scale, shift)
     return packed_weight(codes, scale, bits, form, shift, dtype=scale.dtype)
 
 
-def encode(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Diffusers-named canonical tensors -> the tensors of a GemLite ``state_dict.pt`` with packing width 8."""
-    result = {}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, QuantizedTensor):
-            result[name] = tensor.contiguous()
-            continue
-        params, layer = tensor._params, name.removesuffix(".weight")
-        if params.form == "symmetric" and params.bits <= 2:
-            zeros = -params.scale.float()
-            scales = -zeros * (2 if params.bits == 1 else 1)
-        elif params.form == "symmetric":
-            raise ValueError(f"{name}: symmetric {params.bits}-bit weights have no GemLite form")
-        else:
-            scales, zeros = params.scale.float(), params.shift.float()
-        mode = {"symmetric": 4, "affine": 4, "zeropoint": 3}[params.form]
-        metadata = (0, params.bits, params.group, 2**params.bits - 1, 8 // params.bits, _FP16, _FP16, _FP32, _FP32, 0,
-                    mode, 1)
-        result |= {
-            f"{layer}.W_q": codecs.to_gemlite(tensor._qdata),
-            f"{layer}.scales": scales.t().contiguous(),
-            f"{layer}.zeros": zeros.t().contiguous(),
-            f"{layer}.metadata": torch.tensor(metadata, dtype=torch.int32),
-            f"{layer}.orig_shape": torch.tensor(params.orig_shape, dtype=torch.int32),
-        }
-    return result
+def from_w_q(w_q: torch.Tensor) -> torch.Tensor:
+    """``W_q`` of packing width 8 (uint8) or 32 (int32), stored ``(packed K, N)`` -> canonical codes."""
+    return w_q.t().contiguous().view(torch.uint8)
+
+
+def narrow_scales(*tables: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Float tables in the smallest common dtype of BF16, FP16 and FP32 that holds every value exactly."""
+    for dtype in (torch.bfloat16, torch.float16):
+        narrowed = tuple(table.to(dtype) for table in tables)
+        if all(torch.equal(small.to(table.dtype), table) for small, table in zip(narrowed, tables, strict=True)):
+            return narrowed
+    return tables
+
+
+def encode(tensors: Tensors) -> Tensors:
+    """Canonical tensors -> those of a ``state_dict.pt`` with packing width 8."""
+    return encode_layers(tensors, _encode)
+
+
+def _encode(layer: str, weight: QuantizedTensor) -> Tensors:
+    params = weight._params
+    if params.form == "symmetric" and params.bits <= 2:
+        zeros = -params.scale.float()
+        scales = -zeros * (2 if params.bits == 1 else 1)
+    elif params.form == "symmetric":
+        raise ValueError(f"symmetric {params.bits}-bit weights have no GemLite form")
+    else:
+        scales, zeros = params.scale.float(), params.shift.float()
+    mode = {"symmetric": 4, "affine": 4, "zeropoint": 3}[params.form]
+    metadata = (0, params.bits, params.group, 2**params.bits - 1, 8 // params.bits, _FP16, _FP16, _FP32, _FP32, 0,
+                mode, 1)
+    return {
+        f"{layer}.W_q": weight._qdata.t().contiguous(),
+        f"{layer}.scales": scales.t().contiguous(),
+        f"{layer}.zeros": zeros.t().contiguous(),
+        f"{layer}.metadata": torch.tensor(metadata, dtype=torch.int32),
+        f"{layer}.orig_shape": torch.tensor(params.orig_shape, dtype=torch.int32),
+    }
+
+
+def write(path: Path, tensors: Tensors, config: KleinConfig, about: About) -> None:
+    """A folder like ``transformer-gemlite-int2`` of the published repositories."""
+    tensors = to_diffusers(tensors)
+    make_folder(path, config, packing(tensors))
+    torch.save(encode(tensors), path / "state_dict.pt")
+
+
+FORMAT = Format("gemlite", matches, decode, {"gemlite": Writer(write)})

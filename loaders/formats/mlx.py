@@ -10,18 +10,19 @@ Source: the MLX quantisation documentation, and packs written with ``mlx.core.qu
 from __future__ import annotations
 
 import reprlib
+from pathlib import Path
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
+from safetensors.torch import save_file
 
-from ..ops import codecs
-from ..ops.packed import packed_weight
-from .check import FLOATS
-from .errors import DOWNLOAD_AGAIN, ModelFileError
-from .files import TensorFile
-from .klein import is_klein
-
-NAME = "mlx"
+from ...ops.packed import packed_weight
+from ..check import FLOATS
+from ..errors import DOWNLOAD_AGAIN, ModelFileError
+from ..files import TensorFile
+from ..klein import KleinConfig, is_klein
+from ..names import to_diffusers
+from .interface import About, Format, Tensors, Writer, encode_layers, make_folder, packing
 
 #: Group size where no JSON file states one.
 _GROUP_TRANSFORMER, _GROUP_TEXT_ENCODER = 128, 64
@@ -71,7 +72,7 @@ def _weight(file, name, words, scales, biases, stated_bits, group) -> QuantizedT
     if stated_bits not in (None, bits):
         raise ModelFileError(file.path, f"{reprlib.repr(stated_bits)} bits as the configuration says",
                              f"{bits} in the shapes of {name}", "download the whole folder again")
-    codes = codecs.from_mlx(words)
+    codes = from_words(words)
     if bits == 2 and torch.equal(biases, -scales):
         return packed_weight(codes, scales, bits, dtype=scales.dtype)
     if bits == 1 and torch.equal(scales, -2 * biases):
@@ -79,20 +80,43 @@ def _weight(file, name, words, scales, biases, stated_bits, group) -> QuantizedT
     return packed_weight(codes, scales, bits, "affine", biases, dtype=scales.dtype)
 
 
-def encode(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Diffusers-named canonical tensors -> the tensors of an MLX pack. Raises ValueError for a form MLX lacks."""
-    result = {}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, QuantizedTensor):
-            result[name] = tensor.contiguous()
-            continue
-        params, layer = tensor._params, name.removesuffix(".weight")
-        if params.form == "affine":
-            scales, biases = params.scale, params.shift
-        elif params.form == "symmetric" and params.bits <= 2:
-            scales, biases = params.scale * (2 if params.bits == 1 else 1), -params.scale
-        else:
-            raise ValueError(f"{name}: MLX cannot hold {params.bits}-bit {params.form} weights without rounding")
-        result[name] = codecs.to_mlx(tensor._qdata)
-        result[f"{layer}.scales"], result[f"{layer}.biases"] = scales.contiguous(), biases.contiguous()
-    return result
+def from_words(words: torch.Tensor) -> torch.Tensor:
+    """uint32 words ``(N, W)`` -> canonical codes ``(N, 4 * W)``, a view: their little-endian bytes are the codes."""
+    return words.contiguous().view(torch.uint8)
+
+
+def to_words(codes: torch.Tensor) -> torch.Tensor:
+    """Canonical codes -> uint32 words, a view where alignment allows."""
+    if codes.shape[1] % 4:
+        raise ValueError(f"rows of {codes.shape[1]} bytes do not fill 32-bit words")
+    codes = codes.contiguous()
+    if codes.storage_offset() % 4 or codes.data_ptr() % 4:
+        codes = codes.clone()
+    return codes.view(torch.uint32)
+
+
+def encode(tensors: Tensors) -> Tensors:
+    """Canonical tensors -> those of an MLX file. Raises ValueError for a form that MLX lacks."""
+    return encode_layers(tensors, _encode)
+
+
+def _encode(layer: str, weight: QuantizedTensor) -> Tensors:
+    params = weight._params
+    if params.form == "affine":
+        scales, biases = params.scale, params.shift
+    elif params.form == "symmetric" and params.bits <= 2:
+        scales, biases = params.scale * (2 if params.bits == 1 else 1), -params.scale
+    else:
+        raise ValueError(f"MLX cannot hold {params.bits}-bit {params.form} weights without rounding")
+    return {f"{layer}.weight": to_words(weight._qdata), f"{layer}.scales": scales.contiguous(),
+            f"{layer}.biases": biases.contiguous()}
+
+
+def write(path: Path, tensors: Tensors, config: KleinConfig, about: About) -> None:
+    """A folder like ``transformer-packed-mflux`` of the published repositories."""
+    tensors = to_diffusers(tensors)
+    make_folder(path, config, packing(tensors))
+    save_file(encode(tensors), path / "diffusion_pytorch_model.safetensors", {"format": "mlx"})
+
+
+FORMAT = Format("mlx", matches, decode, {"mlx": Writer(write)})

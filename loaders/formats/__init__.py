@@ -1,0 +1,65 @@
+"""Every format that is read or written. Adding one is one file here and one entry in :data:`FORMATS`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from ..errors import DOWNLOAD_AGAIN, ModelFileError
+from ..files import TensorFile
+from . import comfy, dense, gemlite, hqq, mlx
+from .interface import About, Format, Tensors, Writer
+
+__all__ = ["FORMATS", "About", "Format", "Tensors", "Writer", "decode", "detect", "refuse_other_than_tensors",
+           "targets", "writer"]
+
+if sys.byteorder != "little":
+    raise ImportError("Bonsai Image files are little-endian; this machine is not")
+
+#: The first that matches reads a file. The order matters for ``dense`` only, which takes any file of floating-point
+#: tensors: all others are told by tensors that no other format has.
+FORMATS: tuple[Format, ...] = (gemlite.FORMAT, mlx.FORMAT, comfy.FORMAT, hqq.FORMAT, dense.FORMAT)
+
+
+def detect(file: TensorFile) -> Format:
+    """The format of ``file``. Raises ModelFileError if it is none of :data:`FORMATS`, or holds more than tensors."""
+    for candidate in FORMATS:
+        if candidate.matches(file):
+            if candidate.only_tensors:
+                refuse_other_than_tensors(file)
+            return candidate
+    name, value = next(iter(file.tensors.items()), ("no tensors", None))
+    kind = str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else type(value).__name__
+    raise ModelFileError(file.path, "a Bonsai Image model (GemLite, MLX, unpacked or our own format)",
+                         f"tensors such as {name} ({kind})", "choose a file of PrismML's Bonsai Image 4B")
+
+
+def decode(file: TensorFile) -> tuple[str, Tensors]:
+    """Format name and canonical tensors of ``file``. Raises ModelFileError."""
+    known = detect(file)
+    try:
+        return known.name, known.decode(file)
+    except ValueError as error:
+        raise ModelFileError(file.path, f"a consistent {known.name} file", str(error), DOWNLOAD_AGAIN) from error
+
+
+def refuse_other_than_tensors(file: TensorFile) -> None:
+    """Raise ModelFileError if ``file``, a pickle, holds anything else."""
+    for name, value in file.tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise ModelFileError(file.path, f"{name} to be a tensor", f"a {type(value).__name__}", DOWNLOAD_AGAIN)
+
+
+def targets() -> tuple[str, ...]:
+    """What ``convert --to`` offers."""
+    return tuple(name for known in FORMATS for name in known.writers)
+
+
+def writer(target: str, path: Path) -> Writer:
+    """The writer for one of :func:`targets`. Raises ModelFileError, about ``path``, for any other name."""
+    for known in FORMATS:
+        if target in known.writers:
+            return known.writers[target]
+    raise ModelFileError(path, f"one of the formats {', '.join(targets())}", target, "choose one of them")

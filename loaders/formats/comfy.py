@@ -1,0 +1,174 @@
+"""Our own format: one safetensors file with ComfyUI's names.
+
+Per packed layer: ``weight`` uint8, the canonical codes (see ``ops/packed.py``); ``weight_scale`` in its own dtype;
+``weight_shift`` where the form is not symmetric; ``comfy_quant``, uint8 JSON ``{"format": "bonsai_packed", "bits",
+"group_size", "form"}``. With ``"storage": "base3"`` the tag says that ``weight`` is uint8 ``(N, ceil(K / 5))``:
+five ternary codes 0, 1, 2 of a row in one byte, ``sum(code[i] * 3**i)``; a row whose K is no multiple of 5 ends in zero
+digits. 1.6 bits a weight, 14 % less in all; expanded to 2 bits on loading.
+
+Metadata: ``modelspec.*`` and ``bonsai.source`` (the repository or path the weights came from).
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from pathlib import Path
+from typing import get_args
+
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ...ops.codecs import unpack_codes
+from ...ops.packed import FORMAT_NAME, Form, packed_weight, tag
+from .. import names
+from ..errors import DOWNLOAD_AGAIN, ModelFileError
+from ..files import SAFETENSORS_SUFFIXES, TensorFile
+from ..klein import KleinConfig
+from .interface import About, Format, Tensors, Writer, encode_layers
+
+_TAG = ".comfy_quant"
+_BASE3_DIGITS = 5
+
+#: Rows converted at a time to and from base 3, so that the intermediate form, larger than the codes, stays in cache.
+_BLOCK_ROWS = 512
+
+
+def matches(file: TensorFile) -> bool:
+    return any(name.endswith(_TAG) for name in file.tensors)
+
+
+def decode(file: TensorFile) -> dict[str, torch.Tensor]:
+    stored = names.normalise(file.path, file.tensors)
+    result = {}
+    for layer in file.each(name.removesuffix(_TAG) for name in stored if name.endswith(_TAG)):
+        conf = _conf(file.path, layer, stored.pop(f"{layer}{_TAG}"))
+        parts = [stored.pop(f"{layer}.weight{suffix}", None) for suffix in ("", "_scale", "_shift")]
+        if parts[0] is None or parts[1] is None:
+            raise ModelFileError(file.path, f"weight and weight_scale of {layer}", "one of them missing",
+                                 DOWNLOAD_AGAIN)
+        try:
+            result[f"{layer}.weight"] = _weight(file, layer, conf, *parts)
+        except ValueError as error:
+            raise ModelFileError(file.path, f"{layer} packed as its tag says", str(error), DOWNLOAD_AGAIN) from error
+    return result | stored
+
+
+def _conf(path: Path, layer: str, stored: torch.Tensor) -> dict:
+    # Checked first: bytes() takes a lone number for a length, and would allocate it.
+    text = bytes(stored.tolist()) if stored.dtype == torch.uint8 and stored.ndim == 1 else b""
+    try:
+        conf = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(path, f"JSON in {layer}{_TAG}", "something else", DOWNLOAD_AGAIN) from error
+    if not isinstance(conf, dict) or conf.get("format") != FORMAT_NAME:
+        raise ModelFileError(path, f"{layer} in the format {FORMAT_NAME}", text.decode(errors="replace"),
+                             "load it with ComfyUI's Load Diffusion Model instead")
+    return conf
+
+
+def _weight(file: TensorFile, layer: str, conf: dict, codes, scale, shift) -> QuantizedTensor:
+    bits, group, form, storage = (conf.get(key) for key in ("bits", "group_size", "form", "storage"))
+    if type(bits) is not int or bits not in (1, 2, 4) or type(group) is not int or group < 1:
+        raise ValueError(f"bits {reprlib.repr(bits)} and group size {reprlib.repr(group)}")
+    if form not in get_args(Form) or storage not in (None, "base3"):
+        raise ValueError(f"form {reprlib.repr(form)} and storage {reprlib.repr(storage)}")
+    if codes.dtype != torch.uint8 or codes.ndim != 2 or scale.ndim != 2:
+        raise ValueError(f"weight {codes.dtype} {tuple(codes.shape)}, weight_scale {tuple(scale.shape)}")
+    if storage == "base3":
+        if bits != 2 or form != "symmetric" or file.path.suffix.lower() not in SAFETENSORS_SUFFIXES:
+            raise ValueError(f"base 3 for {bits}-bit {form} weights, or outside a single safetensors file")
+        # The stored bytes are needed once: through a handle of its own the pages they fill are given back at once.
+        with safe_open(file.path, "pt") as own:
+            prefix = names.prefix(file.tensors)
+            codes = from_base3(own.get_tensor(f"{prefix}{layer}.weight"), scale.shape[1] * group)
+    weight = packed_weight(codes, scale, bits, form, shift, dtype=scale.dtype)
+    if weight._params.group != group:
+        raise ValueError(f"groups of {weight._params.group}")
+    return weight
+
+
+def encode(tensors: Tensors, base3: bool = False) -> Tensors:
+    """ComfyUI-named canonical tensors -> those of our file. Raises ValueError where base 3 does not apply."""
+    def one(layer: str, weight: QuantizedTensor) -> Tensors:
+        params = weight._params
+        if base3 and (params.bits != 2 or params.form != "symmetric"):
+            raise ValueError(f"base 3 stores ternary weights, not {params.bits}-bit {params.form} ones")
+        result = {f"{layer}.weight": to_base3(weight._qdata) if base3 else weight._qdata.contiguous(),
+                  f"{layer}.weight_scale": params.scale.contiguous(),
+                  f"{layer}{_TAG}": tag(weight, **({"storage": "base3"} if base3 else {}))}
+        return result if params.shift is None else result | {f"{layer}.weight_shift": params.shift.contiguous()}
+
+    return encode_layers(tensors, one)
+
+
+def to_base3(codes: torch.Tensor) -> torch.Tensor:
+    """Canonical 2-bit codes ``(N, K / 4)`` of a ternary weight -> base-3 bytes. Raises ValueError on a code 3."""
+    rows = []
+    for block in codes.split(_BLOCK_ROWS):
+        digits = unpack_codes(block, 2)
+        if digits.numel() and int(digits.max()) > 2:
+            raise ValueError("code 3 is not ternary")
+        digits = torch.nn.functional.pad(digits, (0, -digits.shape[1] % _BASE3_DIGITS))
+        digits = digits.view(len(block), -1, _BASE3_DIGITS)
+        packed = digits[..., _BASE3_DIGITS - 1].clone()
+        for i in reversed(range(_BASE3_DIGITS - 1)):
+            packed = packed * 3 + digits[..., i]
+        rows.append(packed)
+    return torch.cat(rows)
+
+
+def from_base3(packed: torch.Tensor, k: int) -> torch.Tensor:
+    """Base-3 bytes ``(N, ceil(k / 5))`` -> canonical 2-bit codes ``(N, k / 4)``.
+
+    Raises ValueError on a byte above 242, on padding digits that are not zero, and on a wrong width.
+    """
+    n, width = packed.shape
+    if width != -(-k // _BASE3_DIGITS) or k % 4:
+        raise ValueError(f"{width} base-3 bytes a row do not hold {k} codes")
+    if packed.numel() and int(packed.max()) >= 3**_BASE3_DIGITS:
+        raise ValueError(f"byte {int(packed.max())} is not base 3 (0 to {3**_BASE3_DIGITS - 1})")
+    used = k - (width - 1) * _BASE3_DIGITS
+    if packed.numel() and int(packed[:, -1].max()) >= 3**used:
+        raise ValueError("padding digits are not zero")
+    # One byte gives five 2-bit codes, 10 bits. Two are looked up at once, as a 16-bit word; two words are 40 bits, five
+    # canonical bytes, read off an int64.
+    values = torch.arange(3**_BASE3_DIGITS)
+    ten_bits = torch.zeros(256, dtype=torch.int32)
+    ten_bits[: len(values)] = sum(((values // 3**i) % 3) << (2 * i) for i in range(_BASE3_DIGITS)).int()
+    table = (ten_bits[None, :] | (ten_bits[:, None] << 10)).view(-1, 1).to(packed.device)
+    codes = packed.new_empty(n, k // 4)
+    for start in range(0, n, _BLOCK_ROWS):
+        rows = torch.nn.functional.pad(packed[start : start + _BLOCK_ROWS], (0, -width % 4))
+        words = torch.nn.functional.embedding(rows.view(torch.uint16).int(), table).view(len(rows), -1, 2).long()
+        quads = words[..., 0] | (words[..., 1] << 20)
+        codes[start : start + len(rows)] = (
+            quads.view(torch.uint8).view(len(rows), -1, 8)[..., :5].reshape(len(rows), -1)[:, : k // 4])
+    return codes
+
+
+def _write(path: Path, tensors: Tensors, about: About, base3: bool) -> None:
+    save_file(encode(names.to_comfyui(tensors), base3), path, {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "flux-2-klein-4b",
+        "modelspec.title": f"Bonsai Image 4B {about.variant}",
+        "modelspec.license": "apache-2.0",
+        "bonsai.source": about.source,
+    })
+
+
+def write(path: Path, tensors: Tensors, config: KleinConfig, about: About) -> None:
+    """One safetensors file with the codes as they are in memory."""
+    _write(path, tensors, about, base3=False)
+
+
+def write_base3(path: Path, tensors: Tensors, config: KleinConfig, about: About) -> None:
+    """The same with five ternary codes a byte."""
+    _write(path, tensors, about, base3=True)
+
+
+FORMAT = Format("comfy", matches, decode, {"comfy": Writer(write, SAFETENSORS_SUFFIXES),
+                                           "comfy-base3": Writer(write_base3, SAFETENSORS_SUFFIXES)})

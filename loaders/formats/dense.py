@@ -1,0 +1,116 @@
+"""Unpacked weights: dense safetensors in diffusers' or ComfyUI's names (or a dense Qwen3 text encoder).
+
+The unpacked Bonsai diffusion models hold only ``{-s, 0, s}`` (ternary) or ``{-s, s}`` (binary) in every group of 128
+along K, so packing them loses nothing. Where a single group does not fit, the file is not Bonsai and is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+
+from ...ops.codecs import pack_codes
+from ...ops.packed import is_packed, packed_weight
+from .. import names
+from ..check import FLOATS
+from ..errors import ModelFileError
+from ..files import TensorFile, write_json
+from ..klein import KleinConfig, is_klein
+from .interface import About, Format, Tensors, Writer, make_folder
+
+GROUP = 128
+_SHARD_SIZE = "1GB"
+_WEIGHTS = "diffusion_pytorch_model"
+
+
+def matches(file: TensorFile) -> bool:
+    return bool(file.tensors) and all(
+        isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATS for tensor in file.tensors.values())
+
+
+def decode(file: TensorFile) -> dict[str, torch.Tensor]:
+    tensors = names.normalise(file.path, file.tensors)
+    if not is_klein(tensors):
+        return tensors
+    try:
+        # Binary first: a ternary model fails it at its first layer, whereas the reverse would accept any binary one.
+        return _pack(file, tensors, bits=1)
+    except ValueError:
+        pass
+    try:
+        return _pack(file, tensors, bits=2)
+    except ValueError as error:
+        raise ModelFileError(file.path, "a Bonsai model, every group of 128 weights -s, 0 or s", str(error),
+                             "load an ordinary FLUX.2 model with ComfyUI's Load Diffusion Model instead") from error
+
+
+def _pack(file: TensorFile, tensors: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
+    result = {}
+    for name in file.each(tensors):
+        tensor = tensors[name]
+        if names.is_packable(name):
+            try:
+                codes, scale = from_dense(tensor, bits, GROUP)
+            except ValueError as error:
+                raise ValueError(f"{name} where {error}") from None
+            result[name] = packed_weight(codes, scale, bits, dtype=tensor.dtype)
+        else:
+            result[name] = tensor
+    return result
+
+
+def expand(tensor: torch.Tensor) -> torch.Tensor:
+    """The dense weight of a packed one, in the dtype of its scales, which holds it exactly; a dense one as it is.
+
+    Raises ValueError for a form whose values that dtype cannot hold.
+    """
+    if not is_packed(tensor):
+        return tensor.contiguous()
+    if tensor._params.form != "symmetric" or tensor._params.bits > 2:
+        raise ValueError(f"{tensor._params.bits}-bit {tensor._params.form} weights cannot be expanded without rounding")
+    return tensor.to(dtype=tensor._params.scale.dtype).dequantize()
+
+
+def from_dense(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense weight ``(N, K)`` -> canonical codes and scale ``(N, K / group)`` in the weight's dtype.
+
+    Raises ValueError, naming the first offending group, unless every group holds only ``{-s, 0, s}`` (2 bits) or
+    ``{-s, s}`` (1 bit). A ternary group of zeros has scale 0 and code 1 throughout.
+    """
+    if weight.ndim != 2 or weight.shape[1] % group:
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} has no whole groups of {group} along K")
+    groups = weight.reshape(weight.shape[0], -1, group)
+    scale = groups.abs().amax(-1)
+    fits = (groups.abs() == scale[..., None])
+    if bits == 2:
+        fits |= groups == 0
+    if not bool(fits.all()):
+        row, index = (int(i) for i in (~fits.all(-1)).nonzero()[0])
+        values = groups[row, index].unique().tolist()
+        shown = ", ".join(f"{value:.6g}" for value in values[:5]) + (", ..." if len(values) > 5 else "")
+        alphabet = "{-s, s}" if bits == 1 else "{-s, 0, s}"
+        raise ValueError(f"row {row}, group {index} holds {shown}, not {alphabet}")
+    codes = groups.gt(0).to(torch.uint8) if bits == 1 else (groups.sign() + 1).to(torch.uint8)
+    return pack_codes(codes.view(weight.shape), bits), scale
+
+
+def write(path: Path, tensors: Tensors, config: KleinConfig, about: About) -> None:
+    """A folder in diffusers' layout. One shard is expanded at a time: the whole dense model never exists in memory."""
+    make_folder(path, config)
+    tensors = names.to_diffusers(tensors)
+    outlines = {name: torch.empty(tensor.shape, dtype=tensor._params.scale.dtype if is_packed(tensor) else tensor.dtype,
+                                  device="meta") for name, tensor in tensors.items()}
+    split = split_torch_state_dict_into_shards(outlines, filename_pattern=f"{_WEIGHTS}{{suffix}}.safetensors",
+                                               max_shard_size=_SHARD_SIZE)
+    for filename, shard in split.filename_to_tensors.items():
+        save_file({name: expand(tensors[name]) for name in shard}, path / filename, {"format": "pt"})
+    if split.is_sharded:
+        write_json(path / f"{_WEIGHTS}.safetensors.index.json",
+                   {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+#: Dense weights do not say which codes they came from where a whole group is zero, or a scale negative.
+FORMAT = Format("dense", matches, decode, {"diffusers": Writer(write, keeps_codes=False)})
