@@ -2,13 +2,13 @@
 
 __version__ = "0.1.0"
 
-#: The help pages. Registered here, the host serves them under the name of the folder that the pack was installed in,
-#: which is where the frontend looks; ``tool.comfy.web`` in pyproject.toml would use the project's name.
+#: The help pages. Registered here, ComfyUI serves them under the name of the installation folder, where the frontend
+#: looks for them; ``tool.comfy.web`` in pyproject.toml would use the project's name.
 WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint():
-    """Called by ComfyUI to get the nodes. Outside ComfyUI it is never called, and nothing of the host is imported."""
+    """Called by ComfyUI to get the nodes. Importing the package alone needs no ComfyUI."""
     from .nodes import BonsaiExtension
 
     return BonsaiExtension()

@@ -12,11 +12,11 @@ from pathlib import Path
 
 
 def _package() -> str:
-    """The name that this folder is imported under; run by its path it has none yet, and becomes ``bonsai_image``."""
+    """The import name of this folder. Run by its path, the folder has none yet and becomes ``bonsai_image``."""
     if __package__:
         return __package__
-    folder = Path(__file__).absolute().parent  # by its letters: it may be a link from custom_nodes
-    # Python has put the folder itself first, where ``nodes`` and ``tests`` would be mistaken for other packages.
+    folder = Path(__file__).absolute().parent  # lexically: it may be a link in custom_nodes
+    # Python puts the script's folder first on the path, where ``nodes`` and ``tests`` would shadow other packages.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder.resolve()]
     spec = importlib.util.spec_from_file_location("bonsai_image", folder / "__init__.py",
                                                   submodule_search_locations=[str(folder)])
@@ -27,18 +27,18 @@ def _package() -> str:
 
 
 def main() -> int:
-    """Run one command; its exit status. ``download`` needs no torch, so it does not import it."""
+    """Run one command and return its exit status. ``download`` runs without importing torch."""
     package = _package()
     for stream in (sys.stdout, sys.stderr):
-        # What a Windows console cannot show must not fail what was done.
+        # Unencodable characters must not crash a finished command.
         stream.reconfigure(errors="backslashreplace")
     try:
         if sys.argv[1:2] == ["download"]:
             return importlib.import_module(f"{package}.standalone.download").main(sys.argv[2:])
         return importlib.import_module(f"{package}.standalone.cli").main()
     except ModuleNotFoundError as missing:
-        print(f"bonsai-image: {sys.executable} has no {missing.name}: run this with the Python that runs ComfyUI, or "
-              "install it there with pip.", file=sys.stderr)
+        print(f"bonsai-image: {sys.executable} has no {missing.name}; install it with pip, or use the Python that runs "
+              "ComfyUI.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bonsai-image: cancelled.", file=sys.stderr)

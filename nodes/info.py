@@ -42,7 +42,7 @@ def describe(patcher) -> str:
 
 
 def show(text: str, node_id: str) -> None:
-    """Show ``text`` on the node: the frontend displays the text output of none but a few nodes of its own."""
+    """Show ``text`` on the node: the frontend shows text output only for a few built-in nodes."""
     PromptServer.instance.send_progress_text(text, node_id)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from comfyui_server import Server
-from test_workflows import DOWNLOADED, FILES
+from shipped import DOWNLOADED, FILES
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None,

@@ -8,7 +8,7 @@ import json
 import pytest
 from frontend import frontend, needs_chromium, server_of_a_user
 from PIL import Image
-from test_workflows import BLUEPRINT
+from shipped import BLUEPRINT
 
 
 @pytest.fixture(scope="module")

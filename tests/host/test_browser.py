@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from frontend import HEIGHT, WIDTH, Page, frontend, needs_chromium, server_of_a_user
 from PIL import Image
-from test_workflows import WORKFLOWS
+from shipped import WORKFLOWS
 
 pytestmark = needs_chromium
 

@@ -88,7 +88,7 @@ def test_the_wrong_kind_of_file(pack, load, part):
 
 
 def test_a_latent_of_another_model(model):
-    with pytest.raises(ValueError, match="16 channels, Bonsai Image takes 128: use Empty Flux 2 Latent") as caught:
+    with pytest.raises(ValueError, match="16 channels, but Bonsai Image takes 128; use Empty Flux 2 Latent") as caught:
         sample(model, torch.ones(1, 16, 8, 8))
     assert one_sentence(str(caught.value))
 
@@ -98,14 +98,14 @@ def test_an_empty_latent_of_another_model_is_made_to_fit_by_the_host(model):
 
 
 def test_a_conditioning_of_another_text_encoder(model):
-    with pytest.raises(ValueError, match=r"2560 wide, Bonsai Image takes 7680.*CLIP of a Bonsai loader") as caught:
+    with pytest.raises(ValueError, match=r"2560 wide, but Bonsai Image takes 7680.*CLIP of a Bonsai loader") as caught:
         sample(model, torch.zeros(1, 128, 4, 4), 2560)
     assert one_sentence(str(caught.value))
 
 
 @pytest.mark.parametrize(("batch", "advice"), [
-    (3, "3 at once of 1024 x 512: lower batch_size to 1"),
-    (1, "1 at once of 1024 x 512: lower the size, for example to 704 x 352"),
+    (3, "at 1024 x 512 with batch_size 3; set batch_size to 1, or"),
+    (1, "at 1024 x 512 with batch_size 1; try a smaller size, such as 704 x 352, or"),
 ])
 def test_out_of_memory_says_what_to_lower(model, monkeypatch, batch, advice):
     def exhausted(*args, **kwargs):

@@ -8,11 +8,9 @@ import json
 import aiohttp
 import pytest
 from comfyui_server import ROOT, Server
-
-from bonsai_image.nodes import BonsaiExtension
+from shipped import SCHEMAS
 
 LANGUAGES = ("en", "zh", "ja", "ko", "fr", "es")
-SCHEMAS = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in asyncio.run(BonsaiExtension().get_node_list())}
 
 
 def definitions(language: str) -> dict:

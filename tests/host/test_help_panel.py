@@ -15,7 +15,7 @@ import pytest
 from comfyui_server import ROOT
 from frontend import frontend, needs_chromium, server_of_a_user
 from PIL import Image
-from test_help import SCHEMAS
+from shipped import SCHEMAS
 
 pytestmark = needs_chromium
 

@@ -16,28 +16,15 @@ import layout
 import pytest
 import workflows as tool
 from comfyui_server import ROOT
+from shipped import BLUEPRINT, DOWNLOADED, FILES, WORKFLOWS
 
 import nodes as host_nodes
 from bonsai_image import __version__
 from bonsai_image.nodes import BonsaiExtension
 
-WORKFLOWS = [ROOT / "example_workflows" / f"{name}.json" for name in tool.WORKFLOWS]
-#: Its file name is the name that the frontend shows.
-BLUEPRINT = ROOT / "subgraphs" / f"{tool.BLUEPRINT}.json"
 #: Nodes that exist in the frontend only, and have no inputs, outputs or schema.
 NOTES = {"MarkdownNote", "Note"}
-#: The repository that the notes tell a user to download.
-DOWNLOADED = "bonsai-image-ternary-4B-mlx-2bit"
 CONTROLS = ("fixed", "increment", "decrement", "randomize")
-
-
-#: What else the notes tell a user to get: files by the host's folder kind.
-FILES = {
-    "diffusion_models": "bonsai-image-binary-4B-mlx-1bit.safetensors",
-    "text_encoders": "bonsai-image-qwen3-4B-mlx-4bit.safetensors",
-    "vae": "bonsai-image-vae.safetensors",
-    "loras": "flux2_klein_4b_lora.safetensors",
-}
 
 
 @pytest.fixture(scope="module")

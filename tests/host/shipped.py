@@ -1,0 +1,25 @@
+"""What the repository ships for the frontend, and the files that its workflows tell a user to download."""
+
+from __future__ import annotations
+
+import asyncio
+
+import workflows as tool
+from comfyui_server import ROOT
+
+from bonsai_image.nodes import BonsaiExtension
+
+#: Node schemas by node id.
+SCHEMAS = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in asyncio.run(BonsaiExtension().get_node_list())}
+WORKFLOWS = [ROOT / "example_workflows" / f"{name}.json" for name in tool.WORKFLOWS]
+#: Its file name is the name that the frontend shows.
+BLUEPRINT = ROOT / "subgraphs" / f"{tool.BLUEPRINT}.json"
+#: The repository that the notes tell a user to download.
+DOWNLOADED = "bonsai-image-ternary-4B-mlx-2bit"
+#: What else the notes tell a user to get: files by the host's folder kind.
+FILES = {
+    "diffusion_models": "bonsai-image-binary-4B-mlx-1bit.safetensors",
+    "text_encoders": "bonsai-image-qwen3-4B-mlx-4bit.safetensors",
+    "vae": "bonsai-image-vae.safetensors",
+    "loras": "flux2_klein_4b_lora.safetensors",
+}
