@@ -62,7 +62,8 @@ def sockets(schema: type | None) -> tuple[list[tuple[str, str, bool]], int]:
         if kind in ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN"):
             widgets.append((name, kind, True))
             more = spec[1] if len(spec) > 1 else {}
-            count += 1 + bool(more.get("control_after_generate"))
+            # The frontend adds the control to every seed, whatever the schema says.
+            count += 1 + bool(more.get("control_after_generate", name == "seed"))
         else:
             plain.append((name, kind, False))
     return plain + widgets, count

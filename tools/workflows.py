@@ -183,8 +183,42 @@ def batch_variations() -> list[Column]:
             sampling(batch=4), image()]
 
 
+def lora_training() -> list[Column]:
+    images = note("Images and captions", (
+        "Make a folder in ComfyUI's *input* folder and put 10 to 50 images there, each with a text file of the same "
+        "name that says what is in it (`1.jpg`, `1.txt`). Press **R** and choose the folder above.\n\nA caption names "
+        "what may change from image to image. What all images share and no caption mentions is what the LoRA "
+        "learns.\n"), 240)
+    why = note("Training", (
+        "The packed weights stay as they are; the LoRA is trained beside them, with **bypass_mode** on. Without it, "
+        "every layer is expanded to a dense weight: the same LoRA for more time and memory. The weights themselves "
+        "cannot be trained.\n\nLeave **batch_size** at 1: ComfyUI mixes the captions of a larger batch. "
+        "*grad_accumulation_steps* does what a batch is for.\n\nA falling loss curve is a good sign, a good image a "
+        "better one: open the workflow *lora*, press **R** and choose the file that *Save LoRA* wrote. 300 steps are a "
+        "start; *existing_lora* goes on from one.\n"), 210)
+    dataset = Node("dataset", "LoadImageTextDataSetFromFolder", 400, ["training"], title="Images with captions",
+                   height=110)
+    data = [[dataset, images],
+            # Below the links from the loader to the nodes on the right.
+            [Node("scale", "ImageScaleToTotalPixels", 300, ["lanczos", 0.25, 16], {"image": ("dataset", 0)},
+                  "Scale to multiples of 16", above=140)]]
+    encoded = [Node("encode", "VAEEncode", 300, [], {"pixels": ("scale", 0), "vae": ("loader", 2)}, "Encode"),
+               Node("captions", "CLIPTextEncode", 300, [""], {"clip": ("loader", 1), "text": ("dataset", 1)},
+                    "Captions", 160)]
+    settings = [1, 4, 300, 0.0005, 8, "AdamW", "MSE", 0, "fixed", "bf16", "fp32", False, "LoRA", True, 1, False,
+                "[None]", False, True]
+    train = Node("train", "TrainLoraNode", 340, settings,
+                 {"model": ("loader", 0), "latents": ("encode", 0), "positive": ("captions", 0)}, "Train LoRA", 590)
+    results = [Node("store", "SaveLoRA", 300, ["loras/bonsai_lora", 0], {"lora": ("train", 0), "steps": ("train", 2)},
+                    height=100),
+               Node("curve", "LossGraphNode", 300, ["loss_graph"], {"loss": ("train", 1)}, "Loss", 330)]
+    return [Column(0, [model(where_it_goes(TERNARY), 120), Group("2. Your images", data)]),
+            Column(330, [Group("As the model sees them", [encoded])]), Column(150, [Group("3. Training", [[train]])]),
+            Column(0, [Group("4. The LoRA", [results]), Group("Good to know", [[why]])])]
+
+
 WORKFLOWS = {build.__name__: build for build in (text_to_image, text_to_image_fast_and_small, reference_edit,
-                                                 image_to_image, lora, batch_variations)}
+                                                 image_to_image, lora, lora_training, batch_variations)}
 
 #: The subgraph that stands for all of text to image, and what of it shows on the one node.
 BLUEPRINT = "Bonsai Text to Image"

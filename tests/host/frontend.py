@@ -16,7 +16,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from comfyui_server import Server
-from shipped import DOWNLOADED, FILES
+from shipped import DOWNLOADED, FILES, TRAINING
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None,
@@ -127,8 +127,12 @@ def server_of_a_user(comfyui: Path, pack: Path, binary_transformer: Path, root: 
     for kind, part in parts.items():
         (running.base / "models" / kind).mkdir(exist_ok=True)
         (running.base / "models" / kind / FILES[kind]).symlink_to(part)
-    (running.base / "input").mkdir(exist_ok=True)
-    shutil.copy(comfyui / "input" / "example.png", running.base / "input")
+    images = running.base / "input" / TRAINING
+    images.mkdir(parents=True)
+    shutil.copy(comfyui / "input" / "example.png", images.parent)
+    for number in range(2):
+        shutil.copy(comfyui / "input" / "example.png", images / f"{number}.png")
+        (images / f"{number}.txt").write_text(f"caption {number}")
     try:
         settings = running.base / "user" / "default" / "comfy.settings.json"
         settings.parent.mkdir(parents=True, exist_ok=True)

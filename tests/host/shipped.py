@@ -16,6 +16,8 @@ WORKFLOWS = [ROOT / "example_workflows" / f"{name}.json" for name in tool.WORKFL
 BLUEPRINT = ROOT / "subgraphs" / f"{tool.BLUEPRINT}.json"
 #: The repository that the notes tell a user to download.
 DOWNLOADED = "bonsai-image-ternary-4B-mlx-2bit"
+#: The folder of images with captions that the notes tell a user to make.
+TRAINING = "training"
 #: What else the notes tell a user to get: files by the host's folder kind.
 FILES = {
     "diffusion_models": "bonsai-image-binary-4B-mlx-1bit.safetensors",

@@ -9,6 +9,7 @@ import asyncio
 import copy
 import json
 import os
+import shutil
 from pathlib import Path
 
 import folder_paths
@@ -16,7 +17,7 @@ import layout
 import pytest
 import workflows as tool
 from comfyui_server import ROOT
-from shipped import BLUEPRINT, DOWNLOADED, FILES, WORKFLOWS
+from shipped import BLUEPRINT, DOWNLOADED, FILES, TRAINING, WORKFLOWS
 
 import nodes as host_nodes
 from bonsai_image import __version__
@@ -42,7 +43,9 @@ def schemas(tmp_path_factory, comfyui) -> dict[str, type]:
             extensions = folder_paths.folder_names_and_paths[kind][1]
             patch.setitem(folder_paths.folder_names_and_paths, kind, ([str(root / kind)], extensions))
         patch.setattr(folder_paths, "filename_list_cache", {})
-        patch.setattr(folder_paths, "input_directory", str(comfyui / "input"))
+        (root / "input" / TRAINING).mkdir(parents=True)
+        shutil.copy(comfyui / "input" / "example.png", root / "input")
+        patch.setattr(folder_paths, "input_directory", str(root / "input"))
         ours = asyncio.run(BonsaiExtension().get_node_list())
         yield host_nodes.NODE_CLASS_MAPPINGS | {node.GET_SCHEMA().node_id: node for node in ours}
 
@@ -87,7 +90,7 @@ def node_problems(node: dict, schema: type) -> list[str]:
     for name, spec in specs.items():
         if is_widget(spec):
             widgets.append((name, spec))
-            if len(spec) > 1 and spec[1].get("control_after_generate"):
+            if len(spec) > 1 and spec[1].get("control_after_generate", name == "seed"):
                 widgets.append((f"control of {name}", ("COMBO", {"options": CONTROLS})))
     if len(node["widgets_values"]) != len(widgets):
         found.append(f"{len(node['widgets_values'])} widget values, the schema has {len(widgets)}")
