@@ -1,0 +1,357 @@
+"""Our models under ComfyUI's memory management on a pretended GPU (``pretended_gpu.py``), against the plain CPU.
+
+    python gpu_cases.py TERNARY BINARY TEXT_ENCODER
+
+prints one line of JSON for each case in each mode, and for each planted fault. Every mode is a fork of this process: it
+has imported the host and drawn on the CPU, and none leaves anything behind for the next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+TERNARY, BINARY, TEXT_ENCODER = sys.argv[1:4]
+sys.argv = sys.argv[:1]
+sys.path.insert(0, os.environ["COMFYUI_PATH"])
+
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = args.use_pytorch_cross_attention = True
+
+import comfy.hooks  # noqa: E402
+import comfy.model_management as management  # noqa: E402
+import comfy.ops  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
+import gpu_kernels_stand_in  # noqa: E402
+import pretended_aimdo  # noqa: E402
+import pretended_gpu  # noqa: E402
+import torch  # noqa: E402
+from comfy_extras.nodes_multigpu import SelectCLIPDeviceNode, SelectModelDeviceNode  # noqa: E402
+from gpu_faults import FAULTS  # noqa: E402
+from pretended_aimdo import MODES, evict, room  # noqa: E402
+from pretended_gpu import record  # noqa: E402
+
+from bonsai_image.nodes import models  # noqa: E402
+
+#: Code that must not wait for the GPU in a step: all of ours, and what the planted faults put into it.
+OURS = (str(Path(models.__file__).parent.parent) + os.sep, str(Path(__file__).with_name("gpu_faults.py")))
+LAYERS = ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "img_in")
+TEXT_LAYERS = ("layers.3.mlp.gate_proj", "layers.9.self_attn.q_proj")
+PLENTY = 20 << 30
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def adapter(model, kind: str, seed=0) -> dict[str, torch.Tensor]:
+    """A file of ``kind`` (lora, dora or lokr) for a few layers."""
+    result = {}
+    for layer in LAYERS:
+        n, k = model.model.diffusion_model.get_submodule(layer).weight.shape
+        parts = {"lora_up.weight": random(n, 4, seed=seed), "lora_down.weight": random(4, k, seed=seed) * 0.03}
+        if kind == "dora":
+            parts["dora_scale"] = random(n, 1).abs() + 0.5
+        elif kind == "lokr":
+            parts = {"lokr_w1": random(4, 8, seed=seed) * 0.3, "lokr_w2": random(n // 4, k // 8, seed=seed) * 0.2}
+        result |= {f"diffusion_model.{layer}.{name}": tensor for name, tensor in parts.items()}
+    return result
+
+
+def text_adapter(clip, layers) -> dict[str, torch.Tensor]:
+    result = {}
+    for layer in layers:
+        n, k = clip.cond_stage_model.qwen3_4b.transformer.model.get_submodule(layer).weight.shape
+        name = f"text_encoders.qwen3_4b.transformer.model.{layer}"
+        result |= {f"{name}.lora_up.weight": random(n, 4) * 0.1, f"{name}.lora_down.weight": random(4, k) * 0.1}
+    return result
+
+
+def with_lora(model, file, strength=1.0):
+    return comfy.sd.load_lora_for_models(model, None, dict(file), strength, 0.0)[0]
+
+
+def draw(model, hook=None, between=None, batch=1, reference=None):
+    """A latent after two steps."""
+    noise = random(batch, 128, 4, 6, seed=3)
+    conditions = [[[random(1, 20, 3 * 2560, seed=seed), {}]] for seed in (4, 5)]
+    if reference is not None:
+        conditions[0][0][1]["reference_latents"] = [reference]
+    if hook is not None:
+        conditions[0] = comfy.hooks.set_hooks_for_conditioning(
+            conditions[0], comfy.hooks.create_hook_lora(dict(hook), 1.0, 0.0))
+    with torch.inference_mode():
+        result = comfy.sample.sample(model, noise, 2, 1.0, "euler", "simple", *conditions, torch.zeros_like(noise),
+                                     seed=3, callback=between, disable_pbar=True)
+        return getattr(result, "held", result)
+
+
+def encode(clip, file=None):
+    """The conditioning of 20 tokens; with ``file``, of a CLIP with that LoRA."""
+    if file is not None:
+        clip = comfy.sd.load_lora_for_models(None, clip, dict(file), 0.0, 1.0)[1]
+    with torch.inference_mode():
+        result = clip.encode_from_tokens({"qwen3_4b": [[(i * 37 % 4000, 1.0) for i in range(20)]]})
+        return getattr(result, "held", result)
+
+
+def saved(model):
+    """The bytes that a file of the packed layers would hold."""
+    with torch.inference_mode():
+        tensors = {name: tensor for name, tensor in model.model.diffusion_model.state_dict().items()
+                   if "norm" not in name}  # in whose dtype the host makes norms, depends on the device
+        return torch.cat([getattr(t, "held", t).contiguous().view(-1).view(torch.uint8) for t in (
+            tensors[name].to("cpu") for name in sorted(tensors)) if t.dim()])
+
+
+def load(path=TERNARY):
+    with torch.inference_mode():
+        return models.load_model(path, "bf16")
+
+
+def load_clip():
+    with torch.inference_mode():
+        return models.load_clip(TEXT_ENCODER, "fp32")
+
+
+class Files:
+    """The adapters, made once on the CPU."""
+
+    def __init__(self, model, clip):
+        self.lora, self.other = adapter(model, "lora"), adapter(model, "lora", seed=1)
+        self.dora, self.lokr = adapter(model, "dora"), adapter(model, "lokr")
+        self.text, self.table = text_adapter(clip, TEXT_LAYERS), text_adapter(clip, ["embed_tokens"])
+        self.reference = random(1, 128, 4, 4, seed=8)
+
+
+def cpu_results():
+    """The adapters, and what everything below must give: name -> tensor."""
+    model, clip = load(), load_clip()
+    files = Files(model, clip)
+    stacked = with_lora(with_lora(model, files.lora, 0.8), files.lokr, -0.4)
+    results = {
+        "plain": draw(model), "binary": draw(load(BINARY)), "lora": draw(with_lora(model, files.lora)),
+        "half": draw(with_lora(model, files.lora, 0.5)), "dora": draw(with_lora(model, files.dora)),
+        "lokr": draw(with_lora(model, files.lokr)), "stacked": draw(stacked), "batch": draw(model, batch=2),
+        "reference": draw(model, reference=files.reference), "clip": encode(clip),
+        "clip lora": encode(clip, files.text), "clip table": encode(clip, files.table), "saved": saved(model),
+    }
+    same = [(a, b) for a in results for b in results
+            if a < b and results[a].shape == results[b].shape and torch.equal(results[a], results[b])]
+    management.unload_all_models()
+    return files, results, same
+
+
+class Lab:
+    """One mode: the models on the pretended GPU, and a line for each case."""
+
+    def __init__(self, mode: str, files: Files, expected: dict[str, torch.Tensor]):
+        gpu_kernels_stand_in.install()
+        pretended_aimdo.install(mode)
+        self.mode, self.files, self.expected, self.fault = mode, files, expected, None
+        self.model = load()
+        # The host keeps room for three of the largest layers, half of this small model.
+        self.room = room["bytes"] = self.model.model_size() if mode == "partial" else PLENTY
+
+    def case(self, name: str, want: str, run) -> None:
+        """Run, compare and print."""
+        record.clear()
+        error = None
+        try:
+            result = run()
+        except Exception as failure:
+            result, error = None, f"{type(failure).__name__}: {str(failure)[:300]}"
+        # What the host does after every node.
+        management.reset_cast_buffers()
+        print(json.dumps({
+            "mode": self.mode, "fault": self.fault, "shows": FAULTS[self.fault][1] if self.fault else None,
+            "case": name, "error": error,
+            "different": not (result is not None and torch.equal(result, self.expected[want])),
+            "races": [f"{a} {b} {stack[:3]}" for a, b, stack in record.races[:3]],
+            "waits": [f"{name} {stack[0]}" for name, stack in record.waits if in_our_step(stack)][:3],
+            "pageable": [stack[0] for _, pinned, stack in record.uploads if not pinned and by_our_step(stack)][:3],
+            "pinned": pretended_aimdo.pinned_pages(), "dynamic": self.model.is_dynamic(),
+            "loaded": self.model.loaded_size() / self.model.model_size()}), flush=True)
+        pretended_aimdo.unpin_all()
+
+
+def in_our_step(stack) -> bool:
+    """Whether the CPU waited in our own code, while the model ran."""
+    names = [function for _, function in stack]
+    # Once for each kind of weight, a backend is compared with the reference on the device.
+    checking = "self_check" in names or any(file.endswith("selfcheck.py") for file, _ in stack)
+    return stack[0][0].startswith(OURS) and "forward" in names and not checking
+
+
+def by_our_step(stack) -> bool:
+    """Whether our code, and not the host's transfer of a weight, uploaded something while the model ran."""
+    names = [function for _, function in stack]
+    return "forward" in names and "cast_bias_weight" not in names and any(
+        file.startswith(OURS) for file, _ in stack[:6])
+
+
+@contextmanager
+def at_product(number: int, action):
+    """Call ``action`` before the product ``number`` of the packed weights."""
+    calls = [0]
+
+    def hook(*operands):
+        calls[0] += 1
+        if calls[0] == number:
+            action(*operands)
+
+    pretended_gpu.before_operator.append(hook)
+    try:
+        yield
+    finally:
+        pretended_gpu.before_operator.remove(hook)
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def broken_off(model, action, error):
+    """A prompt that ends in ``error``; then the next one."""
+    try:
+        with at_product(4, action):
+            draw(model)
+    except error:
+        return draw(model)
+    raise AssertionError("the prompt was not broken off")
+
+
+def make_room(lab: Lab):
+    """Take away what can be taken from a loaded model between two steps."""
+    evict()
+    if not lab.model.is_dynamic():
+        lab.model.partially_unload(torch.device("cpu"), lab.model.model_size())
+
+
+def diffusion_cases(lab: Lab) -> None:
+    model, files = lab.model, lab.files
+    lab.case("plain", "plain", lambda: draw(model))
+    lab.case("LoRA", "lora", lambda: draw(with_lora(model, files.lora)))
+    lab.case("LoRA, strength changed", "half", lambda: draw(with_lora(model, files.lora, 0.5)))
+    lab.case("DoRA", "dora", lambda: draw(with_lora(model, files.dora)))
+    lab.case("LoKr", "lokr", lambda: draw(with_lora(model, files.lokr)))
+    lab.case("LoRA and LoKr stacked", "stacked",
+             lambda: draw(with_lora(with_lora(model, files.lora, 0.8), files.lokr, -0.4)))
+    lab.case("LoRA removed", "plain", lambda: draw(model))
+    lab.case("LoRA as a hook", "lora", lambda: draw(model, hook=files.lora))
+    lab.case("LoRA clone made between steps", "plain",
+             lambda: draw(model, between=lambda *_: with_lora(model, files.lora)))
+    lab.case("batch of 2", "batch", lambda: draw(model, batch=2))
+    lab.case("reference latent", "reference", lambda: draw(model, reference=files.reference))
+    lab.case("saved", "saved", lambda: saved(model))
+
+
+def memory_cases(lab: Lab) -> None:
+    model, files, binary = lab.model, lab.files, load(BINARY)
+    lab.case("evicted between steps", "plain", lambda: draw(model, between=lambda *_: make_room(lab)))
+
+    def evicted_in_step():
+        with at_product(4, evict):
+            return draw(model)
+
+    lab.case("evicted in mid-step", "plain", evicted_in_step)
+    lab.case("out of memory in a layer, then again", "plain",
+             lambda: broken_off(model, out_of_memory, torch.OutOfMemoryError))
+    lab.case("cancelled in mid-step, then again", "plain",
+             lambda: broken_off(model, lambda *_: management.interrupt_current_processing(True),
+                                management.InterruptProcessingException))
+
+    def reloaded():
+        management.unload_all_models()
+        return draw(model)
+
+    lab.case("unloaded and loaded", "plain", reloaded)
+    # Room for one model, then for most of it, then for none.
+    for share in (1.0, 0.7, 0.0):
+        management.unload_all_models()
+        room["bytes"] = int(model.model_size() * share)
+        lab.case(f"room for {share:.0%}", "plain", lambda: draw(model))
+        lab.case(f"LoRA, room for {share:.0%}", "lora", lambda: draw(with_lora(model, files.lora)))
+        lab.case(f"memory-mapped binary model, room for {share:.0%}", "binary", lambda: draw(binary))
+    room["bytes"] = lab.room
+    lab.case("two variants in turn", "plain", lambda: draw(model))
+
+
+def device_cases(lab: Lab) -> None:
+    def chosen(model, device):
+        with torch.inference_mode():
+            return SelectModelDeviceNode.execute(model, device)[0]
+
+    second = chosen(lab.model, "gpu:1")
+    lab.case("second GPU", "plain", lambda: draw(second))
+    lab.case("LoRA on the second GPU", "lora", lambda: draw(with_lora(second, lab.files.lora)))
+    lab.case("first GPU after the second", "plain", lambda: draw(chosen(second, "default")))
+    lab.case("diffusion model on the CPU", "plain", lambda: draw(chosen(lab.model, "cpu")))
+    lab.case("GPU after the CPU", "plain", lambda: draw(lab.model))
+
+
+def text_cases(lab: Lab) -> None:
+    clip, files = load_clip(), lab.files
+    lab.case("text encoder", "clip", lambda: encode(clip))
+    lab.case("LoRA on the text encoder", "clip lora", lambda: encode(clip, files.text))
+    lab.case("LoRA on the packed embedding", "clip table", lambda: encode(clip, files.table))
+    lab.case("text encoder after its LoRAs", "clip", lambda: encode(clip))
+    with torch.inference_mode():
+        on_cpu = SelectCLIPDeviceNode.execute(clip, "cpu")[0]
+    lab.case("text encoder on the CPU", "clip", lambda: encode(on_cpu))
+    lab.case("LoRA on the text encoder on the CPU", "clip lora", lambda: encode(on_cpu, files.text))
+    lab.case("text encoder on the GPU again", "clip", lambda: encode(clip))
+
+
+def run_mode(mode: str, *cpu) -> None:
+    lab = Lab(mode, *cpu)
+    for part in (diffusion_cases, memory_cases, device_cases, text_cases):
+        part(lab)
+
+
+def run_fault(name: str, *cpu) -> None:
+    lab = Lab("dynamic", *cpu)
+    patched = with_lora(lab.model, lab.files.lora)
+    draw(patched)
+    evict()
+    FAULTS[name][0](patched)
+    lab.fault = name
+    lab.case("LoRA", "lora", lambda: draw(patched))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    *cpu, same = cpu_results()
+    print(json.dumps({"same": same}), flush=True)
+    for mode in MODES:
+        in_fork(lambda mode=mode: run_mode(mode, *cpu))
+    for fault in FAULTS:
+        in_fork(lambda fault=fault: run_fault(fault, *cpu))
+
+
+def in_fork(call) -> None:
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            call()
+            code = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit("a mode ended early")
+
+
+if __name__ == "__main__":
+    main()
