@@ -25,7 +25,7 @@ host_args.cpu = True
 
 from comfy.weight_adapter import LoRAAdapter  # noqa: E402
 
-from bonsai_image.nodes.lora import side_paths  # noqa: E402
+from bonsai_image.nodes.side_paths import side_paths  # noqa: E402
 from bonsai_image.ops import torch_backend  # noqa: E402
 from bonsai_image.ops.devices import DTYPES  # noqa: E402
 
@@ -39,7 +39,7 @@ def once(x: torch.Tensor, layer: SimpleNamespace, paths: tuple) -> float:
     start = time.perf_counter()
     y = torch_backend.linear(x, layer.weight, None)
     for path in paths:
-        y = path.add(x, y, layer.weight)
+        path.add(x, y, layer.weight)
     return time.perf_counter() - start
 
 

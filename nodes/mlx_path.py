@@ -143,11 +143,11 @@ def _changed_layers(flux) -> Iterator[str]:
     """Names of the parts of ``flux`` that do not compute as they were loaded."""
     yield from (name for name in _METHODS if getattr(flux, name).__module__ != Flux.__module__)
     for name, module in flux.named_modules():
-        functions = [function for kind in ("weight_function", "bias_function", "side_paths")
-                     for function in getattr(module, kind, ())]
+        adapters = getattr(module, "adapters", None)
+        changes = (*getattr(module, "weight_function", ()), *getattr(module, "bias_function", ()),
+                   *(adapters.paths if adapters else ()), *module._forward_hooks, *module._forward_pre_hooks)
         weight = getattr(module, "weight", None)
-        if (functions or "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
-                or (is_packed(weight) and not mlx_backend.serves(weight))):
+        if changes or "forward" in vars(module) or (is_packed(weight) and not mlx_backend.serves(weight)):
             yield name
 
 

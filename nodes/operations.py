@@ -10,12 +10,17 @@ import torch
 
 from ..ops.linear import PackedEmbedding, PackedLinear, embedding, linear
 from ..ops.packed import is_packed
+from .side_paths import Adapters
 
 
 class HostLayer(comfy.ops.CastWeightBiasOp):
-    """Common to the layers below: ComfyUI offloads, prefetches, patches and merges their weights."""
+    """Common to the layers below: ComfyUI offloads, prefetches, patches and merges their weights.
+
+    ``adapters`` hold the LoRAs of the loaded model (see ``nodes/lora.py``), None while it is not loaded.
+    """
 
     comfy_cast_weights = True
+    adapters: Adapters | None = None
     weight: torch.Tensor
     bias: torch.Tensor | None
 
@@ -47,6 +52,11 @@ class HostLayer(comfy.ops.CastWeightBiasOp):
         finally:
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
+    def add_side_paths(self, x: torch.Tensor, result: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add the effect of the adapters to ``result``, in place (see :class:`SidePath`)."""
+        for path in self.adapters.paths if self.adapters else ():
+            path.add(x, result, weight)
+
     def convert_weight(self, weight: torch.Tensor, **_) -> torch.Tensor:
         """How ComfyUI gets a dense weight, to merge it into another model or to extract a LoRA from it."""
         return weight.dequantize() if is_packed(weight) else weight
@@ -59,22 +69,17 @@ class HostLayer(comfy.ops.CastWeightBiasOp):
 class HostLinear(HostLayer, PackedLinear):
     """A Linear that ComfyUI offloads, prefetches and interrupts like its own.
 
-    ``compute_dtype`` None means the dtype of the activations. ``side_paths`` add the effect of LoRAs beside the product
-    (see ``nodes/lora.py``, which notes in ``attached`` what they were made of; None while the model is not loaded). The
-    weight itself, packed or dense, never changes.
+    ``compute_dtype`` None means the dtype of the activations. The weight, packed or dense, never changes.
     """
 
     compute_dtype: torch.dtype | None = None
-    side_paths: tuple = ()
-    attached: tuple | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         comfy.ops.run_every_op()
         x_cast = x.to(self.compute_dtype or x.dtype)
         with self.cast(x.device, x_cast.dtype) as (weight, bias):
             result = linear(x_cast, weight, bias, self.backend)
-            for path in self.side_paths:
-                result = path.add(x_cast, result, weight)
+            self.add_side_paths(x_cast, result, weight)
         return result.to(x.dtype)
 
 
@@ -85,7 +90,9 @@ class HostEmbedding(HostLayer, PackedEmbedding):
         comfy.ops.run_every_op()
         dtype = out_dtype or self.weight.dtype
         with self.cast(indices.device, dtype) as (weight, _):
-            return embedding(indices, weight, dtype)
+            rows = embedding(indices, weight, dtype)
+            self.add_side_paths(indices, rows, weight)
+        return rows
 
 
 def packed_operations(backend: str = "auto", compute_dtype: torch.dtype | None = None) -> type:

@@ -14,8 +14,8 @@ LAYERS = ("double_blocks.0.img_attn.qkv", "double_blocks.0.txt_mlp.0", "single_b
 class Maker:
     """Adapter files of every kind, random but of a visible effect."""
 
-    def __init__(self, tensors, seed=0):
-        self.shapes = {layer: tuple(tensors[f"{layer}.weight"].shape) for layer in LAYERS}
+    def __init__(self, tensors=None, seed=0):
+        self.shapes = {layer: tuple(tensors[f"{layer}.weight"].shape) for layer in LAYERS if tensors}
         self.generator = torch.Generator().manual_seed(seed)
 
     def random(self, *shape, scale=1.0):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import comfy.hooks
 import comfy.model_management
 import comfy.sd
+import comfy.weight_adapter
 import pytest
 import torch
-from adapters import Maker, codes_of, with_lora
+from adapters import KINDS, LAYERS, Maker, codes_of, with_lora
 from reference import relative
 from sampling import conditioning, host_forward, sample
 
@@ -86,7 +88,7 @@ def test_dynamic_vram_leaves_the_patch_to_us(packed_model, tensors):
     layer = patched.model.diffusion_model.single_blocks[0].linear1
     layer.weight_lowvram_function = LowVramPatch("diffusion_model.single_blocks.0.linear1.weight", patched.patches)
     lora.attach(patched, loading=True)
-    assert layer.weight_lowvram_function is None and len(layer.side_paths) == 1
+    assert layer.weight_lowvram_function is None and len(layer.adapters.paths) == 1
 
 
 def test_no_memory_for_the_adapters_leaves_nothing_loaded(transformer, tensors, inputs, monkeypatch):
@@ -104,7 +106,7 @@ def test_no_memory_for_the_adapters_leaves_nothing_loaded(transformer, tensors, 
                 comfy.model_management.load_models_gpu([patched])
         comfy.model_management.unload_all_models()
         assert patched.loaded_size() == 0
-        assert not any(m.side_paths or m.attached for m in patched.model.modules() if isinstance(m, HostLinear))
+        assert not any(m.adapters for m in patched.model.modules() if isinstance(m, HostLinear))
     assert relative(host_forward(patched, inputs), host_forward(model, inputs)) > 1e-2
 
 
@@ -115,7 +117,7 @@ def test_adapters_follow_a_clone_to_its_device(packed_model, tensors):
     clone = patched.clone()
     clone.load_device = torch.device("meta")
     lora.attach(clone)
-    paths = [path for m in clone.model.modules() if isinstance(m, HostLinear) for path in m.side_paths]
+    paths = [path for m in clone.model.modules() if isinstance(m, HostLinear) for path in m.adapters.paths]
     assert paths and {path.down.device.type for path in paths} == {"meta"}
     lora.attach(patched)
 
@@ -124,9 +126,9 @@ def test_adapters_are_let_go_with_the_model(packed_model, tensors, inputs):
     patched = with_lora(packed_model, Maker(tensors).file("lora"))
     host_forward(patched, inputs)
     layers = [m for m in patched.model.modules() if isinstance(m, HostLinear)]
-    assert any(layer.side_paths for layer in layers)
+    assert any(layer.adapters.paths for layer in layers)
     comfy.model_management.unload_all_models()
-    assert not any(layer.side_paths for layer in layers)
+    assert not any(layer.adapters for layer in layers)
 
 
 @pytest.mark.parametrize("kind", ["model", "clip"])
@@ -157,3 +159,58 @@ def test_models_are_unloaded_outside_inference_mode(pack, transformer, tensors, 
             for turn in turns:
                 assert torch.equal(run(patched(model, files[turn - 1]) if turn else model), expected[turn])
         comfy.model_management.unload_all_models()
+
+
+def test_a_clone_with_a_lora_does_not_change_the_model_that_is_loaded(packed_model, tensors, inputs):
+    """A LoRA Loader while the model is sampled: its clone shares the layers, and has not been loaded."""
+    expected = host_forward(packed_model, inputs)
+    with_lora(packed_model, Maker(tensors).file("lora"))
+    with torch.inference_mode():
+        assert torch.equal(packed_model.model.diffusion_model(*inputs), expected)
+    assert not any(m.adapters.paths for m in packed_model.model.modules() if isinstance(m, HostLinear))
+
+
+def tensors_in(thing) -> list[torch.Tensor]:
+    if isinstance(thing, torch.Tensor):
+        return [thing]
+    if dataclasses.is_dataclass(thing):
+        thing = tuple(vars(thing).values())
+    elif isinstance(thing, comfy.weight_adapter.WeightAdapterBase):
+        thing = thing.weights
+    return [tensor for part in thing for tensor in tensors_in(part)] if isinstance(thing, tuple) else []
+
+
+def bytes_of(file) -> int:
+    return sum(tensor.nbytes for name, tensor in file.items() if not name.endswith("alpha"))
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"diff"}))
+def test_factors_are_copied_to_the_device_by_the_load(packed_model, tensors, kind):
+    """And not from pageable memory in every layer and step; whole matrices stay in RAM."""
+    patched = with_lora(packed_model, Maker(tensors).file(kind))
+    patched.load_device = torch.device("meta")
+    lora.attach(patched, loading=True)
+    paths = [path for layer in LAYERS
+             for path in patched.model.diffusion_model.get_submodule(layer).adapters.paths]
+    lora.detach(patched, True)
+    assert len(paths) == len(LAYERS) and {tensor.device.type for tensor in tensors_in(tuple(paths))} == {"meta"}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+def test_factors_are_counted_before_the_model_is_loaded(packed_model, tensors, kind, monkeypatch):
+    file = Maker(tensors).file(kind)
+    sizes, load = [], comfy.model_management.load_models_gpu
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu",
+                        lambda models, **options: sizes.append(models[0].model_size()) or load(models, **options))
+    for model in (packed_model, with_lora(packed_model, file, 0.2), packed_model):
+        sample(model, steps=1)
+    assert sizes == [sizes[0], sizes[0] + bytes_of(file), sizes[0]]
+
+
+def test_factors_of_a_text_encoder_are_counted(pack):
+    clip = models.load_clip(str(pack / "text_encoder-mlx-4bit"), "fp32")
+    name = "text_encoders.qwen3_4b.transformer.model.layers.3.mlp.gate_proj"
+    file = {f"{name}.lora_up.weight": torch.ones(128, 1), f"{name}.lora_down.weight": torch.ones(1, 2560)}
+    patched = comfy.sd.load_lora_for_models(None, clip, file, 0.0, 1.0)[1]
+    patched.encode_from_tokens(patched.tokenize("a bonsai"))
+    assert patched.patcher.model_size() - clip.patcher.model_size() == bytes_of(file)
