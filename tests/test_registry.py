@@ -19,7 +19,8 @@ COMFY = shutil.which("comfy", path=os.pathsep.join([str(Path(sys.executable).par
 pytestmark = pytest.mark.skipif(COMFY is None, reason="no comfy beside this Python (pip install comfy-cli)")
 #: Everything at the top of the archive; the rest of the repository stays out.
 WANTED = {"__init__.py", "__main__.py", "loaders", "nodes", "ops", "standalone", "web", "locales", "example_workflows",
-          "subgraphs", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "CHANGELOG.md"}
+          "subgraphs", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "NOTICE",
+          "CHANGELOG.md"}
 
 
 def comfy(folder: Path, *words: str) -> str:
