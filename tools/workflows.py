@@ -193,9 +193,10 @@ def lora_training() -> list[Column]:
         "The packed weights stay as they are; the LoRA is trained beside them, with **bypass_mode** on. Without it, "
         "every layer is expanded to a dense weight: the same LoRA for more time and memory. The weights themselves "
         "cannot be trained.\n\nLeave **batch_size** at 1: ComfyUI mixes the captions of a larger batch. "
-        "*grad_accumulation_steps* does what a batch is for.\n\nA falling loss curve is a good sign, a good image a "
+        "*grad_accumulation_steps* does what a batch is for. Leave **gradient_checkpointing** on, which ComfyUI's "
+        "FLUX.2 needs; *checkpoint_depth* 2 keeps the activations of one block at a time.\n\nA falling loss curve is a good sign, a good image a "
         "better one: open the workflow *lora*, press **R** and choose the file that *Save LoRA* wrote. 300 steps are a "
-        "start; *existing_lora* goes on from one.\n"), 210)
+        "start; *existing_lora* goes on from one.\n"), 240)
     dataset = Node("dataset", "LoadImageTextDataSetFromFolder", 400, ["training"], title="Images with captions",
                    height=110)
     data = [[dataset, images],
@@ -205,7 +206,7 @@ def lora_training() -> list[Column]:
     encoded = [Node("encode", "VAEEncode", 300, [], {"pixels": ("scale", 0), "vae": ("loader", 2)}, "Encode"),
                Node("captions", "CLIPTextEncode", 300, [""], {"clip": ("loader", 1), "text": ("dataset", 1)},
                     "Captions", 160)]
-    settings = [1, 4, 300, 0.0005, 8, "AdamW", "MSE", 0, "fixed", "bf16", "fp32", False, "LoRA", True, 1, False,
+    settings = [1, 4, 300, 0.0005, 8, "AdamW", "MSE", 0, "fixed", "bf16", "fp32", False, "LoRA", True, 2, False,
                 "[None]", False, True]
     train = Node("train", "TrainLoraNode", 340, settings,
                  {"model": ("loader", 0), "latents": ("encode", 0), "positive": ("captions", 0)}, "Train LoRA", 590)
