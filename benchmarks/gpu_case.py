@@ -95,7 +95,7 @@ class Embedded:
         from bonsai_image.standalone import models
 
         pack, dtype = find_repository(Path(case["pack"])), default_dtype(device)
-        backend = backends.select("auto", case["precision"])
+        backend = backends.Setting("auto", case["precision"])
         transformer, encoder = load_transformer(pack.transformer), load_text_encoder(pack.text_encoder)
         if case["variant"] == "dense":
             transformer.tensors, encoder.tensors = dense(transformer.tensors), dense(encoder.tensors)
@@ -158,8 +158,8 @@ class ComfyUI:
             self.clip = comfy.sd.load_text_encoder_state_dicts(
                 [dense(encoder.tensors)], clip_type=comfy.sd.CLIPType.FLUX2, model_options=options)
         else:
-            backend = backends.select("auto", case["precision"])
-            self.model = models.load_model(str(pack.transformer), backend=backend)
+            backend = backends.Setting("auto", case["precision"])
+            self.model = models.load_model(str(pack.transformer), setting=backend)
             self.clip = models.load_clip(str(pack.text_encoder))
         self.vae = models.load_vae_model(str(pack.vae))
         self.comfy, self.schedule = comfy, get_schedule

@@ -51,8 +51,9 @@ def kernels(case: dict) -> dict:
         import interpreter  # noqa: F401 (our Triton kernels on the CPU)
 
         layers, text_layers, all_rows = ((256, 256), (384, 512)), ((192, 256),), (1, 70)
-    from bonsai_image.ops import accelerator, int8_reference, torch_backend
+    from bonsai_image.ops import gemlite_backend, int8_reference, selfcheck, torch_backend, triton_backend
     from bonsai_image.ops.devices import default_dtype
+    from bonsai_image.ops.packed import Packed, dequantize
 
     dtype, flush = default_dtype(device), torch.empty(1 if case["tiny"] else 256_000_000, dtype=torch.uint8,
                                                           device=device)
@@ -63,20 +64,22 @@ def kernels(case: dict) -> dict:
         codes = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8, device=device)
         scale = torch.rand(n, k // group, device=device).add(0.5).mul(k**-0.5).bfloat16()
         shift = None if form == "symmetric" else -7.5 * scale
-        weight = torch_backend.dequantize(codes, scale, shift, bits, form, dtype)
+        packed = Packed(codes, scale, shift, bits, form)
+        kind, weight = selfcheck.Kind(bits, form, group, dtype, scale.dtype), dequantize(packed, dtype)
         for m in all_rows:
             x = torch.randn(m, k, device=device).to(dtype)
             expected = x.float() @ weight.float().t()
             ways = {"dense": functools.partial(torch.nn.functional.linear, x, weight)}
-            for way in ("torch", "triton", "gemlite", "int8"):
+            for way, backend in (("torch", torch_backend), ("triton", triton_backend), ("gemlite", gemlite_backend),
+                                 ("int8", triton_backend)):
                 if way == "int8" and form != "symmetric":
                     continue
                 usable = way == "torch" or (case["tiny"] and way != "gemlite") or (
-                    not case["tiny"] and accelerator.works(way, device, bits, form, group, dtype, scale.dtype))
+                    not case["tiny"] and selfcheck.passes(backend, device, kind, way == "int8"))
                 if usable:
-                    ways[way] = functools.partial(accelerator.multiply, way, x, codes, scale, shift, bits, form)
+                    ways[way] = functools.partial(backend.multiply, x, packed, way == "int8")
             for way, function in ways.items():
-                target = int8_reference.fast(x, codes, scale, bits) if way == "int8" else expected
+                target = int8_reference.multiply(x, packed) if way == "int8" else expected
                 out = function().float()
                 rows_of_table.append({
                     "bits": bits, "n": n, "k": k, "rows": m, "way": way,
@@ -88,7 +91,8 @@ def kernels(case: dict) -> dict:
 
 
 def _gemlite_rows(table: list[dict]) -> int | None:
-    """What to enter for this card in ``ops/choice.py``: rows up to which GemLite won on every layer of the model."""
+    """``gemlite_backend.SPLIT_K_ROWS`` as measured on this GPU: rows up to which GemLite won on every
+    layer of the model."""
     times = {(r["bits"], r["n"], r["k"], r["rows"], r["way"]): r["ms"] for r in table if r["bits"] <= 2}
     lost = [key[3] for key, ms in times.items() if key[4] == "gemlite" and ms > times.get((*key[:4], "triton"), 0)]
     tried = sorted({key[3] for key in times if key[4] == "gemlite"})

@@ -19,8 +19,9 @@ import torch
 
 from bonsai_image.loaders import Transformer
 from bonsai_image.loaders.klein import KleinConfig
-from bonsai_image.ops import int8_reference, torch_backend
-from bonsai_image.ops.linear import PackedLinear
+from bonsai_image.ops import int8_reference
+from bonsai_image.ops.layers import PackedLinear
+from bonsai_image.ops.packed import Packed, dequantize, parts
 from bonsai_image.standalone import models
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
@@ -28,29 +29,29 @@ import random_model
 
 STEPS, SIDE, TOKENS, TEXT_WIDTH = 4, 8, 32, 384
 _BLOCK = 128
-#: ``(x, codes, scale, bits)`` to the product.
-Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+#: Activations and weight to their product.
+Product = Callable[[torch.Tensor, Packed], torch.Tensor]
 
 
-def fp8_blocks(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+def fp8_blocks(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     """Activations in FP8 (e4m3), scaled by row and block of 128, on the exact weight: what ``F.scaled_mm`` computes
     with 1x128 blocks."""
     blocks = x.float().unflatten(1, (-1, _BLOCK))
     step = blocks.abs().amax(2, keepdim=True).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
     rounded = ((blocks / step).to(torch.float8_e4m3fn).float() * step).flatten(1)
-    return rounded @ torch_backend.dequantize(codes, scale, None, bits, "symmetric", torch.float32).t()
+    return rounded @ dequantize(packed, torch.float32).t()
 
 
-def folded_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+def folded_int8(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     """Activations and weight in int8 with one scale a row, into which the scales of the groups are folded: what an
     ordinary int8 product computes. It rounds the weight."""
     q, row = int8_reference.quantise_rows(x)
-    weight = torch_backend.dequantize(codes, scale, None, bits, "symmetric", torch.float32)
+    weight = dequantize(packed, torch.float32)
     levels, column = int8_reference.quantise_rows(weight)
     return (q.double() @ levels.double().t()).float() * row[:, None] * column
 
 
-WAYS: dict[str, Product] = {"int8": int8_reference.fast, "fp8 1x128": fp8_blocks, "int8 folded": folded_int8}
+WAYS: dict[str, Product] = {"int8": int8_reference.multiply, "fp8 1x128": fp8_blocks, "int8 folded": folded_int8}
 
 
 def sample(module: torch.nn.Module, seed: int) -> torch.Tensor:
@@ -69,13 +70,12 @@ def sample(module: torch.nn.Module, seed: int) -> torch.Tensor:
     return latent
 
 
-def round_activations(module: torch.nn.Module, errors: list[float], product: Product = int8_reference.fast) -> None:
+def round_activations(module: torch.nn.Module, errors: list[float], product: Product = int8_reference.multiply) -> None:
     """Make every packed layer of ``module`` compute by ``product``, and note its error on what it is given."""
     for layer in module.modules():
         if isinstance(layer, PackedLinear):
             def forward(x, layer=layer, exact=layer.forward):
-                params = layer.weight._params
-                rounded = product(x.flatten(0, -2), layer.weight._qdata, params.scale, params.bits)
+                rounded = product(x.flatten(0, -2), parts(layer.weight))
                 expected = exact(x).flatten(0, -2)
                 errors.append(float((rounded - expected).norm() / expected.norm()))
                 return rounded.view(*x.shape[:-1], -1)

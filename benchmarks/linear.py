@@ -15,9 +15,8 @@ import time
 import torch
 
 from bonsai_image.ops import torch_backend
-from bonsai_image.ops.codecs import pack_codes
 from bonsai_image.ops.devices import DTYPES
-from bonsai_image.ops.packed import packed_weight
+from bonsai_image.ops.packed import pack_codes, packed_weight, parts
 
 #: (N, K, occurrences in one forward).
 SHAPES = ((9216, 3072, 10), (3072, 3072, 10), (18432, 3072, 10), (3072, 9216, 10), (27648, 3072, 20), (3072, 12288, 20))
@@ -51,12 +50,12 @@ def main() -> None:
         total = {"dense": 0.0, "packed": 0.0}
         for n, k, count in SHAPES:
             weight = random_ternary(n, k)
-            dense = weight.to(dtype=dtype).dequantize()
+            dense, packed = weight.to(dtype=dtype).dequantize(), parts(weight)
             x = torch.randn(rows, k).to(dtype)
             pair = {"dense": float("inf"), "packed": float("inf")}
             for _ in range(args.repeats):
                 pair["dense"] = min(pair["dense"], best(lambda x=x, w=dense: torch.nn.functional.linear(x, w), 1))
-                pair["packed"] = min(pair["packed"], best(lambda x=x, w=weight: torch_backend.linear(x, w, None), 1))
+                pair["packed"] = min(pair["packed"], best(lambda x=x, w=packed: torch_backend.multiply(x, w), 1))
             for name in total:
                 total[name] += count * pair[name]
             print(f"{rows:>6}{n:>8}{k:>8}{pair['dense']:>10.3f}{pair['packed']:>10.3f}"

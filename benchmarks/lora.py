@@ -28,6 +28,7 @@ from comfy.weight_adapter import LoRAAdapter  # noqa: E402
 from bonsai_image.nodes.side_paths import side_paths  # noqa: E402
 from bonsai_image.ops import torch_backend  # noqa: E402
 from bonsai_image.ops.devices import DTYPES  # noqa: E402
+from bonsai_image.ops.packed import parts  # noqa: E402
 
 
 def patches(n: int, k: int, rank: int, count: int) -> list:
@@ -37,7 +38,7 @@ def patches(n: int, k: int, rank: int, count: int) -> list:
 
 def once(x: torch.Tensor, layer: SimpleNamespace, paths: tuple) -> float:
     start = time.perf_counter()
-    y = torch_backend.linear(x, layer.weight, None)
+    y = torch_backend.multiply(x, parts(layer.weight))
     for path in paths:
         path.add(x, y, layer.weight)
     return time.perf_counter() - start

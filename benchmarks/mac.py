@@ -25,6 +25,7 @@ from load import FULL, peak_bytes, random_model
 
 from bonsai_image.loaders import Transformer, find_repository, load_transformer
 from bonsai_image.loaders.klein import KleinConfig
+from bonsai_image.ops.backends import Setting
 from bonsai_image.ops.mlx import backend as mlx_backend
 from bonsai_image.ops.packed import is_packed, packed_nbytes
 from bonsai_image.standalone.generate import generate
@@ -57,13 +58,13 @@ def build(path: str, model: Transformer, device: torch.device, dtype: torch.dtyp
     """The transformer as one of :data:`PATHS`."""
     if path == "dense":
         tensors = {name: tensor.dequantize() if is_packed(tensor) else tensor for name, tensor in model.tensors.items()}
-        return transformer_module(replace(model, tensors=tensors), device, dtype, "torch")
+        return transformer_module(replace(model, tensors=tensors), device, dtype, Setting("torch"))
     if path != "layers":
-        return transformer_module(model, device, dtype, path)
-    module = transformer_module(model, device, dtype, "torch")
+        return transformer_module(model, device, dtype, Setting(path))
+    module = transformer_module(model, device, dtype, Setting("torch"))
     for layer in module.modules():
-        if hasattr(layer, "backend"):
-            layer.backend = "mlx"
+        if hasattr(layer, "setting"):
+            layer.setting = Setting("mlx")
     return module
 
 
@@ -134,7 +135,7 @@ def draw(pack: Path, sizes: list[int], steps: int, tiny: bool) -> None:
     device, dtype = (torch.device("cpu"), torch.float32) if tiny else (torch.device("mps"), torch.bfloat16)
     for pixels in sizes:
         mx.reset_peak_memory()
-        stages = generate(pack, ["a bonsai tree in a clay pot"], device, dtype, "mlx", pixels, pixels, steps,
+        stages = generate(pack, ["a bonsai tree in a clay pot"], device, dtype, Setting("mlx"), pixels, pixels, steps,
                           progress=False).stages
         print(f"\nimage {pixels} x {pixels}: {sum(stage['seconds'] for stage in stages.values()):.2f} s, "
               f"MLX peak {mx.get_peak_memory() / 1e6:.0f} MB, process peak {peak_bytes() / 1e6:.0f} MB")
@@ -175,7 +176,7 @@ def main() -> int:
         print(json.dumps(measure(args.measure, source, sizes, args.steps, args.tiny)))
         return 0
     print(f"{platform.platform()}, {platform.processor()}, torch {torch.__version__}")
-    problem = mlx_backend.problem()
+    problem = mlx_backend.problem(torch.device("mps"))
     print(f"self-check of the packed product: {problem or 'passed'}")
     if problem:
         return 1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
 from comfy_api.latest import io, ui
 from server import PromptServer
 
 from ..loaders.names import is_packable
 from ..ops import backends
-from ..ops.packed import is_packed, packed_nbytes
+from ..ops.packed import is_packed, packed_nbytes, parts
 from .load import CATEGORY
 from .models import ATTACHMENT, MLX_ATTACHMENT, Origin
 
@@ -26,8 +27,11 @@ def describe(patcher) -> str:
     else:
         lines += [f"Bonsai Image 4B, {origin.variant}", f"source: {origin.source}", f"file: {origin.path}",
                   f"format: {origin.format}", f"compute dtype: {origin.compute_dtype}"]
-    backend = backends.resolve(origin.backend if origin else "auto", patcher.load_device)
-    kinds = Counter((p._params.bits, p._params.group) for p in packed.values())
+    choice = (backends.resolve(origin.setting, patcher.load_device, getattr(torch, origin.compute_dtype)) if origin else
+              backends.resolve(backends.AUTO, patcher.load_device))
+    backend = choice.backend + (", int8 activations" if choice.fast else "") + (
+        f" ({choice.reason})" if choice.reason else "")
+    kinds = Counter((parts(p).bits, parts(p).group) for p in packed.values())
     lines += [f"packed: {count} linears of {bits} bits in groups of {group}, backend {backend}"
               for (bits, group), count in sorted(kinds.items())]
     path = patcher.get_attachment(MLX_ATTACHMENT)

@@ -35,7 +35,7 @@ def _precision_input() -> io.Combo.Input:
                 "slightly; NVIDIA GPUs since Ampere, same as exact elsewhere. The packed weights stay exact.")
 
 
-def _backend_setting(backend: str, precision: str) -> str:
+def _backend_setting(backend: str, precision: str) -> backends.Setting:
     """The backend setting for ``models.load_model``.
 
     Raises ValueError if a backend chosen by name is not installed. ``auto`` never raises.
@@ -44,7 +44,7 @@ def _backend_setting(backend: str, precision: str) -> str:
     if problem is not None:
         raise ValueError(f"The backend {backend} cannot be used: {problem}; run pip as "
                          f"{folders.shell_command(sys.executable, '-m', 'pip')}, or set backend to auto.")
-    return backends.select(backend, precision)
+    return backends.Setting(backend, precision)
 
 
 class BonsaiCheckpointLoader(io.ComfyNode):

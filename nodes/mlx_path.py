@@ -20,7 +20,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..ops.mlx import arrays as mlx_arrays
 from ..ops.mlx import backend as mlx_backend
 from ..ops.mlx import klein as mlx_klein
-from ..ops.packed import is_packed
+from ..ops.packed import is_packed, parts
 from .mlx_step import Step, refusal
 
 #: The key of the wrapper and the callbacks.
@@ -147,7 +147,7 @@ def _changed_layers(flux) -> Iterator[str]:
         changes = (*getattr(module, "weight_function", ()), *getattr(module, "bias_function", ()),
                    *(adapters.paths if adapters else ()), *module._forward_hooks, *module._forward_pre_hooks)
         weight = getattr(module, "weight", None)
-        if changes or "forward" in vars(module) or (is_packed(weight) and not mlx_backend.serves(weight)):
+        if changes or "forward" in vars(module) or (is_packed(weight) and not mlx_backend.takes(parts(weight))):
             yield name
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -17,6 +16,7 @@ from ..loaders.files import Progress
 from ..loaders.names import to_comfyui
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
+from ..ops.packed import is_packed, parts
 from . import advice, lora
 from .operations import packed_operations
 
@@ -37,7 +37,7 @@ class Origin:
     variant: str
     source: str
     compute_dtype: str
-    backend: str
+    setting: backends.Setting
 
 
 def progress_bar() -> Progress:
@@ -57,32 +57,30 @@ def _compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
     return default_dtype(device) if device.type == "cpu" and not _host_chose_dtype() else None
 
 
-def load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", disable_dynamic: bool = False):
+def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting = backends.AUTO,
+               disable_dynamic: bool = False):
     """The MODEL at ``path``, computing in ``compute_dtype`` (``auto`` or a name in ``ops.devices.DTYPES``) with
-    ``backend`` (from ``ops.backends.select``).
+    the backend of ``setting``.
 
     Raises ModelFileError. The host calls it again, with the same arguments, for clones on other devices.
     """
     loaded = load_transformer(path, progress_bar())
     dtype = _compute_dtype(compute_dtype, comfy.model_management.get_torch_device())
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        _host_tensors(loaded), model_options={"custom_operations": packed_operations(backend)},
+        _host_tensors(loaded), model_options={"custom_operations": packed_operations(setting)},
         disable_dynamic=disable_dynamic)
     if patcher is None:
         raise ModelFileError(path, "a model this ComfyUI knows", "FLUX.2 Klein, which it does not", "update ComfyUI")
     if dtype is not None:
         patcher.set_model_compute_dtype(dtype)
-    served = backends.resolve(backend, patcher.load_device)
-    if backend not in ("auto", served):
-        logging.info("Bonsai Image: the backend %s is not available on %s, %s serves.", backend, patcher.load_device,
-                     served)
     lora.install(patcher)
     advice.install(patcher, loaded.config.text_width)
-    patcher.cached_patcher_init = (load_model, (path, compute_dtype, backend))
+    patcher.cached_patcher_init = (load_model, (path, compute_dtype, setting))
     used = dtype or patcher.model.get_dtype_inference()
     patcher.set_attachments(ATTACHMENT, Origin(path, loaded.format, loaded.variant, loaded.source,
-                                               str(used).removeprefix("torch."), backend))
-    if backends.resolve(backend, patcher.load_device) == "mlx":
+                                               str(used).removeprefix("torch."), setting))
+    packed = [parts(p) for p in patcher.model.diffusion_model.parameters() if is_packed(p)]
+    if any(backends.multiplies("mlx", setting, patcher.load_device, weight, used) for weight in packed):
         from . import mlx_path
 
         patcher.set_attachments(MLX_ATTACHMENT, mlx_path.install(patcher))

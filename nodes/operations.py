@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import comfy.ops
 import torch
 
-from ..ops.linear import PackedEmbedding, PackedLinear, embedding, linear
+from ..ops.backends import AUTO, Setting
+from ..ops.layers import PackedEmbedding, PackedLinear
+from ..ops.linear import embedding, linear
 from ..ops.packed import is_packed
 from .side_paths import Adapters
 
@@ -78,7 +80,7 @@ class HostLinear(HostLayer, PackedLinear):
         comfy.ops.run_every_op()
         x_cast = x.to(self.compute_dtype or x.dtype)
         with self.cast(x.device, x_cast.dtype) as (weight, bias):
-            result = linear(x_cast, weight, bias, self.backend)
+            result = linear(x_cast, weight, bias, self.setting)
             self.add_side_paths(x_cast, result, weight)
         return result.to(x.dtype)
 
@@ -95,13 +97,13 @@ class HostEmbedding(HostLayer, PackedEmbedding):
         return rows
 
 
-def packed_operations(backend: str = "auto", compute_dtype: torch.dtype | None = None) -> type:
+def packed_operations(setting: Setting = AUTO, compute_dtype: torch.dtype | None = None) -> type:
     """An ``operations`` class for ``model_options["custom_operations"]``, of its own for each model."""
 
     class Linear(HostLinear):
         pass
 
-    Linear.backend = backend
+    Linear.setting = setting
     Linear.compute_dtype = compute_dtype
 
     class PackedOperations(comfy.ops.manual_cast):

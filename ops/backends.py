@@ -1,59 +1,148 @@
-"""The one place that chooses which backend multiplies a packed weight.
+"""Which backend multiplies a packed weight, and why.
 
-A backend is a module with ``linear(x, weight, bias)`` and a line in :data:`BACKENDS`. On a GPU the choice goes on, by
-shape, in ``ops/accelerator.py``.
+A backend is a module, or any object, with
+
+``NAME``
+    What users choose it by.
+``DEVICES``
+    The torch device types that it runs on; empty: all.
+``REMEDY``
+    What to do where it fails its self-check, as half a sentence.
+``problem(device, fast=False) -> str | None``
+    Why it cannot be used on ``device`` (None: on any device, whatever is installed decides), with int8 activations if
+    ``fast``: one sentence without its full stop. None if it can.
+``serves(device, rows, packed, dtype, fast, named) -> bool``
+    Whether it takes the product of ``rows`` activations of ``dtype`` with ``packed``. ``named``: the user chose this
+    backend, so it takes all that it can; otherwise, what it is the fastest for. Waits for no device.
+``multiply(x, packed, fast) -> Tensor``
+    ``x @ W.T`` for ``x`` ``(M, K)``, M at least 1; ``(M, N)`` in the dtype of ``x``. ``fast``: by the definition in
+    ``ops/int8_reference.py``, else exact up to the rounding of the dtype.
+
+Adding a backend is one file and one line in :data:`BACKENDS`. ``auto`` takes the first in that order. A name takes that
+backend where it can be used, and goes on with the order where not. ``fast`` tries int8 activations first, and means
+exact where no backend has them.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import torch
-from comfy_kitchen.tensor import QuantizedTensor
 
-from . import accelerator, torch_backend
+from . import gemlite_backend, selfcheck, torch_backend, triton_backend
+from .devices import default_dtype
 from .mlx import backend as mlx_backend
+from .packed import Packed
 
-#: Name -> module. ``auto`` is no backend but the choice among them.
-BACKENDS = {"torch": torch_backend, "mlx": mlx_backend}
+#: In order of preference. The last one takes every exact product on every device.
+BACKENDS: tuple[Any, ...] = (gemlite_backend, triton_backend, mlx_backend, torch_backend)
 
-#: What users choose from. All of these are exact.
-NAMES = ("auto", *BACKENDS, "triton", "gemlite")
+#: What users choose from.
+NAMES = ("auto", *(backend.NAME for backend in reversed(BACKENDS)))
 
-#: ``exact``, or ``fast``: activations rounded to int8 where the device has a kernel for it.
+#: ``exact``, or ``fast``: activations rounded to int8 where a backend has a kernel for it.
 PRECISIONS = ("exact", "fast")
 
+#: Rows of a typical product: 1024 x 1024 pixels and 512 text tokens.
+IMAGE_ROWS = 4608
+#: A typical weight: ternary, 3072 x 3072.
+_TYPICAL = Packed(torch.empty(3072, 768, dtype=torch.uint8, device="meta"),
+                  torch.empty(3072, 24, dtype=torch.bfloat16, device="meta"), None, 2, "symmetric")
+_LOG = logging.getLogger(__name__)
 
-def select(backend: str, precision: str) -> str:
-    """The backend that means ``backend`` (a name in :data:`NAMES`) at ``precision`` (one in :data:`PRECISIONS`).
 
-    Raises ValueError where they contradict each other.
+class Setting(NamedTuple):
+    """What a user chose: a name in :data:`NAMES` and one in :data:`PRECISIONS`."""
+
+    backend: str = "auto"
+    precision: str = "exact"
+
+
+#: The fastest exact backend.
+AUTO = Setting()
+
+
+class Choice(NamedTuple):
+    """The name of a backend, whether it rounds activations to int8, and why no better choice was possible, if so."""
+
+    backend: str
+    fast: bool
+    reason: str = ""
+
+
+def problem(name: str) -> str | None:
+    """Why what is installed here cannot run the backend ``name`` on any device, or None."""
+    return next((backend.problem(None) for backend in BACKENDS if name == backend.NAME), None)
+
+
+def resolve(setting: Setting, device: torch.device, dtype: torch.dtype | None = None) -> Choice:
+    """The choice for a typical product of ``dtype`` (default: the device's) on ``device``, before any self-check: what
+    to show to the user."""
+    reasons = []
+    for backend, fast, named in _order(setting):
+        if not _runs_on(backend, device):
+            if named:
+                reasons.append(f"the backend {backend.NAME} does not run on {device.type}")
+        elif backend.serves(device, IMAGE_ROWS, _TYPICAL, dtype or default_dtype(device), fast, named):
+            found = _problem(backend, device, fast)
+            if found is None:
+                break
+            reasons.append(found)
+    if setting.precision == "fast" and not fast:
+        reasons.append("fast means exact here")
+    return Choice(backend.NAME, fast, "; ".join(dict.fromkeys(reasons)))
+
+
+def multiply(x: torch.Tensor, packed: Packed, setting: Setting) -> torch.Tensor:
+    """``x @ W.T`` for ``x`` ``(M, K)``; ``(M, N)`` in the dtype of ``x``."""
+    if not x.shape[0]:
+        return x.new_empty(0, packed.n)
+    _log_choice(setting, x.device, x.dtype)
+    backend, fast = choose(setting, x.device, x.shape[0], packed, x.dtype)
+    return backend.multiply(x, packed, fast)
+
+
+def multiplies(name: str, setting: Setting, device: torch.device, packed: Packed, dtype: torch.dtype) -> bool:
+    """Whether the backend ``name`` is the one that multiplies an image's activations with ``packed``."""
+    return name == choose(setting, device, IMAGE_ROWS, packed, dtype)[0].NAME
+
+
+def choose(setting: Setting, device: torch.device, rows: int, packed: Packed, dtype: torch.dtype) -> tuple[Any, bool]:
+    """The backend that multiplies ``rows`` activations with ``packed``, and whether it rounds them to int8.
+
+    The first in order that takes the product, can be used, and has passed its self-check, which runs now if need be.
     """
-    if precision == "exact":
-        return backend
-    if backend not in ("auto", "triton"):
-        raise ValueError(f"precision fast is computed by the triton backend; set backend to auto, not {backend}")
-    return "int8"
+    kind = selfcheck.Kind(packed.bits, packed.form, packed.group, dtype, packed.scale.dtype)
+    for backend, fast, named in _order(setting):
+        if (_runs_on(backend, device) and backend.serves(device, rows, packed, dtype, fast, named)
+                and _problem(backend, device, fast) is None
+                and (backend is torch_backend or selfcheck.passes(backend, device, kind, fast))):
+            return backend, fast
+    raise AssertionError("the torch backend takes every product")
 
 
-def problem(backend: str) -> str | None:
-    """Why what is installed here cannot serve ``backend`` (a name in :data:`NAMES`), in one sentence, or None."""
-    if backend == "mlx":
-        return mlx_backend.problem()
-    return accelerator.problem(backend) if backend in accelerator.POLICIES else None
+def _order(setting: Setting) -> Iterator[tuple[Any, bool, bool]]:
+    """Backends to try, best first: each with whether to round activations, and whether the user named it."""
+    precisions = (True, False) if setting.precision == "fast" else (False,)
+    named = [backend for backend in BACKENDS if setting.backend == backend.NAME]
+    for group in (named, BACKENDS):
+        yield from ((backend, fast, group is named) for fast in precisions for backend in group)
 
 
-def resolve(backend: str, device: torch.device) -> str:
-    """The name of the backend that serves ``backend`` (from :func:`select`) on ``device``."""
-    # Where fast has no kernel it means exact, and exact is MLX there.
-    if backend == "mlx" or (backend in ("auto", "int8") and mlx_backend.is_apple_silicon(device)):
-        return "mlx" if mlx_backend.available() else "torch"
-    if backend == "torch" or not accelerator.serves(device):
-        return "torch"
-    return "triton" if backend == "auto" else backend
+def _runs_on(backend: Any, device: torch.device) -> bool:
+    return not backend.DEVICES or device.type in backend.DEVICES
 
 
-def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, backend: str = "auto") -> torch.Tensor:
-    """``x @ weight.T + bias`` for ``x`` ``(..., K)`` and a packed ``weight`` ``(N, K)``, in the dtype of ``x``."""
-    name = resolve(backend, x.device)
-    if name in accelerator.POLICIES:
-        return accelerator.linear(x, weight, bias, name)
-    return BACKENDS[name].linear(x, weight, bias)
+@functools.cache
+def _problem(backend: Any, device: torch.device, fast: bool) -> str | None:
+    return backend.problem(device, fast)
+
+
+@functools.cache
+def _log_choice(setting: Setting, device: torch.device, dtype: torch.dtype) -> None:
+    choice = resolve(setting, device, dtype)
+    if choice.reason:
+        _LOG.info("Bonsai Image: %s; %s multiplies packed weights on %s.", choice.reason, choice.backend, device)

@@ -1,17 +1,56 @@
-"""The compute dtype that suits a device."""
+"""What a device is, and the dtype to compute in on it."""
 
 from __future__ import annotations
 
-import torch
+import functools
+import platform
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
-from .torch_backend import cpu_has_fast_bfloat16
+import torch
 
 #: Names that users choose from.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+AMPERE = (8, 0)
+
+
+class Gpu(NamedTuple):
+    """A GPU: ``vendor`` is nvidia, amd or intel; ``capability`` is NVIDIA's, (0, 0) elsewhere."""
+
+    vendor: str
+    name: str
+    capability: tuple[int, int] = (0, 0)
+
+    @property
+    def architecture(self) -> str:
+        """NVIDIA's name for the capability."""
+        return f"sm_{self.capability[0]}{self.capability[1]}"
+
+
+@functools.cache
+def gpu(device: torch.device) -> Gpu:
+    """The GPU that a ``cuda`` or ``xpu`` device is. Initialises the device."""
+    if device.type == "xpu":
+        return Gpu("intel", torch.xpu.get_device_name(device))
+    name = torch.cuda.get_device_name(device)
+    return Gpu("amd", name) if torch.version.hip else Gpu("nvidia", name, torch.cuda.get_device_capability(device))
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Makes a GPU the current device, on which Triton launches its kernels."""
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).device(device)
+    return nullcontext()
+
+
+def is_apple_silicon(device: torch.device) -> bool:
+    """Whether ``device`` is the GPU of an Apple silicon Mac."""
+    return device.type == "mps" and platform.machine() == "arm64"
+
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """BF16 where the device multiplies it fast, else FP16 on CUDA cards before Ampere, else FP32.
+    """BF16 where the device multiplies it fast, else FP16 on CUDA GPUs before Ampere, else FP32.
 
     On a CPU never FP16: with AVX512-BF16 it measured 14 times slower than BF16.
     """
@@ -20,3 +59,15 @@ def default_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
+
+
+def cpu_has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies BF16 matrices in hardware (x86 with AVX512-BF16 or AMX).
+
+    With AVX512-BF16, BF16 measured 4 times as fast as FP32, and FP16 3 times slower than FP32. Older releases of
+    torch cannot tell (``get_capabilities`` is missing); then the answer is no.
+    """
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)

@@ -1,7 +1,7 @@
 """GemLite's kernels on the canonical packed form, without a converted copy.
 
 GemLite stores ``W_q`` ``(K * bits / 8, N)`` and tables ``(K / group, N)``: the transposes of the canonical tensors.
-Its kernels take strides, so transposed *views* serve. The host's copy of a weight, wherever it keeps it, stays the
+Its kernels take strides, so transposed *views* will do. The host's copy of a weight, wherever it keeps it, stays the
 only one. (How fast its kernels are with these strides is not measured.)
 
 The activations keep their dtype; products are accumulated in FP32. GemLite reads its launch configurations from a
@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import contextvars
 import importlib
+import importlib.metadata
+import importlib.util
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,23 +25,105 @@ from typing import Any
 
 import torch
 
-from .choice import GEMLITE_COLUMNS
-from .torch_backend import LEVELS
+from . import triton_backend
+from .devices import AMPERE, current, gpu
+from .packed import LEVELS, Packed
+
+NAME = "gemlite"
+DEVICES = ("cuda", "xpu")
+REMEDY = "update gemlite (pip install --upgrade gemlite)"
 
 #: GemLite's codes of dtypes.
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: GemLite's W_group_mode: ``(code - zero) * scale`` and ``code * scale + zero``.
-_MINUS_ZERO, _PLUS_ZERO = 3, 4
+MINUS_ZERO, PLUS_ZERO = 3, 4
 
-#: Above so many rows GemLite's plain GEMM, up to there the kernel for few rows.
+#: Above so many rows GemLite uses its plain GEMM, up to there the kernel for few rows. There, a product is bound by
+#: bytes and a fused kernel reads the fewest; above, GemLite's author measured it slower than a dense product.
 SPLIT_K_ROWS = 64
-#: Conservative and not tuned: both kernels compile to 34 KB of shared memory or less (consumer cards have 99 KB).
-_TILE = {"BLOCK_SIZE_N": GEMLITE_COLUMNS, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 8, "A_load_order": 0, "num_warps": 4,
+#: GemLite reads scales of whole tiles of so many out features, beyond the end of the table if need be.
+_TILE_N = 64
+#: GemLite counts the elements of activations and results in 32 bits.
+_MAX_ELEMENTS = 2**31
+#: Conservative and not tuned: both kernels compile to 34 KB of shared memory or less (consumer GPUs have 99 KB).
+_TILE = {"BLOCK_SIZE_N": _TILE_N, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 8, "A_load_order": 0, "num_warps": 4,
          "num_stages": 3, "num_ctas": 1}
 _CONFIGS = {"GEMM_SPLITK": {**_TILE, "BLOCK_SIZE_M": 16, "SPLIT_K": 1}, "GEMM": {**_TILE, "BLOCK_SIZE_M": 64}}
 
 #: GemLite's first calls from two threads at once are unsafe, and every new shape is a first call.
 _LOCK = threading.Lock()
+
+
+def problem(device: torch.device | None, fast: bool = False) -> str | None:
+    """Why GemLite cannot be used on ``device`` (None: on any), or None."""
+    if version("gemlite") is not None and device is not None:
+        vendor, name, capability = found = gpu(device)
+        if vendor != "nvidia":
+            return f"gemlite is untested on {name}"
+        if capability < AMPERE:  # its kernels compile to scalar code there
+            return f"gemlite is slow before Ampere, {name} is {found.architecture}"
+    return version_problem(version("gemlite"), version("triton"))
+
+
+def version_problem(gemlite: str | None, triton: str | None) -> str | None:
+    """Why these versions (None: not installed) of GemLite and Triton cannot be used together, or None.
+
+    Sources: GemLite 0.5.1 uses what Triton 3.8 removed; 0.6 needs Triton 3.6.
+    """
+    if gemlite is None:
+        return "gemlite is not installed (pip install gemlite, on Windows pip install --no-deps gemlite)"
+    if triton is None:
+        return triton_backend.NOT_INSTALLED
+    old, release = _release(gemlite) < (0, 6), _release(triton)
+    if old and release >= (3, 8):
+        return f"gemlite {gemlite} does not work with triton {triton}; update it (pip install --upgrade gemlite)"
+    if not old and release < (3, 6):
+        return f"gemlite {gemlite} needs triton 3.6 or newer, found {triton}; update PyTorch, which brings it"
+    return None
+
+
+def version(name: str) -> str | None:
+    """The version of an installed library (Triton is published under several names, but has one), or None."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    return importlib.import_module(name).__version__ if name == "triton" else importlib.metadata.version(name)
+
+
+def _release(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
+    """Out features in whole tiles; few rows, or by name any number that GemLite can count."""
+    return (not fast and dtype in DTYPES and packed.group * packed.bits % 8 == 0 and packed.n % _TILE_N == 0
+            and (named or rows <= SPLIT_K_ROWS) and rows * max(packed.n, packed.k) < _MAX_ELEMENTS)
+
+
+def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tensor:
+    """``x @ W.T`` for ``x`` ``(M, K)``, M at least 1; ``(M, N)`` in the dtype of ``x``."""
+    codes, scale, shift, bits, form = packed.contiguous()
+    dtype, mode, factor = DTYPES[x.dtype], MINUS_ZERO, 1
+    if shift is None:
+        factor, origin = LEVELS[bits]
+        zeros = scale.new_full((1,), origin / factor, dtype=torch.float32)
+    else:
+        # GemLite multiplies and adds in the dtype of the tables; the reference does in FP32.
+        mode = PLUS_ZERO if form == "affine" else MINUS_ZERO
+        scale, zeros = scale.float(), shift.float().t()
+    metadata = [0, bits, packed.group, 2**bits - 1, 8 // bits, dtype, dtype, 0, 0, 0, mode, 1]
+    kernel = "GEMM_SPLITK" if x.shape[0] <= SPLIT_K_ROWS else "GEMM"
+    with _LOCK, current(x.device):
+        core, utils = _gemlite()
+        # FP16 and BF16 share configurations in GemLite's table.
+        kind = DTYPES[torch.float16] if x.dtype == torch.bfloat16 else dtype
+        key = str((utils.get_closest_m(x.shape[0]), packed.n, packed.k, packed.group, 8 // bits, kind * 100 + bits))
+        core.GEMLITE_TRITON_CONFIG_CACHE.setdefault(kernel, {}).setdefault(key, dict(_CONFIGS[kernel]))
+        # kernel[0] is the variant for integer codes.
+        with _unmeasured(core.GEMLITE_TRITON_MAPPING[kernel].kernel[0]):
+            out = torch.ops.gemlite.forward_functional(x.contiguous(), None, [codes.t(), scale.t(), zeros], metadata,
+                                                       core.GEMLITE_MATMUL_TYPES_MAPPING[kernel])
+    return out if factor == 1 else out.mul_(factor)
 
 
 def _gemlite():
@@ -61,34 +145,3 @@ def _unmeasured(tuner: Any) -> Iterator[None]:
             del tuner.do_bench
         else:
             tuner.do_bench = measure
-
-
-def linear(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, bits: int,
-           form: str) -> torch.Tensor:
-    """``x @ W.T`` for ``x`` ``(M, K)``, M at least 1, and a canonical packed weight, N a multiple of 64; ``(M, N)`` in
-    the dtype of ``x``.
-
-    The caller makes the device of ``x`` current. Raises ImportError without gemlite.
-    """
-    (rows, k), n, groups = x.shape, codes.shape[0], scale.shape[1]
-    dtype, mode, factor = _DTYPES[x.dtype], _MINUS_ZERO, 1
-    if form == "symmetric":
-        factor, origin = LEVELS[bits]
-        zeros = scale.new_full((1,), origin / factor, dtype=torch.float32)
-    else:
-        # GemLite multiplies and adds in the dtype of the tables; the reference does in FP32.
-        mode = _PLUS_ZERO if form == "affine" else _MINUS_ZERO
-        scale, zeros = scale.float(), shift.float().t()
-    metadata = [0, bits, k // groups, 2**bits - 1, 8 // bits, dtype, dtype, 0, 0, 0, mode, 1]
-    with _LOCK:
-        core, utils = _gemlite()
-        kernel = "GEMM_SPLITK" if rows <= SPLIT_K_ROWS else "GEMM"
-        # FP16 and BF16 share configurations in GemLite's table.
-        kind = _DTYPES[torch.float16] if x.dtype == torch.bfloat16 else dtype
-        key = str((utils.get_closest_m(rows), n, k, k // groups, 8 // bits, kind * 100 + bits))
-        core.GEMLITE_TRITON_CONFIG_CACHE.setdefault(kernel, {}).setdefault(key, dict(_CONFIGS[kernel]))
-        # Of its two kernels the one for integer codes.
-        with _unmeasured(core.GEMLITE_TRITON_MAPPING[kernel].kernel[0]):
-            out = torch.ops.gemlite.forward_functional(x, None, [codes.t(), scale.t(), zeros], metadata,
-                                                       core.GEMLITE_MATMUL_TYPES_MAPPING[kernel])
-    return out if factor == 1 else out.mul_(factor)

@@ -1,5 +1,5 @@
-"""Int8 activations in plain torch: the definition of what ``triton_backend.fast`` computes, and the way to measure its
-error on any device. Not fast.
+"""Int8 activations in plain torch: the definition of what a backend computes with ``fast``, and the way to measure its
+error on any device. Not fast itself.
 
 For a symmetric weight ``W[n, k] = scale[n, k // group] * level[n, k]`` and activations ``x``::
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from .torch_backend import dequantize
+from .packed import Packed, dequantize
 
 
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,13 +24,13 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.round(x.float() * inverse[:, None]).to(torch.int8), amax / 127.0
 
 
-def fast(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """``x @ W.T`` with int8 activations for ``x`` ``(M, K)`` and a canonical symmetric weight; float32 ``(M, N)``."""
-    groups = scale.shape[1]
-    levels = dequantize(codes, torch.ones_like(scale), None, bits, "symmetric", torch.float32)
+def multiply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """``x @ W.T`` with int8 activations for ``x`` ``(M, K)`` and a symmetric weight; float32 ``(M, N)``."""
+    groups = packed.scale.shape[1]
+    levels = dequantize(packed._replace(scale=torch.ones_like(packed.scale)), torch.float32)
     q, row = quantise_rows(x)
-    total = torch.zeros(x.shape[0], codes.shape[0], dtype=torch.float32, device=x.device)
+    total = torch.zeros(x.shape[0], packed.n, dtype=torch.float32, device=x.device)
     for g, (left, right) in enumerate(zip(q.float().chunk(groups, 1), levels.chunk(groups, 1), strict=True)):
         # Float32 holds the sums exactly: they are at most 127 * 8 * 128.
-        total += (left @ right.t()) * scale[:, g].float()
+        total += (left @ right.t()) * packed.scale[:, g].float()
     return total * row[:, None]

@@ -1,12 +1,13 @@
-"""Two ways to multiply a packed weight by way of a dense copy of one layer that lives only during the call.
+"""Our Triton kernels on GPUs: multiply by way of a dense copy of one layer that lives only during the call.
 
-``exact``
+exact
     The weight is expanded to the activation dtype by one kernel and multiplied by the vendor's library (cuBLAS,
     rocBLAS, oneMKL). At the thousands of rows of an image this beats any kernel that unpacks inside the product: by
     bytes and operations the expansion costs 1.5 to 4 % of it (not measured).
-``fast``
+fast
     The activations are rounded to int8 with one scale a row, and multiplied by the exact int8 levels. Every product
-    and every sum inside a group is exact; the rounding of the activations is the whole error.
+    and every sum inside a group is exact; the rounding of the activations is the whole error
+    (``ops/int8_reference.py``).
 
 The dense copy is at most :data:`WORKSPACE_BYTES` and comes from torch's allocator at every call. In steady state that
 is the same block each time without asking the driver; nothing is held between calls, two streams never share it, and
@@ -15,11 +16,29 @@ a CUDA graph records it. No function here waits for the device.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 import torch
 
-from .triton_kernels import expand, int8_matmul, quantise_rows
+from .devices import AMPERE, current, gpu
+from .packed import Packed
+
+NAME = "triton"
+DEVICES = ("cuda", "xpu")
+REMEDY = "update the GPU's driver and Triton"
+
+#: Linux gets Triton with PyTorch, Windows does not.
+NOT_INSTALLED = "triton is not installed (pip install triton, on Windows pip install triton-windows)"
+
+#: What the kernels compute in.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+#: Groups whose products one int8 matrix instruction or several fill exactly. Bonsai Image has 128.
+INT8_GROUPS = (32, 64, 128)
+
+#: Up to so many rows a product is bound by reading the weight, and int8 activations save nothing.
+INT8_MIN_ROWS = 65
 
 #: The largest layer of FLUX.2 Klein 4B (27648 x 3072) is 170 MB in BF16.
 WORKSPACE_BYTES = 200_000_000
@@ -28,36 +47,58 @@ WORKSPACE_BYTES = 200_000_000
 _ROW_MULTIPLE = 128
 
 
-def row_blocks(n: int, k: int, itemsize: int) -> Iterator[slice]:
-    """Cut the rows of an ``(n, k)`` weight so that a block of ``itemsize`` bytes an element fits the workspace."""
-    step = max(_ROW_MULTIPLE, WORKSPACE_BYTES // (k * itemsize) // _ROW_MULTIPLE * _ROW_MULTIPLE)
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+def problem(device: torch.device | None, fast: bool = False) -> str | None:
+    """Why Triton's kernels cannot be used on ``device`` (None: on any), with int8 activations if ``fast``, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return NOT_INSTALLED
+    if device is None or not fast:
+        return None
+    vendor, name, capability = found = gpu(device)
+    if vendor != "nvidia":
+        return f"int8 activations are untested on {name}"
+    if capability < AMPERE:
+        return f"int8 activations need an Ampere GPU or newer, {name} is {found.architecture}"
+    # Data-centre GPUs multiply int8 only twice as fast as BF16; converting the sum of every group eats that up.
+    if capability in (AMPERE, (9, 0)) or capability[0] == 10:
+        return f"int8 activations gain nothing on {name} ({found.architecture})"
+    return None
 
 
-def dequantize(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, bits: int, form: str,
-               dtype: torch.dtype) -> torch.Tensor:
-    """``torch_backend.dequantize`` in one kernel, for BF16, FP16 and FP32. All inputs are contiguous."""
-    out = torch.empty(codes.shape[0], codes.shape[1] * 8 // bits, dtype=dtype, device=codes.device)
-    return expand(codes, scale, shift, bits, form, out)
+def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
+    """Groups that fill whole bytes; with ``fast``, many rows of a symmetric weight in groups of :data:`INT8_GROUPS`."""
+    if dtype not in DTYPES or packed.group * packed.bits % 8:
+        return False
+    return not fast or (packed.form == "symmetric" and packed.group in INT8_GROUPS and rows >= INT8_MIN_ROWS)
 
 
-def exact(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, bits: int, form: str,
-          out: torch.Tensor) -> None:
-    """``out`` ``(M, N)`` = ``x @ W.T`` for ``x`` ``(M, K)`` of the same dtype. Codes, scale, shift are contiguous."""
-    workspace = None
-    for part in row_blocks(codes.shape[0], x.shape[1], x.itemsize):
-        count = part.stop - part.start
-        if workspace is None:
-            workspace = x.new_empty(count, x.shape[1])
-        weight = expand(codes[part], scale[part], None if shift is None else shift[part], bits, form,
-                        workspace[:count])
+def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tensor:
+    """``x @ W.T`` for ``x`` ``(M, K)``; ``(M, N)`` in the dtype of ``x``. See the module docstring for ``fast``."""
+    packed = packed.contiguous()
+    out = x.new_empty(x.shape[0], packed.n)
+    with current(x.device):
+        (_multiply_int8 if fast else _multiply_exact)(x, packed, out)
+    return out
+
+
+def row_blocks(packed: Packed, itemsize: int) -> Iterator[slice]:
+    """Cut the rows of a weight so that a block of ``itemsize`` bytes an element fits the workspace."""
+    step = max(_ROW_MULTIPLE, WORKSPACE_BYTES // (packed.k * itemsize) // _ROW_MULTIPLE * _ROW_MULTIPLE)
+    return (slice(start, min(start + step, packed.n)) for start in range(0, packed.n, step))
+
+
+def _multiply_exact(x: torch.Tensor, packed: Packed, out: torch.Tensor) -> None:
+    from .triton_kernels import expand
+
+    for part in row_blocks(packed, x.itemsize):
+        weight = expand(packed.rows(part), x.new_empty(part.stop - part.start, packed.k))
         torch.mm(x, weight.t(), out=out[:, part])
 
 
-def fast(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int, out: torch.Tensor) -> None:
-    """``out`` ``(M, N)`` ~ ``x @ W.T`` with int8 activations, for a symmetric weight in groups of a power of 2."""
+def _multiply_int8(x: torch.Tensor, packed: Packed, out: torch.Tensor) -> None:
+    from .triton_kernels import expand, int8_matmul, quantise_rows
+
     q, row = quantise_rows(x.contiguous())
-    for part in row_blocks(codes.shape[0], x.shape[1], 1):
-        levels = torch.empty(part.stop - part.start, x.shape[1], dtype=torch.int8, device=x.device)
-        expand(codes[part], scale[part], None, bits, "levels", levels)
-        int8_matmul(q, row, levels, scale[part].t().contiguous(), out[:, part])
+    for part in row_blocks(packed, 1):
+        block = packed.rows(part)
+        levels = expand(block, x.new_empty(block.n, block.k, dtype=torch.int8))
+        int8_matmul(q, row, levels, block.scale.t().contiguous(), out[:, part])

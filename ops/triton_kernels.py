@@ -4,7 +4,7 @@ at run time, and no kernel is compiled anew for another number of rows.
 ``expand``
     Codes to a dense weight, or to int8 levels. Codes ``(N, K * bits / 8)`` and scales ``(N, K / group)`` are both
     contiguous and a group fills whole bytes, so byte ``i`` of the weight has scale ``i // group_bytes``: rows need
-    no arithmetic, and the result equals ``torch_backend.dequantize`` bit for bit.
+    no arithmetic, and the result equals ``packed.dequantize`` bit for bit.
 ``quantise_rows``
     Activations ``(M, K)`` to int8 with one float32 scale a row: ``q = round(x * (127 / amax))``, half to even.
 ``int8_matmul``
@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .torch_backend import LEVELS
+from .packed import LEVELS, Packed
 
 #: Bytes of codes that one program of ``expand`` reads.
 EXPAND_BYTES = 1024
@@ -63,15 +63,15 @@ def _expand(codes, scale, shift, out, total, GROUP_BYTES: tl.constexpr, BITS: tl
     tl.store(out + index[:, None] * PER + lane[None, :], value.to(dtype), mask=inside[:, None])
 
 
-def expand(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, bits: int, form: str,
-           out: torch.Tensor) -> torch.Tensor:
-    """Fill ``out``, contiguous ``(N, K)`` in BF16, FP16 or FP32, with the weight; with form ``levels`` and an int8
-    ``out``, with its unscaled levels (``torch_backend.LEVELS``). Codes, scale and shift are contiguous."""
+def expand(packed: Packed, out: torch.Tensor) -> torch.Tensor:
+    """Fill ``out``, contiguous ``(N, K)``, with the weight, or with its unscaled levels (``packed.LEVELS``) if ``out``
+    is int8; else it is BF16, FP16 or FP32. The parts of ``packed`` are contiguous."""
+    codes, scale, shift, bits, form = packed
     step, origin = LEVELS[bits]
     group_bytes = codes.shape[1] // scale.shape[1]
     grid = (triton.cdiv(codes.numel(), EXPAND_BYTES),)
-    _expand[grid](codes, scale, shift, out, codes.numel(), group_bytes, bits, form, step, origin, EXPAND_BYTES,
-                  **EXPAND_LAUNCH)
+    _expand[grid](codes, scale, shift, out, codes.numel(), group_bytes, bits,
+                  "levels" if out.dtype == torch.int8 else form, step, origin, EXPAND_BYTES, **EXPAND_LAUNCH)
     return out
 
 

@@ -109,10 +109,10 @@ def _table(results: dict[str, Result]) -> str:
     return "\n".join(rows)
 
 
-def _run_on(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, str]:
+def _run_on(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, backends.Setting]:
     device = _device(args.device)
     dtype = default_dtype(device) if args.dtype == "auto" else DTYPES[args.dtype]
-    return device, dtype, backends.select(args.backend, args.precision)
+    return device, dtype, backends.Setting(args.backend, args.precision)
 
 
 def _reference(path: Path) -> Image.Image:
@@ -126,8 +126,8 @@ def _reference(path: Path) -> Image.Image:
 def _generate(args: argparse.Namespace) -> None:
     from .generate import generate
 
-    device, dtype, backend = _run_on(args)
-    result = generate(args.checkpoint, [args.prompt], device, dtype, backend, args.width, args.height, args.steps,
+    device, dtype, setting = _run_on(args)
+    result = generate(args.checkpoint, [args.prompt], device, dtype, setting, args.width, args.height, args.steps,
                       args.seed, progress=not args.json, images=[_reference(path) for path in args.image],
                       transformer=args.transformer)
     result.save(args.out)
@@ -142,8 +142,8 @@ def _demo(args: argparse.Namespace) -> None:
     from . import demo
     from .generate import save_png
 
-    device, dtype, backend = _run_on(args)
-    results = demo.draw(device, dtype, backend, args.steps, args.seed, progress=not args.json)
+    device, dtype, setting = _run_on(args)
+    results = demo.draw(device, dtype, setting, args.steps, args.seed, progress=not args.json)
     save_png(demo.sheet(results), {name: result.settings for name, result in results.items()}, args.out)
     if args.json:
         print(json.dumps({"out": str(args.out), "variants": {name: {

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..loaders import ModelFileError
+from ..ops.backends import AUTO, Setting
 from .generate import Result, generate
 
 #: The miniature in a clone of the repository (``miniature/train`` trains it).
@@ -27,7 +28,7 @@ VARIANTS = {"dense": "dense", "ternary": "ternary/transformer-packed-mflux", "bi
 _MARGIN, _LABEL, _LINES = 8, 118, 66
 
 
-def draw(device: torch.device, dtype: torch.dtype, backend: str = "auto", steps: int = 4, seed: int = 0,
+def draw(device: torch.device, dtype: torch.dtype, setting: Setting = AUTO, steps: int = 4, seed: int = 0,
          progress: bool = True) -> dict[str, Result]:
     """:data:`PROMPTS` by every variant. Raises ModelFileError where the miniature is not there."""
     if not MINIATURE.is_dir():
@@ -36,7 +37,7 @@ def draw(device: torch.device, dtype: torch.dtype, backend: str = "auto", steps:
     results = {}
     for variant, name in VARIANTS.items():
         model = {"dense" if variant == "dense" else "transformer": MINIATURE / name}
-        results[variant] = generate(MINIATURE / "ternary", PROMPTS, device, dtype, backend, SIDE, SIDE, steps, seed,
+        results[variant] = generate(MINIATURE / "ternary", PROMPTS, device, dtype, setting, SIDE, SIDE, steps, seed,
                                     progress, **model)
     return results
 

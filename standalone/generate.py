@@ -37,7 +37,7 @@ class Compute(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
-    backend: str = "auto"
+    setting: backends.Setting = backends.AUTO
 
 
 @dataclass
@@ -190,7 +190,7 @@ def generate(
     prompts: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
-    backend: str = "auto",
+    setting: backends.Setting = backends.AUTO,
     width: int = 1024,
     height: int = 1024,
     steps: int = 4,
@@ -210,8 +210,8 @@ def generate(
     if transformer is not None:
         tensor_files(transformer)  # says now what is wrong with the path, not after the prompt is encoded
     repository = complete_repository(pack)
-    compute, stages = Compute(device, dtype, backend), Stages(device, progress)
-    served = backends.resolve(backend, device)
+    compute, stages = Compute(device, dtype, setting), Stages(device, progress)
+    served = backends.resolve(setting, device, dtype).backend
     settings = {"prompt": prompts[0] if len(prompts) == 1 else list(prompts), "width": width, "height": height,
                 "steps": steps, "seed": seed, "dtype": str(dtype).removeprefix("torch."), "device": str(device),
                 "backend": served}

@@ -9,13 +9,6 @@ import torch
 
 from ..loaders import Transformer
 from ..loaders.names import to_comfyui
-from ..ops.mlx import backend as mlx_backend
-from ..ops.packed import is_packed
-
-
-def servable(model: Transformer) -> bool:
-    """Whether MLX's product is exact in form for every packed layer (see ``ops/mlx/backend.py``)."""
-    return all(mlx_backend.serves(tensor) for tensor in model.tensors.values() if is_packed(tensor))
 
 
 class MlxTransformer(torch.nn.Module):

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 from ..loaders import ModelFileError, TextEncoder, Transformer, load_vae
 from ..loaders.names import to_diffusers
 from ..loaders.qwen3 import TAPPED_LAYERS
-from ..ops import backends
-from ..ops.linear import PackedEmbedding, PackedLinear
-from ..ops.packed import is_packed
-from .mlx_transformer import MlxTransformer, servable
+from ..ops.backends import AUTO, Setting, multiplies
+from ..ops.layers import PackedEmbedding, PackedLinear
+from ..ops.packed import is_packed, parts
+from .mlx_transformer import MlxTransformer
 
 #: The scheduler of FLUX.2 Klein, for packs that bring no scheduler folder.
 _SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
@@ -25,7 +25,7 @@ _SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting":
 
 
 def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.device,
-          dtype: torch.dtype, backend: str) -> torch.nn.Module:
+          dtype: torch.dtype, setting: Setting) -> torch.nn.Module:
     """Give ``module``, built without memory, its weights: packed layers as they are, the others in ``dtype``."""
     for name, tensor in tensors.items():
         if is_packed(tensor):
@@ -33,7 +33,7 @@ def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: tor
             dense = module.get_submodule(layer)
             n, k = tensor.shape
             packed = PackedEmbedding(n, k) if isinstance(dense, torch.nn.Embedding) else PackedLinear(k, n, bias=False)
-            packed.backend = backend
+            packed.setting = setting
             module.set_submodule(layer, packed)
     _assign(module, tensors, dtype)
     return _ready(module, device)
@@ -50,13 +50,14 @@ def _ready(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 
 def transformer_module(model: Transformer, device: torch.device, dtype: torch.dtype,
-                       backend: str = "auto") -> Flux2Transformer2DModel | MlxTransformer:
+                       setting: Setting = AUTO) -> Flux2Transformer2DModel | MlxTransformer:
     """diffusers' FLUX.2 transformer over the tensors of ``model``, computing in ``dtype``; or the same in MLX."""
-    if backends.resolve(backend, device) == "mlx" and servable(model):
+    packed = [parts(tensor) for tensor in model.tensors.values() if is_packed(tensor)]
+    if packed and all(multiplies("mlx", setting, device, weight, dtype) for weight in packed):
         return MlxTransformer(model, device, dtype)
     with init_empty_weights():
         module = Flux2Transformer2DModel(**model.config.diffusers())
-    return _fill(module, to_diffusers(model.tensors), device, dtype, backend)
+    return _fill(module, to_diffusers(model.tensors), device, dtype, setting)
 
 
 def dense_transformer(path: Path, device: torch.device, dtype: torch.dtype) -> Flux2Transformer2DModel:
@@ -66,7 +67,7 @@ def dense_transformer(path: Path, device: torch.device, dtype: torch.dtype) -> F
 
 
 def text_encoder_module(model: TextEncoder, device: torch.device, dtype: torch.dtype,
-                        backend: str = "auto") -> Qwen3Model:
+                        setting: Setting = AUTO) -> Qwen3Model:
     """transformers' Qwen3 over the tensors of ``model``, without the layers behind the last one that is read."""
     kept = max(TAPPED_LAYERS) + 1
     with init_empty_weights():
@@ -74,7 +75,7 @@ def text_encoder_module(model: TextEncoder, device: torch.device, dtype: torch.d
         module = Qwen3Model(config)
     tensors = {name.removeprefix("model."): tensor for name, tensor in model.tensors.items()
                if (layer := re.match(r"model\.layers\.(\d+)\.", name)) is None or int(layer[1]) < kept}
-    return _fill(module, tensors, device, dtype, backend)
+    return _fill(module, tensors, device, dtype, setting)
 
 
 def vae_module(path: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLFlux2:

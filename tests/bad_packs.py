@@ -17,8 +17,7 @@ from bonsai_image.loaders.formats import comfy, dense, gemlite, mlx
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.loaders.qwen3 import Qwen3Config
-from bonsai_image.ops.codecs import unpack_codes
-from bonsai_image.ops.packed import is_packed
+from bonsai_image.ops.packed import is_packed, unpack_codes
 
 KLEIN = KleinConfig(hidden=128, text_width=384, in_channels=32, out_channels=32, double_blocks=1, single_blocks=1)
 TEXT = Qwen3Config(vocab=256, hidden=128, layers=28, heads=2, kv_heads=1, head_dim=64, mlp=128)

@@ -13,7 +13,7 @@ from PIL import Image
 from random_model import write_repository
 from safetensors.torch import load_file, save_file
 
-from bonsai_image.ops.torch_backend import cpu_has_fast_bfloat16
+from bonsai_image.ops.devices import cpu_has_fast_bfloat16
 from bonsai_image.standalone import cli
 from bonsai_image.standalone.cli import main
 
@@ -108,9 +108,9 @@ def test_every_option_reaches_the_picture(tmp_path, words):
     assert json.loads(pictures[1].text["bonsai"])["variant"] == variant
 
 
-def test_precision_reaches_the_choice_of_a_backend(pack, capsys):
-    assert run("generate", "--checkpoint", pack, "--prompt", "x", "--backend", "torch", "--precision", "fast") == 2
-    assert "set backend to auto, not torch" in capsys.readouterr().err
+def test_backend_and_precision_reach_the_setting():
+    args = cli._parser().parse_args(["demo", "--backend", "triton", "--precision", "fast"])
+    assert cli._run_on(args)[2] == ("triton", "fast")
 
 
 def test_demo_takes_steps_and_seed(tmp_path):

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from reference import dense64, random_weight
 
 from bonsai_image.loaders.formats import comfy, dense, gemlite, hqq, mlx
-from bonsai_image.ops import codecs
-from bonsai_image.ops.packed import equal, packed_weight
+from bonsai_image.ops.packed import equal, pack_codes, packed_weight, parts, unpack_codes
 
 BITS = st.sampled_from([1, 2, 4])
 SEED = st.integers(0, 2**31 - 1)
@@ -25,10 +24,10 @@ def random_codes(bits: int, n: int, words: int, seed: int) -> torch.Tensor:
 @given(BITS, st.integers(1, 9), st.integers(1, 9), SEED)
 def test_unpack_reads_lsb_first_and_pack_inverts_it(bits, n, words, seed):
     codes = random_codes(bits, n, words, seed)
-    values = codecs.unpack_codes(codes, bits)
+    values = unpack_codes(codes, bits)
     row = int.from_bytes(bytes(codes[0].tolist()), "little")
     assert values[0].tolist() == [(row >> (bits * i)) % 2**bits for i in range(values.shape[1])]
-    assert torch.equal(codecs.pack_codes(values, bits), codes)
+    assert torch.equal(pack_codes(values, bits), codes)
 
 
 @given(BITS, st.integers(1, 9), st.integers(1, 9), SEED)
@@ -37,7 +36,7 @@ def test_mlx_words(bits, n, words, seed):
     mlx_words = mlx.to_words(codes)
     element = seed % (words * 32 // bits)
     word = int(mlx_words[0, element // (32 // bits)])
-    assert (word >> (bits * (element % (32 // bits)))) % 2**bits == int(codecs.unpack_codes(codes, bits)[0, element])
+    assert (word >> (bits * (element % (32 // bits)))) % 2**bits == int(unpack_codes(codes, bits)[0, element])
     assert torch.equal(mlx.from_words(mlx_words), codes)
 
 
@@ -52,7 +51,7 @@ def test_gemlite_words_are_the_transposed_codes(bits, n, words, width, seed):
     codes = random_codes(bits, n, words, seed)
     w_q = (codes if width == 8 else mlx.to_words(codes).view(torch.int32)).t().contiguous()
     assert w_q.shape == (codes.shape[1] * 8 // width, n) and w_q.is_contiguous()
-    values = codecs.unpack_codes(codes, bits)
+    values = unpack_codes(codes, bits)
     k = seed % values.shape[1]
     per_word = width // bits
     word = int(w_q[k // per_word, n - 1]) % 2**width
@@ -65,7 +64,7 @@ def test_hqq_halves(n, groups, group, seed):
     n, k = 2 * n, groups * group
     codes = random_codes(4, n, k // 8, seed)
     w_q = to_4bit_u8(codes, group)
-    values = codecs.unpack_codes(codes, 4).view(-1, group)
+    values = unpack_codes(codes, 4).view(-1, group)
     assert torch.equal(w_q >> 4, values[: len(values) // 2]) and torch.equal(w_q & 15, values[len(values) // 2:])
     assert torch.equal(hqq.from_4bit_u8(w_q, n, k), codes)
 
@@ -74,7 +73,7 @@ def test_hqq_halves(n, groups, group, seed):
 def test_base3(n, quads, seed):
     k = 4 * quads
     values = torch.randint(0, 3, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    codes = codecs.pack_codes(values, 2)
+    codes = pack_codes(values, 2)
     packed = comfy.to_base3(codes)
     assert packed.shape == (n, -(-k // 5))
     digits = [int(packed[0, i // 5]) // 3 ** (i % 5) % 3 for i in range(k)]
@@ -130,8 +129,8 @@ def test_dequantisation_follows_its_definition(bits, form, group, seed):
 def test_equal_sees_every_difference():
     a, b = (random_weight(2, "affine", 4, 256, 128) for _ in range(2))
     assert equal(a, b)
-    b._qdata[1, 5] ^= 1
+    parts(b).codes[1, 5] ^= 1
     assert not equal(a, b)
     b = random_weight(2, "affine", 4, 256, 128)
-    b._params.shift[3, 1] += 1
+    parts(b).shift[3, 1] += 1
     assert not equal(a, b)

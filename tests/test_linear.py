@@ -9,8 +9,9 @@ import torch
 from reference import dense64, random_weight, relative
 
 from bonsai_image.ops import torch_backend
-from bonsai_image.ops.linear import PackedEmbedding, PackedLinear, linear
-from bonsai_image.ops.packed import PackedLayout, packed_nbytes
+from bonsai_image.ops.layers import PackedEmbedding, PackedLinear
+from bonsai_image.ops.linear import linear
+from bonsai_image.ops.packed import PackedLayout, packed_nbytes, parts
 
 CASES = [(1, "symmetric", 128), (2, "symmetric", 128), (2, "symmetric", 32), (4, "symmetric", 64), (1, "affine", 128),
          (2, "affine", 128), (4, "affine", 64), (4, "zeropoint", 64)]
@@ -83,7 +84,8 @@ def test_module_holds_nothing_until_loaded_and_then_no_copy():
     assert module.weight is None and not list(module.parameters())
     weight = random_weight(2, "symmetric", 24, 256, 128)
     module.load_state_dict({"weight": weight})
-    assert module.weight._qdata.data_ptr() == weight._qdata.data_ptr()
+    pairs = list(zip(parts(module.weight)[:2], parts(weight)[:2], strict=True))
+    assert all(held.data_ptr() == given.data_ptr() for held, given in pairs)
 
 
 def test_module_refuses_a_wrong_shape_and_a_missing_weight():
@@ -113,7 +115,7 @@ def test_moving_a_module_keeps_the_scales():
 
 
 def test_dense_weights_work_too():
-    module = PackedLinear(256, 24)
+    module = PackedLinear(256, 24, bias=True)
     weight, bias = torch.randn(24, 256), torch.randn(24)
     module.load_state_dict({"weight": weight, "bias": bias})
     x = torch.randn(3, 256)
@@ -137,8 +139,8 @@ def test_a_float_weight_cannot_become_packed():
 def test_calling_the_module_runs_the_kernel(monkeypatch):
     """Not the silent fallback of QuantizedTensor, which would dequantise the whole weight."""
     calls = []
-    original = torch_backend.packed_linear
-    monkeypatch.setattr(torch_backend, "packed_linear", lambda *args: calls.append(1) or original(*args))
+    original = torch_backend.multiply
+    monkeypatch.setattr(torch_backend, "multiply", lambda *args: calls.append(1) or original(*args))
     monkeypatch.setattr(PackedLayout, "dequantize", None)
     module = PackedLinear(256, 24, bias=False)
     module.load_state_dict({"weight": random_weight(2, "symmetric", 24, 256, 128)})

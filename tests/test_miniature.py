@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from scenes import COLOURS, Scene, draw, held_out
 
 from bonsai_image.loaders import load_transformer, save_transformer, targets
+from bonsai_image.ops import Setting
 from bonsai_image.standalone import demo
 from bonsai_image.standalone.generate import generate
 
@@ -37,7 +38,8 @@ def pixels(images: list[Image.Image]) -> torch.Tensor:
 def drawn(scenes=SCENES, pack=PACK, prompts=None, **words) -> torch.Tensor:
     """Pictures (N, 3, 128, 128) of ``scenes`` in FP32."""
     prompts = prompts or [scene.caption() for scene in scenes]
-    return pixels(generate(pack, prompts, CPU, torch.float32, "torch", 128, 128, progress=False, **words).images)
+    result = generate(pack, prompts, CPU, torch.float32, Setting("torch"), 128, 128, progress=False, **words)
+    return pixels(result.images)
 
 
 def test_the_ruler_reads_what_was_drawn():

@@ -17,9 +17,9 @@ from reference import dense64, random_weight, relative
 from bonsai_image.loaders import Transformer
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.loaders.names import to_comfyui
-from bonsai_image.ops import backends, torch_backend
-from bonsai_image.ops.mlx import backend as mlx_backend
-from bonsai_image.ops.packed import is_packed, packed_nbytes, packed_weight
+from bonsai_image.ops import Setting, linear
+from bonsai_image.ops.backends import multiplies
+from bonsai_image.ops.packed import is_packed, packed_nbytes, packed_weight, parts
 from bonsai_image.standalone import cli, models
 from bonsai_image.standalone.generate import generate
 from bonsai_image.standalone.mlx_transformer import MlxTransformer
@@ -30,15 +30,16 @@ from bonsai_image.ops.mlx import arrays as mlx_arrays  # noqa: E402
 from bonsai_image.ops.mlx import klein as mlx_klein  # noqa: E402
 
 CPU = torch.device("cpu")
+MLX, TORCH = Setting("mlx"), Setting("torch")
 TOLERANCE = 1e-5
 SMALL = KleinConfig(hidden=256, text_width=384, in_channels=32, out_channels=32, double_blocks=2, single_blocks=2)
 TINY = KleinConfig(hidden=128, text_width=64, in_channels=16, out_channels=16, double_blocks=1, single_blocks=1)
 
 
 @pytest.fixture(autouse=True)
-def mlx_serves():
+def mlx_is_used():
     """Without this, a defect that the self-check finds would let torch pass every test in MLX's stead."""
-    assert mlx_backend.available()
+    assert multiplies("mlx", MLX, CPU, parts(random_weight(2, "symmetric", 64, 256, 128)), torch.float32)
 
 
 def model(config: KleinConfig, bits: int) -> Transformer:
@@ -77,7 +78,7 @@ def test_linear_equals_the_reference(bits, form, group, shape):
     weight = random_weight(bits, form, 320, 512, group)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     bias = torch.randn(320, generator=torch.Generator().manual_seed(2)).bfloat16()
-    result = backends.linear(x, weight, bias, "mlx")
+    result = linear(x, weight, bias, MLX)
     assert result.shape == (*shape[:-1], 320) and result.dtype == x.dtype
     assert relative(result, x.double() @ dense64(weight).T + bias) < TOLERANCE
 
@@ -85,17 +86,17 @@ def test_linear_equals_the_reference(bits, form, group, shape):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_stay_in_their_dtype(dtype):
     weight, x = random_weight(2, "symmetric", 320, 512, 128), torch.randn(3, 512).to(dtype)
-    (packed,) = mlx_arrays.weight_arrays([weight], dtype)
+    (packed,) = mlx_arrays.weight_arrays([parts(weight)], dtype)
     (rows,) = mlx_arrays.to_mlx([x])
     # Scales in another dtype than the activations would silently give float32.
     assert mlx_arrays.product(rows, packed).dtype == rows.dtype == mlx_arrays.DTYPES[dtype]
-    assert backends.linear(x, weight, None, "mlx").dtype == dtype
+    assert linear(x, weight, None, MLX).dtype == dtype
 
 
 def test_words_are_the_canonical_codes():
     weight = random_weight(2, "symmetric", 320, 512, 128)
-    (packed,) = mlx_arrays.weight_arrays([weight], torch.float32)
-    assert np.array_equal(np.array(packed.words).view(np.uint8), weight._qdata.numpy())
+    (packed,) = mlx_arrays.weight_arrays([parts(weight)], torch.float32)
+    assert np.array_equal(np.array(packed.words).view(np.uint8), parts(weight).codes.numpy())
 
 
 @pytest.fixture
@@ -103,21 +104,24 @@ def no_mlx_product(monkeypatch):
     def refuse(*args):
         raise AssertionError("MLX was used")
 
-    monkeypatch.setattr(mlx_arrays, "linear", refuse)
+    monkeypatch.setattr(mlx_arrays, "multiply", refuse)
 
 
-def test_torch_serves_zero_points(no_mlx_product):
+def test_torch_multiplies_zero_points(no_mlx_product):
     weight, x = random_weight(4, "zeropoint", 320, 512, 64), torch.randn(3, 512)
-    assert torch.equal(backends.linear(x, weight, None, "mlx"), torch_backend.linear(x, weight, None))
+    assert torch.equal(linear(x, weight, None, MLX), linear(x, weight))
 
 
-def test_torch_serves_gradients_float64_and_no_rows(no_mlx_product):
+def test_gradients():
+    weight, x = random_weight(2, "symmetric", 320, 512, 128), torch.randn(3, 512, requires_grad=True)
+    linear(x, weight, None, MLX).sum().backward()
+    assert relative(x.grad, dense64(weight).sum(0).expand(3, -1)) < TOLERANCE
+
+
+def test_torch_multiplies_float64_and_no_rows(no_mlx_product):
     weight = random_weight(2, "symmetric", 320, 512, 128)
-    x = torch.randn(3, 512, requires_grad=True)
-    backends.linear(x, weight, None, "mlx").sum().backward()
-    assert relative(x.grad[0], torch_backend.linear(torch.eye(512), weight, None).sum(1)) < TOLERANCE
-    assert backends.linear(torch.randn(3, 512).double(), weight, None, "mlx").dtype == torch.float64
-    assert backends.linear(torch.empty(0, 512), weight, None, "mlx").shape == (0, 320)
+    assert linear(torch.randn(3, 512).double(), weight, None, MLX).dtype == torch.float64
+    assert linear(torch.empty(0, 512), weight, None, MLX).shape == (0, 320)
 
 
 # The crossing
@@ -157,7 +161,7 @@ def test_a_step_crosses_twice(monkeypatch):
     (1, 4, 4, ()), (2, 7, 5, ()), (1, 1, 3, ()), (1, 5, 3, ((3, 4),)), (2, 3, 5, ((2, 3), (4, 1)))])
 def test_transformer_equals_diffusers(bits, batch, height, width, references):
     loaded, arguments = model(SMALL, bits), inputs(SMALL, batch, height, width, references)
-    reference = transformer_module(loaded, CPU, torch.float32, "torch")
+    reference = transformer_module(loaded, CPU, torch.float32, TORCH)
     with torch.inference_mode():
         expected = reference(**arguments, return_dict=False)[0]
         result = MlxTransformer(loaded, CPU, torch.float32)(**arguments)[0]
@@ -174,16 +178,16 @@ def test_rotary_tables_at_far_positions():
 
 def test_the_embedded_host_uses_it_where_every_layer_can():
     loaded = model(TINY, 2)
-    assert isinstance(transformer_module(loaded, CPU, torch.float32, "mlx"), MlxTransformer)
+    assert isinstance(transformer_module(loaded, CPU, torch.float32, MLX), MlxTransformer)
     name = "transformer_blocks.0.attn.to_q.weight"
     weight = loaded.tensors[name]
-    loaded.tensors[name] = packed_weight(weight._qdata, weight._params.scale, 2, "zeropoint",
-                                         torch.ones_like(weight._params.scale))
-    mixed = transformer_module(loaded, CPU, torch.float32, "mlx")
+    loaded.tensors[name] = packed_weight(parts(weight).codes, parts(weight).scale, 2, "zeropoint",
+                                         torch.ones_like(parts(weight).scale))
+    mixed = transformer_module(loaded, CPU, torch.float32, MLX)
     assert not isinstance(mixed, MlxTransformer)
     arguments = inputs(TINY, 1, 2, 3)
     with torch.inference_mode():
-        expected = transformer_module(loaded, CPU, torch.float32, "torch")(**arguments, return_dict=False)[0]
+        expected = transformer_module(loaded, CPU, torch.float32, TORCH)(**arguments, return_dict=False)[0]
         assert relative(mixed(**arguments, return_dict=False)[0], expected) < TOLERANCE
 
 
@@ -199,7 +203,7 @@ def test_float16_overflow_is_clamped():
     loaded, arguments = model(TINY, 2), inputs(TINY, 1, 2, 2)
     name = "single_transformer_blocks.0.attn.to_out.weight"
     weight = loaded.tensors[name]
-    loaded.tensors[name] = packed_weight(weight._qdata, weight._params.scale * 60000, 2)
+    loaded.tensors[name] = packed_weight(parts(weight).codes, parts(weight).scale * 60000, 2)
     arguments = {key: value.half() if value.is_floating_point() else value for key, value in arguments.items()}
     result = MlxTransformer(loaded, CPU, torch.float16)(**arguments)[0]
     assert result.dtype == torch.float16 and bool(result.isfinite().all())
@@ -224,8 +228,8 @@ def test_threads():
             pool = (first, second)[i % 2]
             assert torch.equal(pool.submit(lambda: module(**arguments)[0]).result(), expected[0])
             x = torch.randn(2, 512)
-            assert relative(pool.submit(backends.linear, x, weight, None, "mlx").result(),
-                            torch_backend.linear(x, weight, None)) < TOLERANCE
+            assert relative(pool.submit(linear, x, weight, None, MLX).result(),
+                            linear(x, weight)) < TOLERANCE
 
 
 # Memory
@@ -251,7 +255,7 @@ def test_the_text_encoder_is_gone_before_the_transformer_loads(tmp_path, monkeyp
     monkeypatch.setattr(models, "text_encoder_module", encoder)
     monkeypatch.setattr(models, "transformer_module", transformer)
     before = mx.get_active_memory()
-    generate(pack, ["a bonsai"], CPU, torch.float32, "mlx", 32, 32, steps=1, progress=False)
+    generate(pack, ["a bonsai"], CPU, torch.float32, MLX, 32, 32, steps=1, progress=False)
     assert seen[1] == "checked"
 
 

@@ -10,7 +10,7 @@ import torch
 from reference import relative
 
 from bonsai_image.loaders import load_text_encoder, load_transformer
-from bonsai_image.ops.linear import PackedLinear
+from bonsai_image.ops.layers import PackedLinear
 from bonsai_image.ops.packed import is_packed
 from bonsai_image.standalone.models import text_encoder_module, transformer_module
 

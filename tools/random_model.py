@@ -19,8 +19,7 @@ from bonsai_image.loaders.formats import mlx
 from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
 from bonsai_image.loaders.names import is_packable
 from bonsai_image.loaders.qwen3 import Qwen3Config, qwen3_shapes
-from bonsai_image.ops.codecs import pack_codes
-from bonsai_image.ops.packed import packed_weight
+from bonsai_image.ops.packed import pack_codes, packed_weight
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -21,8 +21,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ...ops.codecs import unpack_codes
-from ...ops.packed import FORMAT_NAME, Form, packed_weight, tag
+from ...ops.packed import FORMAT_NAME, Form, packed_weight, tag, unpack_codes
 from .. import names
 from ..errors import DOWNLOAD_AGAIN, ModelFileError
 from ..files import SAFETENSORS_SUFFIXES, TensorFile

@@ -12,8 +12,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from ...ops.codecs import pack_codes
-from ...ops.packed import is_packed, packed_weight
+from ...ops.packed import is_packed, pack_codes, packed_weight
 from .. import names
 from ..check import FLOATS
 from ..errors import ModelFileError

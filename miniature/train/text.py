@@ -14,9 +14,7 @@ from transformers import Qwen2Tokenizer, Qwen3ForCausalLM, Qwen3Model
 from transformers import Qwen3Config as Qwen3Arguments
 
 from bonsai_image.loaders.qwen3 import TAPPED_LAYERS, Qwen3Config
-from bonsai_image.ops import torch_backend
-from bonsai_image.ops.codecs import pack_codes
-from bonsai_image.ops.packed import packed_weight
+from bonsai_image.ops.packed import dequantize, pack_codes, packed_weight, parts
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 TEMPLATE = (
@@ -121,9 +119,7 @@ def encoder(tensors: dict[str, torch.Tensor]) -> Qwen3Model:
     dense = {}
     for name, tensor in tensors.items():
         if tensor.ndim == 2:
-            params = tensor._params
-            tensor = torch_backend.dequantize(tensor._qdata, params.scale, params.shift, params.bits, params.form,
-                                              torch.float32)
+            tensor = dequantize(parts(tensor), torch.float32)
         dense[name.removeprefix("model.")] = tensor.float()
     model.load_state_dict(dense)
     return model.eval().requires_grad_(False)

@@ -15,8 +15,7 @@ from training import train
 
 from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
 from bonsai_image.loaders.names import is_packable
-from bonsai_image.ops.codecs import pack_codes
-from bonsai_image.ops.packed import packed_weight
+from bonsai_image.ops.packed import pack_codes, packed_weight
 
 KLEIN = KleinConfig(hidden=128, text_width=3 * TEXT.hidden, in_channels=128, out_channels=128, double_blocks=1,
                     single_blocks=4)

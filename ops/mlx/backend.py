@@ -1,11 +1,11 @@
 """The MLX backend: ``mx.quantized_matmul`` on the packed words, for Apple silicon.
 
-The canonical codes are MLX's words, so nothing is repacked. This file says when MLX serves; importing it does not
+The canonical codes are MLX's words, so nothing is repacked. This file says when MLX is used; importing it does not
 import MLX. What runs in MLX is in ``ops/mlx/arrays.py`` (one product) and ``ops/mlx/klein.py`` (the whole
 transformer).
 
 MLX computes ``scales * code + biases``. The symmetric and affine forms of ``ops/packed.py`` are exactly that; the
-zeropoint form ``s * (c - z)`` would need the rounded product ``-s * z``, so torch serves such weights.
+zeropoint form ``s * (c - z)`` would need the rounded product ``-s * z``, so MLX does not take such weights.
 """
 
 from __future__ import annotations
@@ -13,73 +13,69 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-import logging
-import platform
+import sys
 
 import torch
-from comfy_kitchen.tensor import QuantizedTensor
 
-from .. import torch_backend
+from ..devices import is_apple_silicon
+from ..packed import Packed
 
-_LOG = logging.getLogger(__name__)
+NAME = "mlx"
+DEVICES = ("mps", "cpu")
+REMEDY = ("reinstall MLX for this macOS (pip install --force-reinstall --no-cache-dir mlx mlx-metal, in a native arm64 "
+          "Python), or update MLX and, on macOS 26.0 or 26.1, macOS to 26.2")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 #: Group sizes that ``mx.quantized_matmul`` takes.
 GROUPS = (32, 64, 128)
 
-_REMEDIES = ("reinstall it for this macOS (pip install --force-reinstall --no-cache-dir mlx mlx-metal, in a native "
-             "arm64 Python), or update macOS (26.0 and 26.1 to 26.2) and MLX")
-
-
-def is_apple_silicon(device: torch.device) -> bool:
-    """Whether ``device`` is the GPU of an Apple silicon Mac, the one place where ``auto`` means MLX."""
-    return device.type == "mps" and platform.machine() == "arm64"
-
 
 @functools.cache
-def problem() -> str | None:
-    """Why MLX cannot serve on this machine, in one sentence, or None. Imports MLX and multiplies once."""
+def problem(device: torch.device | None, fast: bool = False) -> str | None:
+    """Why MLX cannot be used on this machine, or None. Imports MLX and multiplies once."""
     if importlib.util.find_spec("mlx") is None:
         return "MLX is not installed (pip install mlx)"
-    # A metallib built for a newer macOS fails at import, an older MLX refuses 1 bit (ValueError), a missing kernel is
-    # a RuntimeError, and a miscompiled one multiplies wrongly.
+    # A metallib built for a newer macOS fails at import, an older MLX refuses 1 bit (ValueError), and a missing kernel
+    # is a RuntimeError.
     try:
         from . import arrays
 
-        error = arrays.self_check_error()
+        arrays.multiply_one_bit()
+    except ImportError as failure:
+        # Left in sys.modules, the half-imported package would make einops import it on every torch tensor, and fail.
+        for name in [name for name in sys.modules if name == "mlx" or name.startswith("mlx.")]:
+            del sys.modules[name]
+        return f"MLX cannot be imported ({_first_line(failure)}): {REMEDY}"
     except ValueError as failure:
-        return (f"MLX {importlib.metadata.version('mlx')} is too old ({str(failure).splitlines()[0]}): update it "
+        return (f"MLX {importlib.metadata.version('mlx')} is too old ({_first_line(failure)}): update it "
                 "(pip install --upgrade mlx)")
-    except (ImportError, RuntimeError) as failure:
-        return f"MLX fails on this machine ({str(failure).splitlines()[0]}): {_REMEDIES}"
-    if error is not None:
-        return f"MLX multiplies packed weights wrongly on this machine ({error}): {_REMEDIES}"
+    except RuntimeError as failure:
+        return f"MLX fails on this machine ({_first_line(failure)}): {REMEDY}"
     return None
 
 
-@functools.cache
-def available() -> bool:
-    """Whether MLX serves on this machine. Decided once; a problem is named in the log, once."""
-    found = problem()
-    if found is not None:
-        _LOG.warning("Bonsai Image: %s; torch serves instead.", found)
-    return found is None
+def _first_line(failure: Exception) -> str:
+    return next(iter(str(failure).splitlines()), type(failure).__name__)
 
 
-def serves(weight: QuantizedTensor) -> bool:
-    """Whether MLX's product with ``weight`` is exact in form."""
-    return weight._params.form != "zeropoint" and weight._params.group in GROUPS
+def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
+    """Weights whose form is exactly MLX's, on Apple silicon. By name also on a CPU, in float32 (there MLX adds half
+    types up in half precision)."""
+    here = is_apple_silicon(device) or (named and dtype == torch.float32)
+    return here and not fast and dtype in DTYPES and takes(packed)
 
 
-def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``x @ weight.T + bias`` for ``x`` ``(..., K)`` and a packed ``weight`` ``(N, K)``, in the dtype of ``x``.
+def takes(packed: Packed) -> bool:
+    """Whether MLX's product with such a weight is exact in form."""
+    return packed.form != "zeropoint" and packed.group in GROUPS
 
-    torch serves what MLX cannot: zero points, gradients, float64 (no Apple GPU has it), no rows at all.
-    """
-    if not serves(weight) or x.requires_grad or x.dtype == torch.float64 or not x.numel():
-        return torch_backend.linear(x, weight, bias)
+
+def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tensor:
+    """``x @ W.T`` for ``x`` ``(M, K)``; ``(M, N)`` in the dtype of ``x``."""
     from . import arrays
 
-    return arrays.linear(x, weight, bias)
+    return arrays.multiply(x, packed)
 
 
 def clear_cache() -> None:

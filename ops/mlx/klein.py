@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 import torch
 
+from ..packed import is_packed, parts
 from . import arrays
 from .arrays import PackedArrays, product
 
@@ -28,7 +29,8 @@ _FP16_MAX = 65504.0
 
 def load(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Weights:
     """The weights of one model in MLX, evaluated, for activations of ``dtype``."""
-    return dict(zip(tensors, arrays.weight_arrays(list(tensors.values()), dtype), strict=True))
+    weights = [parts(tensor) if is_packed(tensor) else tensor for tensor in tensors.values()]
+    return dict(zip(tensors, arrays.weight_arrays(weights, dtype), strict=True))
 
 
 def rotary_tables(ids: torch.Tensor, axes: Sequence[int] = ROPE_AXES,

@@ -10,6 +10,7 @@ from comfy_extras.nodes_flux import Flux2Scheduler
 from diffusers import Flux2KleinPipeline
 
 from bonsai_image.loaders import find_repository, load_text_encoder
+from bonsai_image.ops import Setting
 from bonsai_image.standalone import demo, models
 
 CPU = torch.device("cpu")
@@ -22,7 +23,8 @@ class Ends:
 
     def __init__(self):
         self.vae = models.vae_module(REPOSITORY.vae, CPU, torch.float32)
-        encoder = models.text_encoder_module(load_text_encoder(REPOSITORY.text_encoder), CPU, torch.float32, "torch")
+        encoder = models.text_encoder_module(load_text_encoder(REPOSITORY.text_encoder), CPU, torch.float32,
+                                             Setting("torch"))
         self.pipeline = Flux2KleinPipeline(scheduler=models.scheduler(REPOSITORY.scheduler), vae=self.vae,
                                            text_encoder=encoder, tokenizer=models.tokenizer(REPOSITORY.tokenizer),
                                            transformer=None)

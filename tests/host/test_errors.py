@@ -18,7 +18,7 @@ import torch
 from bonsai_image import nodes
 from bonsai_image.loaders import ModelFileError
 from bonsai_image.nodes import folders, models
-from bonsai_image.ops import accelerator
+from bonsai_image.ops import gemlite_backend
 from bonsai_image.ops.mlx import backend as mlx_backend
 
 TEXT_WIDTH = 3 * 2560
@@ -194,7 +194,7 @@ def _old_mlx(monkeypatch) -> None:
 
 def _versions(gemlite: str, triton: str):
     def install(monkeypatch) -> None:
-        monkeypatch.setattr(accelerator, "_version", {"gemlite": gemlite, "triton": triton}.get)
+        monkeypatch.setattr(gemlite_backend, "version", {"gemlite": gemlite, "triton": triton}.get)
 
     return install
 
@@ -204,7 +204,7 @@ def _versions(gemlite: str, triton: str):
     ("gemlite", lambda patch: _without(patch, "triton"), "is not installed"),
     ("gemlite", _versions("0.5.1", "3.8.0"), "gemlite 0.5.1 does not work with triton 3.8.0"),
     ("gemlite", _versions("0.6.0", "3.5.1"), "gemlite 0.6.0 needs triton 3.6 or newer"),
-    ("triton", lambda patch: patch.setattr(accelerator, "TRITON_INSTALLED", False), "triton is not installed"),
+    ("triton", lambda patch: _without(patch, "triton"), "triton is not installed"),
     ("mlx", lambda patch: _without(patch, "mlx"), "MLX is not installed"),
     ("mlx", _old_mlx, "is too old"),
 ])

@@ -20,6 +20,7 @@ from scenes import COLOURS, Scene, draw
 
 from bonsai_image.loaders import load_transformer
 from bonsai_image.nodes import models as host_models
+from bonsai_image.ops import Setting
 from bonsai_image.standalone import demo, models
 
 LORA = demo.MINIATURE / "blue_pot_lora.safetensors"
@@ -64,7 +65,7 @@ def test_the_sampler_and_diffusers_draw_the_same(ends, ternary):
     prompts = [scene.caption() for scene in SCENES[:4]]
     noise = torch.randn(4, 128, 8, 8, generator=torch.manual_seed(0))
     ends.pipeline.register_modules(transformer=models.transformer_module(
-        load_transformer(REPOSITORY.transformer), CPU, torch.float32, "torch"))
+        load_transformer(REPOSITORY.transformer), CPU, torch.float32, Setting("torch")))
     ends.pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
         expected = ends.pipeline(prompt_embeds=ends.encode(prompts), latents=noise, height=SIDE,

@@ -14,13 +14,14 @@ from bonsai_image.nodes.info import describe
 
 pytest.importorskip("mlx.core")
 from bonsai_image.nodes import mlx_path
+from bonsai_image.ops.backends import Setting
 from bonsai_image.ops.mlx import arrays as mlx_arrays
 
 TOLERANCE = 1e-5
 
 
 def load(path, backend: str):
-    return models.load_model(str(path), "fp32", backend)
+    return models.load_model(str(path), "fp32", Setting(backend))
 
 
 def forward(patcher, *inputs, options=None, **kwargs):

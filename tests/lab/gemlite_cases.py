@@ -10,7 +10,8 @@ import torch
 
 def main() -> None:
     stub_device.install()
-    from bonsai_image.ops import gemlite_backend, torch_backend
+    from bonsai_image.ops import gemlite_backend
+    from bonsai_image.ops.packed import Packed, dequantize
 
     generator = torch.Generator().manual_seed(0)
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -24,9 +25,10 @@ def main() -> None:
                 scale = torch.randn(n, k // group, generator=generator).bfloat16()
                 shift = None if form == "symmetric" else torch.randn(n, k // group, generator=generator).bfloat16()
                 x = torch.randn(rows, k, generator=generator).to(dtype)
-                out = gemlite_backend.linear(x, codes, scale, shift, bits, form)
+                packed = Packed(codes, scale, shift, bits, form)
+                out = gemlite_backend.multiply(x, packed)
                 assert out.dtype == dtype and out.shape == (rows, n)
-                weight = torch_backend.dequantize(codes, scale, shift, bits, form, dtype)
+                weight = dequantize(packed, dtype)
                 expected = x.double() @ weight.double().t()
                 error = float((out.double() - expected).norm() / expected.norm())
                 tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2

@@ -1,13 +1,23 @@
 """Run our Triton kernels through the interpreter against plain torch, and print one line of JSON for every case:
 ``{"name", "error", "tolerance"}``. The error is a count of different bit patterns or a relative norm."""
 
-import contextlib
 import json
 
 import interpreter  # noqa: F401 (first: it sets TRITON_INTERPRET)
 import torch
 
-from bonsai_image.ops import accelerator, choice, int8_reference, torch_backend, triton_backend, triton_kernels
+from bonsai_image.ops import (
+    Setting,
+    gemlite_backend,
+    int8_reference,
+    linear,
+    parts,
+    selfcheck,
+    triton_backend,
+    triton_kernels,
+)
+from bonsai_image.ops.devices import Gpu
+from bonsai_image.ops.packed import Packed, dequantize, rewrap
 
 GENERATOR = torch.Generator().manual_seed(0)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -15,11 +25,11 @@ BITS = {2: torch.int16, 4: torch.int32}
 
 
 def weight(n, k, bits, group, form="symmetric", scale_dtype=torch.bfloat16):
-    """Random canonical codes, scale and shift."""
+    """A random packed weight."""
     codes = torch.randint(0, 256, (n, k * bits // 8), generator=GENERATOR, dtype=torch.uint8)
     scale = torch.randn(n, k // group, generator=GENERATOR).to(scale_dtype)
     shift = None if form == "symmetric" else torch.randn(n, k // group, generator=GENERATOR).to(scale_dtype)
-    return codes, scale, shift
+    return Packed(codes, scale, shift, bits, form)
 
 
 def report(name, error, tolerance):
@@ -41,35 +51,30 @@ def dequantise():
                               (4, "affine", 64), (4, "zeropoint", 64), (2, "affine", 128), (1, "affine", 128)):
         for scale_name, scale_dtype in DTYPES.items():
             for name, dtype in DTYPES.items():
-                codes, scale, shift = weight(37, 384, bits, group, form, scale_dtype)
-                out = triton_backend.dequantize(codes, scale, shift, bits, form, dtype)
-                expected = torch_backend.dequantize(codes, scale, shift, bits, form, dtype)
-                report(f"dequantise-{bits}-{form}-{group}-{scale_name}-{name}", different(out, expected), 0)
+                packed = weight(37, 384, bits, group, form, scale_dtype)
+                out = triton_kernels.expand(packed, torch.empty(37, 384, dtype=dtype))
+                report(f"dequantise-{bits}-{form}-{group}-{scale_name}-{name}",
+                       different(out, dequantize(packed, dtype)), 0)
     # Twice a scale that FP16 holds only roughly: the scale is rounded first.
-    codes, scale, _ = weight(37, 384, 2, 128, scale_dtype=torch.float32)
-    scale *= 1e-7
-    out = triton_backend.dequantize(codes, scale, None, 2, "symmetric", torch.float16)
-    expected = torch_backend.dequantize(codes, scale, None, 2, "symmetric", torch.float16)
-    report("dequantise-subnormal", different(out, expected), 0)
+    packed = weight(37, 384, 2, 128, scale_dtype=torch.float32)
+    packed.scale.mul_(1e-7)
+    out = triton_kernels.expand(packed, torch.empty(37, 384, dtype=torch.float16))
+    report("dequantise-subnormal", different(out, dequantize(packed, torch.float16)), 0)
 
 
 def exact():
     for bits, form, group in ((1, "symmetric", 128), (2, "symmetric", 128), (4, "affine", 64), (4, "zeropoint", 64)):
         for name, dtype in DTYPES.items():
-            codes, scale, shift = weight(300, 256, bits, group, form)
+            packed = weight(300, 256, bits, group, form)
             x = torch.randn(5, 256, generator=GENERATOR).to(dtype)
-            out = x.new_empty(5, 300)
-            triton_backend.exact(x, codes, scale, shift, bits, form, out)
-            expected = x @ torch_backend.dequantize(codes, scale, shift, bits, form, dtype).t()
-            report(f"exact-{bits}-{form}-{name}", relative(out, expected), 0)
+            out = triton_backend.multiply(x, packed)
+            report(f"exact-{bits}-{form}-{name}", relative(out, x @ dequantize(packed, dtype).t()), 0)
     # Cut in three row blocks: each product is the same as in one piece.
     triton_backend.WORKSPACE_BYTES = 128 * 256 * 2
-    codes, scale, shift = weight(300, 256, 2, 128)
+    packed = weight(300, 256, 2, 128)
     x = torch.randn(5, 256, generator=GENERATOR).bfloat16()
-    out = torch.full((5, 300), torch.nan, dtype=torch.bfloat16)
-    triton_backend.exact(x, codes, scale, shift, 2, "symmetric", out)
-    expected = x @ torch_backend.dequantize(codes, scale, shift, 2, "symmetric", torch.bfloat16).t()
-    report("exact-in-blocks", relative(out, expected), 0)
+    out = triton_backend.multiply(x, packed)
+    report("exact-in-blocks", relative(out, x @ dequantize(packed, torch.bfloat16).t()), 0)
     triton_backend.WORKSPACE_BYTES = 200_000_000
 
 
@@ -82,38 +87,36 @@ def int8():
         expected_q, expected_row = int8_reference.quantise_rows(x)
         report(f"quantise-rows-{name}", (q != expected_q).sum() + (row != expected_row).sum(), 0)
     for bits, group, m, n in ((1, 128, 5, 70), (2, 128, 130, 140), (2, 128, 128, 128), (4, 64, 5, 70), (2, 32, 3, 9)):
-        codes, scale, _ = weight(n, 2 * 128, bits, group)
+        packed = weight(n, 2 * 128, bits, group)
         x = torch.randn(m, 2 * 128, generator=GENERATOR).bfloat16()
         for name, dtype in DTYPES.items():
-            out = torch.full((m, n), torch.nan, dtype=dtype)
-            triton_backend.fast(x.to(dtype), codes, scale, bits, out)
-            expected = int8_reference.fast(x.to(dtype), codes, scale, bits)
+            out = triton_backend.multiply(x.to(dtype), packed, True)
+            expected = int8_reference.multiply(x.to(dtype), packed)
             # The sum over groups is rounded in FP32 in both; then the result to its dtype.
             tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
             report(f"int8-{bits}-{group}-{m}x{n}-{name}", relative(out, expected), tolerance)
 
 
 def operator():
-    """The registered operator from end to end on a made-up card: choice, self-check, bias, shapes, gradient."""
-    accelerator.card = lambda _device: choice.Card("nvidia", "stub", (9, 0))
-    torch.cpu.device = contextlib.nullcontext
-    codes, scale, _ = weight(192, 256, 2, 128)
+    """The registered operator from end to end on a made-up GPU: choice, self-check, bias, shapes, gradient."""
+    for module in (triton_backend, gemlite_backend):
+        module.gpu, module.DEVICES = lambda _device: Gpu("nvidia", "stub", (8, 9)), ("cpu",)
+    tensor = rewrap(weight(192, 256, 2, 128), torch.bfloat16)
     bias = torch.randn(192, generator=GENERATOR)
     x = torch.randn(2, 40, 256, generator=GENERATOR).bfloat16()
-    expected = torch_backend.packed_linear(x, codes, scale, None, 2, "symmetric", bias)
-    for policy in accelerator.POLICIES:
-        out = accelerator.accelerated_linear(x, codes, scale, None, 2, "symmetric", bias, policy)
+    expected = linear(x, tensor, bias, Setting("torch"))
+    for setting in (Setting("triton"), Setting("gemlite"), Setting("auto", "fast")):
+        out = linear(x, tensor, bias, setting)
         assert out.shape == (2, 40, 192)
-        # GemLite finds no GPU in this process: its self-check fails, and the exact way serves.
-        report(f"operator-{policy}", relative(out, expected), 0.012 if policy == "int8" else 0)
-        assert (policy == "int8") == bool((out != expected).any())
-    used = accelerator._check.cache_info().currsize
-    report("operator-checks", used - 3, 0)
-    empty = accelerator.accelerated_linear(x[:0], codes, scale, None, 2, "symmetric", None, "triton")
-    report("operator-no-rows", empty.shape != (0, 40, 192), 0)
+        # GemLite finds no GPU in this process: its self-check fails, and the exact kernels take over.
+        fast = setting.precision == "fast"
+        report(f"operator-{setting.backend}-{setting.precision}", relative(out, expected), 0.012 if fast else 0)
+        assert fast == bool((out != expected).any())
+    report("operator-checks", selfcheck._passes.cache_info().currsize - 3, 0)
+    report("operator-no-rows", linear(x[:0], tensor, None, Setting("triton")).shape != (0, 40, 192), 0)
     x.requires_grad_()
-    grads = [torch.autograd.grad(op(x, codes, scale, None, 2, "symmetric", None, *policy).float().sum(), x)[0]
-             for op, policy in ((accelerator.accelerated_linear, ("triton",)), (torch_backend.packed_linear, ()))]
+    grads = [torch.autograd.grad(linear(x, tensor, None, setting).float().sum(), x)[0]
+             for setting in (Setting("triton"), Setting("torch"))]
     report("operator-gradient", relative(*grads), 0)
     graphs = []
 
@@ -123,17 +126,16 @@ def operator():
 
     @torch.compile(backend=keep, fullgraph=True, dynamic=True)
     def compiled(x):
-        return accelerator.accelerated_linear(x, codes, scale, None, 2, "symmetric", None, "triton")
+        return linear(x, tensor, None, Setting("auto"))
 
     for m in (3, 40, 80):
         rows = torch.randn(m, 256, generator=GENERATOR).bfloat16()
-        expected = torch_backend.packed_linear(rows, codes, scale, None, 2, "symmetric", None)
-        report(f"operator-compiled-{m}", relative(compiled(rows), expected), 0)
+        report(f"operator-compiled-{m}", relative(compiled(rows), linear(rows, tensor, None, Setting("torch"))), 0)
     # One call in one graph for any number of rows, on both sides of the choice.
-    report("operator-graphs", graphs != [["bonsai_image.accelerated_linear.default"]], 0)
+    report("operator-graphs", graphs != [["bonsai_image.packed_linear.default"]], 0)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    args = (x.detach(), codes, scale, None, 2, "symmetric", bias, "int8")
-    torch.library.opcheck(accelerator.accelerated_linear, args, test_utils=tests)
+    args = (x.detach(), *parts(tensor), bias, "auto", "fast")
+    torch.library.opcheck(torch.ops.bonsai_image.packed_linear.default, args, test_utils=tests)
     report("operator-check", 0, 0)
 
 

@@ -1,0 +1,136 @@
+"""The layers that compute with packed weights, as plain ``torch.nn`` modules.
+
+They are drop-in replacements of ``nn.Linear`` and ``nn.Embedding`` that take whatever weight a state dict brings:
+packed or dense. A host adapter subclasses them to add its own weight management.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .backends import AUTO
+from .linear import embedding, linear
+from .packed import is_packed, parts, rewrap, tag
+
+
+def _parameter(tensor: torch.Tensor) -> nn.Parameter:
+    if not is_packed(tensor):
+        return nn.Parameter(tensor, requires_grad=False)
+    # Hosts run a model inside inference_mode and unload it outside. A wrapper created inside works in both; one created
+    # outside does not.
+    with torch.inference_mode():
+        wrapper = rewrap(parts(tensor), tensor.dtype)
+    # What nn.Parameter does to a tensor subclass, but for the copy of its scales, which would be inference tensors.
+    wrapper._is_param = True
+    return wrapper
+
+
+class PackedModule(nn.Module):
+    """Common to the layers below: a ``weight`` that may be packed, and is empty until a state dict brings it.
+
+    Nothing is allocated at construction, so building a model costs no memory on any device. Loading takes the tensors
+    of the state dict as they are, without a copy: memory-mapped weights stay memory-mapped.
+    """
+
+    def __init__(self, weight_shape: tuple[int, int], bias: bool):
+        super().__init__()
+        self.weight_shape = weight_shape
+        self._names = ("weight", "bias") if bias else ("weight",)
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+
+    def loaded_weight(self) -> torch.Tensor:
+        """The weight. Raises RuntimeError before a state dict has brought one."""
+        if self.weight is None:
+            raise RuntimeError(f"this {type(self).__name__} has no weight yet; load a state dict first")
+        return self.weight
+
+    def extra_repr(self) -> str:
+        """Shape, and how the weight is stored."""
+        stored = "not loaded" if self.weight is None else str(self.weight.dtype).removeprefix("torch.")
+        if is_packed(self.weight):
+            packed = parts(self.weight)
+            stored = f"{packed.bits} bits, {packed.form}, groups of {packed.group}"
+        return f"{self.weight_shape[0]}, {self.weight_shape[1]}, bias={'bias' in self._names}, {stored}"
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                              error_msgs):
+        for name in self._names:
+            tensor, shape = state_dict.get(f"{prefix}{name}"), self.weight_shape[: 1 if name == "bias" else 2]
+            if tensor is None:
+                missing_keys.append(f"{prefix}{name}")
+            elif tuple(tensor.shape) != shape:
+                error_msgs.append(f"{prefix}{name}: expected shape {shape}, found {tuple(tensor.shape)}")
+            else:
+                setattr(self, name, _parameter(tensor))
+        known = [f"{prefix}{name}" for name in self._names]
+        unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+
+    # ComfyUI resolves every key of a state dict with getattr.
+    @property
+    def weight_scale(self) -> torch.Tensor:
+        """The scales of a packed weight."""
+        return parts(self.loaded_weight()).scale
+
+    @property
+    def weight_shift(self) -> torch.Tensor | None:
+        """The shifts of a packed weight."""
+        return parts(self.loaded_weight()).shift
+
+    @property
+    def comfy_quant(self) -> torch.Tensor:
+        """The tag of a packed weight in a state dict."""
+        return tag(self.loaded_weight())
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if not is_packed(self.weight):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        for suffix, tensor in self.weight.state_dict().items():
+            destination[f"{prefix}weight{suffix}"] = tensor
+        destination[f"{prefix}comfy_quant"] = self.comfy_quant
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias
+
+    def _apply(self, fn, recurse=True):
+        # nn.Module would assign into param.data, which a QuantizedTensor does not support.
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                self._parameters[name] = _parameter(fn(parameter))
+        return self
+
+
+class PackedLinear(PackedModule):
+    """``nn.Linear`` over a packed or dense weight ``(out_features, in_features)``, by the backend of ``setting``.
+
+    ``device`` and ``dtype`` are nn.Linear's and have no meaning here: the state dict decides.
+    """
+
+    setting = AUTO
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None):
+        super().__init__((out_features, in_features), bias)
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., in_features)`` -> ``(..., out_features)`` in the dtype of ``x``."""
+        return linear(x, self.loaded_weight(), self.bias, self.setting)
+
+
+class PackedEmbedding(PackedModule):
+    """``nn.Embedding`` over a packed or dense table ``(num_embeddings, embedding_dim)``.
+
+    ``padding_idx`` matters to training alone; ``device`` and ``dtype`` are as in :class:`PackedLinear`.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, device=None,
+                 dtype=None):
+        super().__init__((num_embeddings, embedding_dim), bias=False)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        """Integer indices ``(...)`` -> rows ``(..., embedding_dim)`` in the dtype of the table."""
+        return embedding(indices, self.loaded_weight())
