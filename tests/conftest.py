@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import bad_packs
 import packs
 import pytest
+from random_model import write_repository
 
 from bonsai_image.loaders.names import to_comfyui
 
@@ -38,6 +39,12 @@ def small(request, tmp_path_factory) -> SimpleNamespace:
         gemlite=packs.write_gemlite(model, root / "bonsai-gemlite" / "transformer-gemlite", bits),
         mlx=packs.write_mlx(model, root / "bonsai-mlx" / "transformer-packed-mflux", bits),
     )
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory) -> Path:
+    """A whole random repository in the layout of the MLX releases."""
+    return write_repository(tmp_path_factory.mktemp("repository") / "bonsai-mini")
 
 
 @pytest.fixture(scope="session")

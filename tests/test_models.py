@@ -12,7 +12,7 @@ from reference import relative
 from bonsai_image.loaders import load_text_encoder, load_transformer
 from bonsai_image.ops.layers import PackedLinear
 from bonsai_image.ops.packed import is_packed
-from bonsai_image.standalone.models import text_encoder_module, transformer_module
+from bonsai_image.standalone.models import text_encoder_module, transformer_module, vae_module
 
 CPU = torch.device("cpu")
 
@@ -84,3 +84,12 @@ def test_text_encoder_equals_transformers(tmp_path, kind):
         ours, theirs = module(**arguments).hidden_states, model(**arguments).hidden_states
     for layer in (9, 18, 27):
         assert relative(ours[layer], theirs[layer]) < 1e-5, layer
+
+
+def test_out_of_memory_is_not_reported_as_a_damaged_vae(repository, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        vae_module(repository / "vae", CPU, torch.float32)

@@ -194,9 +194,9 @@ def lora_training() -> list[Column]:
         "every layer is expanded to a dense weight: the same LoRA for more time and memory. The weights themselves "
         "cannot be trained.\n\nLeave **batch_size** at 1: ComfyUI mixes the captions of a larger batch. "
         "*grad_accumulation_steps* does what a batch is for. Leave **gradient_checkpointing** on, which ComfyUI's "
-        "FLUX.2 needs; *checkpoint_depth* 2 keeps the activations of one block at a time.\n\nA falling loss curve is a good sign, a good image a "
-        "better one: open the workflow *lora*, press **R** and choose the file that *Save LoRA* wrote. 300 steps are a "
-        "start; *existing_lora* goes on from one.\n"), 240)
+        "FLUX.2 needs; *checkpoint_depth* 2 keeps the activations of one block at a time.\n\nA falling loss curve is a "
+        "good sign, a good image a better one: open the workflow *lora*, press **R** and choose the file that "
+        "*Save LoRA* wrote. 300 steps are a start; *existing_lora* goes on from one.\n"), 240)
     dataset = Node("dataset", "LoadImageTextDataSetFromFolder", 400, ["training"], title="Images with captions",
                    height=110)
     data = [[dataset, images],
