@@ -1,10 +1,11 @@
 """Files to canonical state dicts, and back. ``formats`` has one file per format of weights."""
 
 from .errors import ModelFileError
-from .formats import targets
+from .formats import container_suffixes, targets
 from .models import TextEncoder, Transformer, Vae, load_text_encoder, load_transformer, load_vae
 from .repository import Repository, find_repository, is_repository
 from .save import save_transformer
 
-__all__ = ["ModelFileError", "Repository", "TextEncoder", "Transformer", "Vae", "find_repository", "is_repository",
-           "load_text_encoder", "load_transformer", "load_vae", "save_transformer", "targets"]
+__all__ = ["ModelFileError", "Repository", "TextEncoder", "Transformer", "Vae", "container_suffixes",
+           "find_repository", "is_repository", "load_text_encoder", "load_transformer", "load_vae", "save_transformer",
+           "targets"]

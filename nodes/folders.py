@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import folder_paths
@@ -13,9 +14,16 @@ import folder_paths
 from ..loaders import ModelFileError
 
 
-def model_choices(kind: str) -> list[str]:
-    """Model files of a host folder kind, and the folders that hold them, relative to their root."""
-    files = folder_paths.get_filename_list(kind)
+def model_choices(kind: str, more_suffixes: Collection[str] = ()) -> list[str]:
+    """Model files of a host folder kind, and the folders that hold them, relative to their root.
+
+    ``more_suffixes`` are listed besides those of the files that ComfyUI itself can read.
+    """
+    files = set(folder_paths.get_filename_list(kind))
+    if more_suffixes:
+        for root in folder_paths.get_folder_paths(kind):
+            found, _ = folder_paths.recursive_search(root, [".git"])
+            files.update(folder_paths.filter_files_extensions(found, more_suffixes))
     folders = {Path(file).parent.as_posix() for file in files} - {"."}
     return sorted([*files, *folders])
 

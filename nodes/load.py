@@ -6,7 +6,7 @@ import sys
 
 from comfy_api.latest import io
 
-from ..loaders import find_repository
+from ..loaders import container_suffixes, find_repository
 from ..ops import backends
 from ..ops.devices import DTYPES
 from . import folders, models
@@ -95,9 +95,9 @@ class BonsaiModelLoader(io.ComfyNode):
             description="Load a Bonsai Image diffusion model in any published format, packed weights as they are.",
             search_aliases=["bonsai", "ternary", "1-bit", "2-bit", "unet", "load diffusion model"],
             inputs=[
-                io.Combo.Input("model_name", options=folders.model_choices("diffusion_models"),
-                               tooltip="A file or folder under models/diffusion_models: GemLite, MLX, unpacked, or "
-                                       "saved by Save Bonsai Model."),
+                io.Combo.Input("model_name", options=folders.model_choices("diffusion_models", container_suffixes()),
+                               tooltip="A file or folder under models/diffusion_models: GemLite, MLX, GGUF, unpacked, "
+                                       "or saved by Save Bonsai Model."),
                 _compute_dtype_input(),
                 _backend_input(),
                 _precision_input(),

@@ -9,18 +9,18 @@ import torch
 
 from ..errors import DOWNLOAD_AGAIN, ModelFileError
 from ..files import TensorFile
-from . import comfy, dense, gemlite, hqq, mlx
+from . import comfy, dense, gemlite, gguf, hqq, mlx
 from .interface import About, Format, Tensors, Writer
 
-__all__ = ["FORMATS", "About", "Format", "Tensors", "Writer", "decode", "detect", "refuse_other_than_tensors",
-           "targets", "writer"]
+__all__ = ["FORMATS", "About", "Format", "Tensors", "Writer", "container_suffixes", "decode", "detect",
+           "refuse_other_than_tensors", "targets", "writer"]
 
 if sys.byteorder != "little":
     raise ImportError("Bonsai Image files are little-endian; this machine is not")
 
 #: The first that matches reads a file. The order matters for ``dense`` only, which takes any file of floating-point
 #: tensors: all others are told by tensors that no other format has.
-FORMATS: tuple[Format, ...] = (gemlite.FORMAT, mlx.FORMAT, comfy.FORMAT, hqq.FORMAT, dense.FORMAT)
+FORMATS: tuple[Format, ...] = (gemlite.FORMAT, gguf.FORMAT, mlx.FORMAT, comfy.FORMAT, hqq.FORMAT, dense.FORMAT)
 
 
 def detect(file: TensorFile) -> Format:
@@ -32,7 +32,7 @@ def detect(file: TensorFile) -> Format:
             return candidate
     name, value = next(iter(file.tensors.items()), ("no tensors", None))
     kind = str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else type(value).__name__
-    raise ModelFileError(file.path, "a Bonsai Image model (GemLite, MLX, unpacked or our own format)",
+    raise ModelFileError(file.path, "a Bonsai Image model (GemLite, GGUF, MLX, unpacked or our own format)",
                          f"tensors such as {name} ({kind})", "choose a file of PrismML's Bonsai Image 4B")
 
 
@@ -50,6 +50,11 @@ def refuse_other_than_tensors(file: TensorFile) -> None:
     for name, value in file.tensors.items():
         if not isinstance(value, torch.Tensor):
             raise ModelFileError(file.path, f"{name} to be a tensor", f"a {type(value).__name__}", DOWNLOAD_AGAIN)
+
+
+def container_suffixes() -> set[str]:
+    """Suffixes of files other than safetensors and pickles."""
+    return {suffix for known in FORMATS for suffix in known.readers}
 
 
 def targets() -> tuple[str, ...]:

@@ -1,0 +1,122 @@
+"""GGUF files of stable-diffusion.cpp: blocks of an FP16 scale ``d`` and codes, LSB first: the canonical bytes.
+
+=====  =============  =================================  ========================================
+type   weights/block  weight                             known to
+=====  =============  =================================  ========================================
+Q1_0   128            ``d`` where the bit is set, -d     ggml, since the spring of 2026
+Q2_0   64             ``d * (code - 1)``                 ggml, since the summer of 2026
+PQ2_0  128            ``d * (code - 1)``                 PrismML's fork of llama.cpp
+=====  =============  =================================  ========================================
+
+Q1_0 and PQ2_0 hold Bonsai's groups of 128 as they are, Q2_0 holds every scale twice. TQ1_0 and TQ2_0 share one scale
+among 256 weights, which Bonsai's weights do not; every other quantised type rounds.
+
+Names are ComfyUI's, with norms called ``.scale``; files of the community have no metadata. Dense tensors are BF16,
+FP16, FP32, or Q8_0: 32 int8 to an FP16 scale.
+
+Source: ``ggml-quants.c`` of ggml, of PrismML's fork for PQ2_0; ``name_conversion.cpp`` of stable-diffusion.cpp.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from pathlib import Path
+
+import torch
+
+from ...ops.packed import Packed, is_packed, packed_weight, parts
+from .. import gguf, names
+from ..errors import ModelFileError
+from ..files import TensorFile
+from ..klein import KleinConfig
+from .interface import About, Format, Tensors, Writer
+
+_SUFFIX = ".gguf"
+
+
+def matches(file: TensorFile) -> bool:
+    # Without blocks it is an unpacked file like any other.
+    return file.path.suffix.lower() == _SUFFIX and any(
+        tensor.dtype == torch.uint8 for tensor in file.tensors.values())
+
+
+def decode(file: TensorFile) -> Tensors:
+    entries = gguf.read_header(file.path).entries
+    types = names.normalise(file.path, {name: entry.type for name, entry in entries.items()})
+    stored = names.normalise(file.path, file.tensors)
+    packed = {name: _unpack(stored.pop(name), types[name])
+              for name in file.each(name for name, kind in types.items() if kind.bits)}
+    rounded = [name for name in stored if types[name] is gguf.Q8_0]
+    for name in rounded:
+        if names.is_packable(name):
+            raise ModelFileError(file.path, f"{name} in Q1_0, Q2_0 or PQ2_0", "Q8_0, which rounds", gguf.INSTEAD)
+        stored[name] = _dequantize_q8_0(stored[name])
+    if rounded:
+        logging.warning("%s holds %d dense tensors in Q8_0, rounded to 8 bits: they are not the published BF16 ones.",
+                        file.path, len(rounded))
+    # One dtype for the whole file, because ComfyUI's names join weights.
+    exact = all(torch.equal(scale.bfloat16().half(), scale) for _, scale in packed.values())
+    dtype = torch.bfloat16 if exact else torch.float16
+    return {name: packed_weight(codes, scale.to(dtype), types[name].bits, dtype=dtype)
+            for name, (codes, scale) in packed.items()} | stored
+
+
+def _unpack(rows: torch.Tensor, kind: gguf.Type) -> tuple[torch.Tensor, torch.Tensor]:
+    """Canonical codes and FP16 scales. Those of Q2_0 become one for 128 weights where both of every two are equal."""
+    if rows.ndim != 2:
+        raise ValueError(f"a tensor of {rows.ndim} dimensions in {kind.name}")
+    blocks = rows.view(rows.shape[0], -1, kind.size)
+    scale = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    if kind is gguf.Q2_0 and not scale.shape[1] % 2 and torch.equal(scale[:, ::2], scale[:, 1::2]):
+        scale = scale[:, ::2].contiguous()
+    return blocks[..., 2:].reshape(rows.shape[0], -1), scale
+
+
+def _dequantize_q8_0(rows: torch.Tensor) -> torch.Tensor:
+    """FP32, which holds the product of an FP16 scale and an int8 exactly."""
+    blocks = rows.view(*rows.shape[:-1], -1, gguf.Q8_0.size)
+    return (blocks[..., :2].contiguous().view(torch.float16).float() * blocks[..., 2:].view(torch.int8)).flatten(-2)
+
+
+def write(path: Path, tensors: Tensors, config: KleinConfig, about: About, ternary: gguf.Type) -> None:
+    """A file for stable-diffusion.cpp, with ternary weights in the type ``ternary``."""
+    tensors = names.to_comfyui(tensors)
+    entries = gguf.layout({re.sub(r"_norm\.weight$", "_norm.scale", name): (_type(name, tensor, ternary), tensor.shape)
+                           for name, tensor in tensors.items()})
+    data = (_pack(parts(tensor), entry.type) if entry.type.bits else tensor
+            for tensor, entry in zip(tensors.values(), entries.values(), strict=True))
+    gguf.write(path, entries, data, {
+        # What ComfyUI-GGUF calls it; stable-diffusion.cpp tells FLUX.2 Klein by its tensors.
+        "general.architecture": "flux",
+        "general.name": f"Bonsai Image 4B {about.variant}",
+        "general.license": "apache-2.0",
+        "general.quantization_version": 2,
+        "bonsai.source": about.source,
+    })
+
+
+def _type(name: str, tensor: torch.Tensor, ternary: gguf.Type) -> gguf.Type:
+    """The type that holds ``tensor`` exactly. Raises ValueError if none does."""
+    if not is_packed(tensor):
+        return next(kind for kind in (gguf.BF16, gguf.F16, gguf.F32) if kind.dtype == tensor.dtype)
+    packed = parts(tensor)
+    kind = {1: gguf.Q1_0, 2: ternary}.get(packed.bits)
+    if kind is None or packed.form != "symmetric" or packed.group % kind.weights:
+        raise ValueError(f"{name}: GGUF has no {packed.bits}-bit {packed.form} weights in groups of {packed.group}")
+    if not torch.equal(packed.scale.half().to(packed.scale.dtype), packed.scale):
+        raise ValueError(f"{name}: a scale that is no FP16 number")
+    return kind
+
+
+def _pack(packed: Packed, kind: gguf.Type) -> torch.Tensor:
+    scale = packed.scale.half().repeat_interleave(packed.group // kind.weights, dim=1)
+    codes = packed.codes.reshape(*scale.shape, -1)
+    return torch.cat((scale[..., None].view(torch.uint8), codes), dim=-1)
+
+
+FORMAT = Format("gguf", matches, decode, {
+    "gguf": Writer(functools.partial(write, ternary=gguf.Q2_0), (_SUFFIX,)),
+    "gguf-pq2_0": Writer(functools.partial(write, ternary=gguf.PQ2_0), (_SUFFIX,)),
+}, readers={_SUFFIX: gguf.read})

@@ -1,0 +1,33 @@
+"""A GGUF file in ComfyUI: listed where it can be loaded, and the same MODEL as from any other format."""
+
+from __future__ import annotations
+
+import folder_paths
+import torch
+from sampling import host_forward
+
+from bonsai_image import nodes
+from bonsai_image.loaders import load_transformer, save_transformer
+
+
+def options(node) -> list[str]:
+    return node.define_schema().inputs[0].options
+
+
+def test_listed_and_loaded(tmp_path, monkeypatch, binary_transformer, inputs):
+    for kind in ("diffusion_models", "text_encoders"):
+        suffixes = folder_paths.folder_names_and_paths[kind][1]
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path)], suffixes))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    assert options(nodes.BonsaiModelLoader) == []
+
+    source = load_transformer(binary_transformer)
+    save_transformer(source, tmp_path / "community" / "model.gguf", "gguf")
+    save_transformer(source, tmp_path / "model.safetensors", "comfy")
+    assert options(nodes.BonsaiModelLoader) == ["community", "community/model.gguf", "model.safetensors"]
+    assert "community/model.gguf" not in options(nodes.BonsaiTextEncoderLoader)
+    assert "community/model.gguf" not in folder_paths.get_filename_list("diffusion_models"), "ComfyUI cannot load it"
+
+    outputs = [host_forward(nodes.BonsaiModelLoader.execute(name, "fp32", "torch").args[0], inputs)
+               for name in ("community/model.gguf", "community", "model.safetensors")]
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
