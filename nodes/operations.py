@@ -9,13 +9,13 @@ import comfy.ops
 import torch
 
 from ..ops.backends import AUTO, Setting
-from ..ops.layers import PackedEmbedding, PackedLinear
+from ..ops.layers import PackedEmbedding, PackedLinear, PackedModule
 from ..ops.linear import embedding, linear
 from ..ops.packed import is_packed
 from .side_paths import Adapters
 
 
-class HostLayer(comfy.ops.CastWeightBiasOp):
+class HostLayer(PackedModule, comfy.ops.CastWeightBiasOp):
     """Common to the layers below: ComfyUI offloads, prefetches, patches and merges their weights.
 
     ``adapters`` hold the LoRAs of the loaded model (see ``nodes/lora.py``), None while it is not loaded.
@@ -23,8 +23,6 @@ class HostLayer(comfy.ops.CastWeightBiasOp):
 
     comfy_cast_weights = True
     adapters: Adapters | None = None
-    weight: torch.Tensor
-    bias: torch.Tensor | None
 
     @contextmanager
     def cast(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -33,19 +31,19 @@ class HostLayer(comfy.ops.CastWeightBiasOp):
         The weight keeps its form and dtype, unless another node pack has put a function on it, which gets it dense in
         ``dtype``.
         """
-        functions = self.weight_function
+        weight, bias, functions = self.loaded_weight(), self.bias, self.weight_function
         # An offloaded layer also has its LoRA among the functions; it is a side path already, so leave it out here.
         others = [function for function in functions if not hasattr(function, "is_lowvram_patch")]
-        if not (others or self.bias_function or self.weight.device != device
-                or (self.bias is not None and self.bias.device != device)):
+        resident = weight.device == device and (bias is None or bias.device == device)
+        if resident and not others and not self.bias_function:
             # Not even asked: on a CPU, ComfyUI decodes the packed weight of a layer that it once had on a GPU.
-            yield self.weight, self.bias
+            yield weight, bias
             return
         # One forward runs at a time, and the functions are called before cast_bias_weight returns.
         self.weight_function = others
         try:
             weight, bias, stream = comfy.ops.cast_bias_weight(
-                self, dtype=dtype if others else self.weight.dtype, device=device, bias_dtype=dtype, offloadable=True,
+                self, dtype=dtype if others else weight.dtype, device=device, bias_dtype=dtype, offloadable=True,
                 compute_dtype=dtype)
         finally:
             self.weight_function = functions
@@ -90,7 +88,7 @@ class HostEmbedding(HostLayer, PackedEmbedding):
 
     def forward(self, indices: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         comfy.ops.run_every_op()
-        dtype = out_dtype or self.weight.dtype
+        dtype = out_dtype or self.loaded_weight().dtype
         with self.cast(indices.device, dtype) as (weight, _):
             rows = embedding(indices, weight, dtype)
             self.add_side_paths(indices, rows, weight)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import comfy.ops
 import pytest
 import torch
+from sampling import sample
 
 from bonsai_image.nodes import models, operations
-from bonsai_image.nodes.operations import HostEmbedding, HostLinear
+from bonsai_image.nodes.operations import HostEmbedding, HostLayer, HostLinear
 from bonsai_image.ops.packed import PackedLayout, is_packed
 
 
@@ -53,3 +56,36 @@ def test_a_text_encoder_moved_to_the_cpu_is_not_decoded(pack, monkeypatch):
             module._v = "pages on a GPU"
     monkeypatch.setattr(PackedLayout, "dequantize", None)
     assert torch.equal(clip.encode_from_tokens(tokens), expected)
+
+
+def test_a_layer_without_a_weight_says_so():
+    for layer, x in ((HostLinear(8, 8), torch.zeros(1, 8)), (HostEmbedding(8, 8), torch.zeros(1, 8).long())):
+        with pytest.raises(RuntimeError, match="no weight yet"):
+            layer(x)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Layer -> how often its forward ran."""
+    counts = Counter()
+    for kind in (HostLinear, HostEmbedding):
+        def forward(layer, *args, _original=kind.forward, **kwargs):
+            counts[layer] += 1
+            return _original(layer, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", forward)
+    return counts
+
+
+def test_every_layer_runs_once_a_step(packed_model, runs):
+    """If ComfyUI fetched a weight and multiplied it itself, as it may for some fused layers, adapters would be lost."""
+    sample(packed_model, steps=2)
+    layers = [module for module in packed_model.model.modules() if isinstance(module, HostLayer)]
+    assert runs == dict.fromkeys(layers, 2) and len(layers) > 20
+
+
+def test_every_layer_of_the_text_encoder_runs_once(pack, runs):
+    clip = models.load_clip(str(pack / "text_encoder-mlx-4bit"), "fp32")
+    clip.encode_from_tokens(clip.tokenize("a bonsai"))
+    layers = [module for module in clip.cond_stage_model.modules() if isinstance(module, HostLayer)]
+    assert runs == dict.fromkeys(layers, 1) and len(layers) == 28 * 7 + 1
