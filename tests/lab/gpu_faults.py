@@ -27,9 +27,9 @@ def scale_on_the_cpu(_model) -> None:
 def lora_factor_on_the_cpu(model) -> None:
     management.load_models_gpu([model])
     for module in model.model.modules():
-        if adapters := getattr(module, "adapters", None):
-            paths = tuple(dataclasses.replace(path, down=path.down.to("cpu")) for path in adapters.paths)
-            module.adapters = dataclasses.replace(adapters, paths=paths)
+        if getattr(module, "adapters", None) is not None and module.adapters.paths:
+            paths = tuple(dataclasses.replace(path, down=path.down.to("cpu")) for path in module.adapters.paths)
+            module.adapters = dataclasses.replace(module.adapters, paths=paths)
 
 
 def no_uncast(_model) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-from types import SimpleNamespace
+import torch
 
-from bonsai_image.ops import gemlite_backend, triton_backend
-from bonsai_image.ops.packed import Packed, dequantize
-
-
-def _expand(packed: Packed, out):
-    return out.copy_(dequantize(packed, out.dtype))
+from bonsai_image.ops import gemlite_backend, selfcheck, triton_kernels
+from bonsai_image.ops.packed import dequantize
 
 
 def install() -> None:
-    """Let the Triton backend multiply on every pretended GPU."""
-    sys.modules["bonsai_image.ops.triton_kernels"] = SimpleNamespace(expand=_expand)
-    triton_backend.problem = lambda device, fast=False: None
-    gemlite_backend.serves = lambda *_: False
+    """Multiply on every pretended GPU with the Triton backend."""
+    triton_kernels.expand = lambda packed, out: out.copy_(dequantize(packed, out.dtype))
+    gemlite_backend.problem = lambda *_: "gemlite does not run on a pretended GPU"
+
+
+def allocate_only() -> None:
+    """Kernels that leave their results as they are, and no self-check, which they would not pass."""
+    triton_kernels.expand = lambda packed, out: out
+    triton_kernels.quantise_rows = lambda x: (
+        x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32))
+    triton_kernels.int8_matmul = lambda q, row, levels, scale, out: out
+    selfcheck.passes = lambda *_: True
