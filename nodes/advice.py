@@ -13,7 +13,7 @@ _KEY = "bonsai_image"
 _PIXELS = 16
 
 
-def install(patcher, text_width: int) -> None:
+def check_inputs(patcher, text_width: int) -> None:
     """Check the sampler's inputs before the first layer fails with an obscure shape error.
 
     ``text_width`` is the width of the conditioning that the model of ``patcher`` takes.
@@ -41,7 +41,7 @@ def install(patcher, text_width: int) -> None:
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, _KEY, check)
 
 
-def name_out_of_memory(patcher, methods: tuple[str, ...], advice: str) -> None:
+def on_out_of_memory(patcher, methods: tuple[str, ...], advice: str) -> None:
     """Re-raise out-of-memory errors of ``methods`` of the model of ``patcher`` with ``advice`` as the message.
 
     ComfyUI still recognises the error: it retries a VAE in tiles, and shows ``advice`` only if these fail too.

@@ -1,4 +1,4 @@
-"""Canonical state dicts to the host's own MODEL, CLIP and VAE."""
+"""Files to ComfyUI's own MODEL, CLIP and VAE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import folder_paths
 import torch
 from comfy.cli_args import args as host_args
 
-from ..loaders import ModelFileError, Transformer, load_text_encoder, load_transformer, load_vae
+from ..loaders import ModelFileError, load_text_encoder, load_transformer, load_vae
 from ..loaders.files import Progress
 from ..loaders.names import to_comfyui
 from ..ops import backends
@@ -20,17 +20,17 @@ from ..ops.packed import is_packed, parts
 from . import advice, lora
 from .operations import packed_operations
 
-#: The key under which a MODEL of ours carries its :class:`Origin`.
+#: Attachment of a MODEL from a Bonsai loader: its :class:`Origin`.
 ATTACHMENT = "bonsai_image"
-#: The key under which a MODEL that MLX serves carries its ``mlx_path.MlxPath``.
+#: Attachment of a MODEL that MLX computes: its ``mlx_path.MlxPath``.
 MLX_ATTACHMENT = "bonsai_image_mlx"
-#: What ComfyUI's Klein text encoder is detected by.
+#: The width by which ComfyUI recognises Klein's text encoder.
 _TEXT_WIDTH = 2560
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a MODEL came from."""
+    """Where a MODEL came from, and how it computes. ``source`` is the release, ``setting`` the user's choice."""
 
     path: str
     format: str
@@ -41,7 +41,7 @@ class Origin:
 
 
 def progress_bar() -> Progress:
-    """Report to the bar of the node that is running."""
+    """A callback for the progress bar of the running node."""
     bar = comfy.utils.ProgressBar(1)
     return lambda done, total: bar.update_absolute(done, total)
 
@@ -51,7 +51,7 @@ def _host_chose_dtype() -> bool:
 
 
 def _compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """The dtype to impose on the host, or None to leave it the choice it makes well: on every device but a CPU."""
+    """The dtype to impose on ComfyUI. None leaves it the choice, which it makes well everywhere but on a CPU."""
     if name != "auto":
         return DTYPES[name]
     return default_dtype(device) if device.type == "cpu" and not _host_chose_dtype() else None
@@ -59,22 +59,22 @@ def _compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting = backends.AUTO,
                disable_dynamic: bool = False):
-    """The MODEL at ``path``, computing in ``compute_dtype`` (``auto`` or a name in ``ops.devices.DTYPES``) with
-    the backend of ``setting``.
+    """The MODEL at ``path``. ``compute_dtype`` is ``auto`` or a name in ``ops.devices.DTYPES``.
 
-    Raises ModelFileError. The host calls it again, with the same arguments, for clones on other devices.
+    Raises ModelFileError. ComfyUI calls it again with the same arguments for a clone on another device.
     """
     loaded = load_transformer(path, progress_bar())
     dtype = _compute_dtype(compute_dtype, comfy.model_management.get_torch_device())
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        _host_tensors(loaded), model_options={"custom_operations": packed_operations(setting)},
+        # A copy: ComfyUI removes entries while it loads, and ``loaded`` is read again below.
+        dict(to_comfyui(loaded.tensors)), model_options={"custom_operations": packed_operations(setting)},
         disable_dynamic=disable_dynamic)
     if patcher is None:
-        raise ModelFileError(path, "a model this ComfyUI knows", "FLUX.2 Klein, which it does not", "update ComfyUI")
+        raise ModelFileError(path, "a ComfyUI that supports FLUX.2 Klein", "an older one", "update ComfyUI")
     if dtype is not None:
         patcher.set_model_compute_dtype(dtype)
     lora.install(patcher)
-    advice.install(patcher, loaded.config.text_width)
+    advice.check_inputs(patcher, loaded.config.text_width)
     patcher.cached_patcher_init = (load_model, (path, compute_dtype, setting))
     used = dtype or patcher.model.get_dtype_inference()
     patcher.set_attachments(ATTACHMENT, Origin(path, loaded.format, loaded.variant, loaded.source,
@@ -87,21 +87,17 @@ def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting
     return patcher
 
 
-def _host_tensors(loaded: Transformer) -> dict[str, torch.Tensor]:
-    return dict(to_comfyui(loaded.tensors))
-
-
 def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = False):
     """The CLIP at ``path``, its linears computing in ``compute_dtype``. Raises ModelFileError.
 
-    The host runs text encoders in FP32, and so do we, except where BF16 (which the release was made for) is the only
-    fast way: on a CPU that has it, ``auto`` means BF16 products between the FP32 layers of the host.
+    ComfyUI runs text encoders in FP32, and so does ``auto``, except on a CPU with fast BF16: there the linears compute
+    in BF16, which the release was made for, between ComfyUI's FP32 layers.
     """
     loaded = load_text_encoder(path, progress_bar())
     config = loaded.config
     if config.hidden != _TEXT_WIDTH:
         raise ModelFileError(path, f"a text encoder {_TEXT_WIDTH} wide (Qwen3-4B)", f"one {config.hidden} wide",
-                        "choose the text encoder of Bonsai Image 4B")
+                             "choose the text encoder of Bonsai Image 4B")
     dimensions = {
         "num_hidden_layers": config.layers, "vocab_size": config.vocab, "intermediate_size": config.mlp,
         "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads,
@@ -114,9 +110,9 @@ def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = Fa
                        "qwen3_4b_model_config": dimensions},
         disable_dynamic=disable_dynamic)
     lora.install(clip.patcher)
-    advice.name_out_of_memory(clip.patcher, ("encode_token_weights",), (
-        "Out of memory in the text encoder: close what else uses this device, or start ComfyUI with --novram, which "
-        "runs the text encoder on the CPU."))
+    advice.on_out_of_memory(clip.patcher, ("encode_token_weights",), (
+        "Out of memory in the text encoder; close other programs that use this device, or start ComfyUI with --novram, "
+        "which runs the text encoder on the CPU."))
     clip.patcher.cached_patcher_init = (_clip_patcher, (path, compute_dtype))
     return clip
 
@@ -130,10 +126,10 @@ def load_vae_model(path: str, disable_dynamic: bool = False):
     loaded = load_vae(path)
     vae = comfy.sd.VAE(sd=dict(loaded.tensors))
     if vae.first_stage_model is None:
-        raise ModelFileError(path, "a VAE this ComfyUI knows", "another", "update ComfyUI")
-    advice.name_out_of_memory(vae.patcher, ("encode", "decode"), (
-        "Out of memory in the VAE, even in tiles: lower batch_size or the size, use the (Tiled) node of VAE Encode or "
-        "Decode with a tile_size of 256, or start ComfyUI with --cpu-vae."))
+        raise ModelFileError(path, "a ComfyUI that supports this VAE", "an older one", "update ComfyUI")
+    advice.on_out_of_memory(vae.patcher, ("encode", "decode"), (
+        "Out of memory in the VAE, even in tiles; lower batch_size or the image size, use VAE Encode (Tiled) or VAE "
+        "Decode (Tiled) with a tile_size of 256, or start ComfyUI with --cpu-vae."))
     vae.patcher.cached_patcher_init = (_vae_patcher, (path,))
     return vae
 

@@ -1,4 +1,4 @@
-"""The command line: generate, demo, inspect, convert."""
+"""The command line: generate, batch, sheet, demo, inspect, convert."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .. import __version__
 from ..loaders import ModelFileError, find_repository, is_repository, load_transformer, save_transformer, targets
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
+from .batch import options
 from .inspect import inspect, report
 
 # Only generate and demo need diffusers, which ComfyUI does not install.
@@ -48,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16")
     command.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16")
     command.add_argument("--out", type=_png, default="bonsai.png", help="PNG file to write; replaced if it exists")
+
+    options.add_parsers(commands, sampling)
 
     command = commands.add_parser("demo", parents=[sampling], help="make a contact sheet with the trained miniature")
     command.add_argument("--out", type=_png, default="bonsai-demo.png", help="PNG file to write; replaced if it exists")
@@ -163,6 +166,14 @@ def main(argv: list[str] | None = None) -> int:
             _generate(args)
         elif args.command == "demo":
             _demo(args)
+        elif args.command == "batch":
+            from .batch import command
+
+            return command.run(args, _device)
+        elif args.command == "sheet":
+            from .batch import sheet
+
+            print(*sheet.write(args.folder), sep="\n")
         elif args.command == "inspect":
             parts = inspect(args.path)
             print(json.dumps(parts, indent=2) if args.json else "\n".join(map(report, parts)))

@@ -1,4 +1,4 @@
-"""The demo: six prompts drawn by a trained miniature, its dense, ternary and binary weights side by side."""
+"""The demo: six prompts through the trained miniature, with dense, ternary and binary weights side by side."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ PROMPTS = (
     "a small purple triangle at the top on a cream background",
     "a large yellow ring at the top left on a grey background",
 )
-#: Row of the sheet: the file or folder that it is drawn with.
+#: Row of the sheet -> its file or folder.
 VARIANTS = {"dense": "dense", "ternary": "ternary/transformer-packed-mflux", "binary": "binary.safetensors"}
 _MARGIN, _LABEL, _LINES = 8, 118, 66
 
 
 def draw(device: torch.device, dtype: torch.dtype, setting: Setting = AUTO, steps: int = 4, seed: int = 0,
          progress: bool = True) -> dict[str, Result]:
-    """:data:`PROMPTS` by every variant. Raises ModelFileError where the miniature is not there."""
+    """:data:`PROMPTS` through every variant. Raises ModelFileError without the miniature."""
     if not MINIATURE.is_dir():
         raise ModelFileError(MINIATURE, "the trained miniature", "no such folder",
-                             "clone the repository, the registry's archive leaves it out")
+                             "clone the repository; the registry's archive leaves it out")
     results = {}
     for variant, name in VARIANTS.items():
         model = {"dense" if variant == "dense" else "transformer": MINIATURE / name}
@@ -50,7 +50,7 @@ def file_bytes(variant: str) -> int:
 
 
 def sheet(results: dict[str, Result]) -> Image.Image:
-    """The pictures, a row for each variant, over their prompts."""
+    """The images in one row per variant, above their prompts."""
     step = SIDE + _MARGIN
     image = Image.new("RGB", (_LABEL + len(PROMPTS) * step, len(results) * step + _MARGIN + _LINES), "white")
     pen = ImageDraw.Draw(image)
@@ -59,8 +59,8 @@ def sheet(results: dict[str, Result]) -> Image.Image:
         top = _MARGIN + row * step
         pen.text((_MARGIN, top + 44), variant, "black", font)
         pen.text((_MARGIN, top + 64), f"{file_bytes(variant) / 1e6:.2f} MB", "#555555", small)
-        for column, picture in enumerate(result.images):
-            image.paste(picture, (_LABEL + column * step, top))
+        for column, drawn in enumerate(result.images):
+            image.paste(drawn, (_LABEL + column * step, top))
     for column, prompt in enumerate(PROMPTS):
         pen.multiline_text((_LABEL + column * step, _MARGIN + len(results) * step), textwrap.fill(prompt, 21), "black",
                            small, spacing=3)

@@ -1,4 +1,4 @@
-"""Library modules (diffusers, transformers) over packed weights."""
+"""Modules of diffusers and transformers with packed weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..ops.layers import PackedEmbedding, PackedLinear
 from ..ops.packed import is_packed, parts
 from .mlx_transformer import MlxTransformer
 
-#: The scheduler of FLUX.2 Klein, for packs that bring no scheduler folder.
+#: The scheduler of FLUX.2 Klein, for repositories without a scheduler folder.
 _SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
               "time_shift_type": "exponential", "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
               "max_image_seq_len": 4096}
@@ -26,7 +26,7 @@ _SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting":
 
 def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.device,
           dtype: torch.dtype, setting: Setting) -> torch.nn.Module:
-    """Give ``module``, built without memory, its weights: packed layers as they are, the others in ``dtype``."""
+    """Fill ``module``, built on the meta device: packed weights as they are, all others in ``dtype``."""
     for name, tensor in tensors.items():
         if is_packed(tensor):
             layer = name.removesuffix(".weight")
@@ -40,7 +40,7 @@ def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: tor
 
 
 def _assign(module: torch.nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    # A packed weight keeps its scales: ``to`` changes only the dtype it presents.
+    # On a packed weight ``to`` changes only the dtype that it presents, not its scales.
     cast = {name: tensor.to(dtype=dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     module.load_state_dict(cast, assign=True, strict=True)
 
@@ -51,7 +51,7 @@ def _ready(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 def transformer_module(model: Transformer, device: torch.device, dtype: torch.dtype,
                        setting: Setting = AUTO) -> Flux2Transformer2DModel | MlxTransformer:
-    """diffusers' FLUX.2 transformer over the tensors of ``model``, computing in ``dtype``; or the same in MLX."""
+    """diffusers' FLUX.2 transformer with the weights of ``model``, computing in ``dtype``; in MLX where it is used."""
     packed = [parts(tensor) for tensor in model.tensors.values() if is_packed(tensor)]
     if packed and all(multiplies("mlx", setting, device, weight, dtype) for weight in packed):
         return MlxTransformer(model, device, dtype)
@@ -68,7 +68,7 @@ def dense_transformer(path: Path, device: torch.device, dtype: torch.dtype) -> F
 
 def text_encoder_module(model: TextEncoder, device: torch.device, dtype: torch.dtype,
                         setting: Setting = AUTO) -> Qwen3Model:
-    """transformers' Qwen3 over the tensors of ``model``, without the layers behind the last one that is read."""
+    """transformers' Qwen3 with the weights of ``model``, without the layers after the last one that is read."""
     kept = max(TAPPED_LAYERS) + 1
     with init_empty_weights():
         config = Qwen3Config(**{**model.config.transformers(), "num_hidden_layers": kept})
@@ -89,23 +89,23 @@ def vae_module(path: Path, device: torch.device, dtype: torch.dtype) -> Autoenco
     try:
         _assign(module, loaded.tensors, dtype)
     except RuntimeError as error:
-        # The first line names the class only.
+        # The first line only names the class.
         raise ModelFileError(path, "the tensors that config.json describes", str(error).splitlines()[-1].strip(),
                              "download the folder again") from error
     return _ready(module, device)
 
 
 def tokenizer(path: Path):
-    """The pack's own tokenizer, from local files only; no code beside it ever runs. Raises ModelFileError."""
+    """The tokenizer of a repository, from local files only. Code beside it never runs. Raises ModelFileError."""
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing more special for a damaged file
+    except Exception as error:  # the tokenizers library raises a plain Exception for a damaged file
         raise ModelFileError(path, "the tokenizer of Qwen3, which needs no code of its own", str(error),
                              "download the folder again") from error
 
 
 def scheduler(path: Path | None) -> FlowMatchEulerDiscreteScheduler:
-    """The pack's scheduler, or the one of FLUX.2 Klein. Raises ModelFileError."""
+    """The scheduler in ``path``, or FLUX.2 Klein's for None. Raises ModelFileError."""
     if path is None:
         return FlowMatchEulerDiscreteScheduler.from_config(_SCHEDULER)
     try:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import comfy.model_management
 import folder_paths
 import pytest
+import random_model
 import torch
 from reference import relative
 from sampling import host_forward
@@ -162,9 +163,7 @@ def test_cancel_is_noticed_inside_a_step(transformer, inputs):
 
 
 def test_text_encoder_of_another_width_is_refused(tmp_path):
-    import packs
-
-    folder = packs.write_mlx_text_encoder(packs.text_model(), tmp_path / "narrow")
+    folder = random_model.write_repository(tmp_path / "narrow") / "text_encoder-mlx-4bit"
     with pytest.raises(ModelFileError, match="128 wide"):
         models.load_clip(str(folder))
 

@@ -1,0 +1,167 @@
+"""The command ``batch``: from the options to the images, and what it says of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ...loaders import ModelFileError
+from ...loaders.opening import tensor_files
+from ...ops.backends import Setting
+from ...ops.devices import DTYPES, default_dtype
+from ..generate import complete_repository
+from . import pipeline, rows, workflow
+from .manifest import Manifest
+from .stages import STARTED, Work
+
+#: Temporary files of this age, in seconds, are of writers that no longer exist.
+_STALE = 3600
+
+#: Finds the device of a --device option, or the best one for None.
+DeviceNamed = Callable[[str | None], torch.device]
+
+
+@dataclass
+class Report:
+    """Says what happens: a progress bar and sentences on stderr, or a JSON event per line on stdout."""
+
+    total: int
+    json: bool
+
+    def __post_init__(self) -> None:
+        self.failed = self.made = 0
+        self._start = time.monotonic()
+        self._bar = tqdm(total=self.total, unit="image", disable=self.json, smoothing=0.05)
+
+    def event(self, event: str, **facts: Any) -> None:
+        if self.json:
+            print(json.dumps({"event": event} | facts), flush=True)
+
+    def image(self, row: dict[str, Any]) -> None:
+        self.made += 1
+        self._bar.update()
+        rate = self.made / (time.monotonic() - self._start)
+        self.event("image", name=row["name"], id=row["id"], done=self.made, total=self.total,
+                   images_per_second=round(rate, 3), seconds_left=round((self.total - self.made - self.failed) / rate))
+
+    def failure(self, what: str, error: str) -> None:
+        self.failed += 1
+        if self.json:
+            self.event("failed", row=what, error=error)
+        else:
+            tqdm.write(f"bonsai-image: {what}: {error}", file=sys.stderr)
+
+    def end(self) -> None:
+        self._bar.close()
+        self.event("end", made=self.made, failed=self.failed)
+
+
+def _sources(args: argparse.Namespace) -> Iterator[rows.Row | ValueError]:
+    settings = {name: getattr(args, name) for name in ("seed", "width", "height", "steps")}
+    folder = Path()
+    if args.workflow is not None:
+        settings |= workflow.settings(args.workflow)
+        folder = args.workflow.absolute().parent
+    for text in args.set:
+        column, equals, value = text.partition("=")
+        if not equals or column not in rows.COLUMNS:
+            raise ValueError(f"--set {text}: give one of {', '.join(rows.COLUMNS)}, an equals sign and a value")
+        settings[column] = str(Path(value).absolute()) if column in ("reference", "lora") else value
+    if args.prompts is None and "prompt" not in settings:
+        raise ValueError("give a file of prompts, --workflow, or --set prompt=...")
+    defaults = rows.make({"prompt": "none"} | settings, rows.Row(""), folder)
+    found = [defaults] if args.prompts is None else rows.read(args.prompts, defaults)
+    for row in found:
+        yield from [row] if isinstance(row, ValueError) else rows.with_seeds(row, args.seeds)
+
+
+def _compute(args: argparse.Namespace, device_named: DeviceNamed) -> tuple[str, torch.dtype, pipeline.Pools]:
+    """The device, dtype and pools, which on a cluster are those of its GPUs: it is joined here."""
+    device = device_named(args.device) if args.device or not args.address else torch.device("cpu")
+    local_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    devices = args.devices or max(1, local_gpus)
+    threads = args.threads or max(1, (os.cpu_count() or 1) // devices)
+    pools = pipeline.Pools(args.encoders, devices, local_gpus, threads)
+    if args.address and (gpus := pipeline.start(args.address, pools)) and not args.device:
+        device, pools = torch.device("cuda"), replace(pools, gpus=gpus, devices=args.devices or gpus)
+    if args.dtype != "auto":
+        dtype = DTYPES[args.dtype]
+    else:
+        dtype = pipeline.remotely(default_dtype, device, pools) if args.address else default_dtype(device)
+    return str(device), dtype, pools
+
+
+def run(args: argparse.Namespace, device_named: DeviceNamed) -> int:
+    """Make what is not there yet; 1 if a row failed, else 0. Raises ModelFileError, ValueError and OSError."""
+    if args.shards is not None and args.address is not None:
+        raise ValueError("--shards works without Ray; leave out --address")
+    complete_repository(args.checkpoint)
+    if args.transformer is not None:
+        tensor_files(args.transformer)
+    found = list(_sources(args))
+    device, dtype, pools = _compute(args, device_named)
+    batch = args.per_device_batch
+    common = {"model": rows.model_digest(args.checkpoint, args.transformer), "dtype": str(dtype).split(".")[1],
+              "precision": args.precision, "batch": batch}
+    wanted = rows.named((row for row in found if isinstance(row, rows.Row)), common)
+    if args.shards is not None:
+        number, count = args.shards
+        wanted = dict(list(wanted.items())[number - 1::count])
+    _prepare(args.out, args.shards is not None)
+    manifest = Manifest(args.out, common)
+    done = manifest.done(set(wanted))
+    todo = {name: row for name, row in wanted.items() if name not in done}
+    report = Report(len(todo), args.json)
+    report.event("start", images=len(wanted), done=len(done), device=device, out=str(args.out))
+    for error in (row for row in found if isinstance(row, ValueError)):
+        report.failure(*str(error).split(": ", 1))
+    work = Work(args.checkpoint.absolute(), args.transformer and args.transformer.absolute(), args.out.absolute(),
+                device, dtype, Setting(args.backend, args.precision), batch, pools.threads)
+    tasks = rows.tasks(todo, args.rows_per_task or batch)
+    try:
+        for row in _made(tasks, work, pools, args) if todo else ():
+            if "error" in row:
+                report.failure(row["id"] or f"{row['prompt'][:60]!r}, seed {row['seed']}", row["error"])
+            else:
+                manifest.add(row)
+                report.image(row)
+    finally:
+        if problem := manifest.flush():
+            report.failure(str(args.out), problem)
+        report.end()
+    if not args.json:
+        print(f"{args.out}: {report.made} images made, {len(done)} were there, {report.failed} failed")
+    return 1 if report.failed else 0
+
+
+def _made(tasks: Iterator[pipeline.Rows], work: Work, pools: pipeline.Pools, args: argparse.Namespace,
+          ) -> Iterator[dict[str, Any]]:
+    if args.shards is not None:
+        return pipeline.here(tasks, work)
+    if args.address is None:
+        pipeline.start(None, pools)
+    return pipeline.on_ray(tasks, work, pools)
+
+
+def _prepare(out: Path, shared: bool) -> None:
+    """The output folder, without what a run left that was killed. Other processes may be at work in a shared one."""
+    try:
+        (out / STARTED).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelFileError(out, "a writable folder", error.strerror or str(error), "choose another") from error
+    for path in out.glob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > _STALE:
+            path.unlink(missing_ok=True)
+    if not shared:  # these workers died with their driver, not of a row
+        for mark in (out / STARTED).iterdir():
+            mark.unlink(missing_ok=True)

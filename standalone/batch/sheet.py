@@ -1,0 +1,83 @@
+"""A contact sheet and a static page of a batch's images, from its manifest."""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ...loaders import ModelFileError
+from .manifest import read, write_whole
+
+#: Pixels of a thumbnail's longer side, of its caption, and between them; images on the sheet at most.
+_SIDE, _CAPTION, _MARGIN, _MOST = 192, 54, 10, 400
+#: Characters of a caption's line, and lines.
+_LINE, _LINES = 34, 3
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; background: #fafafa }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 1.5rem }}
+figure {{ margin: 0 }}
+img {{ width: 100%; height: auto; background: #ddd }}
+dl {{ display: grid; grid-template-columns: auto 1fr; gap: 0 .75rem; margin: .25rem 0 0; color: #666; font-size: 13px }}
+dd {{ margin: 0; overflow-wrap: anywhere }}
+</style>
+<h1>{title}</h1>
+<p>{count} images</p>
+<main>
+{figures}
+</main>
+</html>
+"""
+_SETTINGS = ("id", "seed", "steps", "reference", "lora", "lora_strength", "source", "dtype")
+
+
+def write(out: Path) -> tuple[Path, Path]:
+    """Write ``sheet.png`` and ``index.html`` into a batch's output folder. Raises ModelFileError."""
+    rows = sorted(read(out), key=lambda row: (row["prompt"], row["seed"], row["name"]))
+    rows = [row for row in rows if (out / f"{row['name']}.png").exists()]
+    if not rows:
+        raise ModelFileError(out, "images with their manifest", "none", "give the folder that batch wrote to")
+    sheet, page = out / "sheet.png", out / "index.html"
+    contact(out, rows[:_MOST]).save(sheet)
+    figures = "\n".join(map(_figure, rows))
+    text = _PAGE.format(title=html.escape(out.absolute().name), count=len(rows), figures=figures)
+    write_whole(page, text.encode(errors="replace"))
+    return sheet, page
+
+
+def _figure(row: dict[str, Any]) -> str:
+    shown = {"size": f"{row['width']} x {row['height']}"} | {key: row[key] for key in _SETTINGS if row[key]}
+    if not row["lora"]:
+        del shown["lora_strength"]
+    shown |= {"seed": row["seed"]}
+    facts = "".join(f"<dt>{key}</dt><dd>{html.escape(str(value))}</dd>" for key, value in shown.items())
+    prompt = html.escape(row["prompt"])
+    return (f'<figure><a href="{row["name"]}.png"><img loading="lazy" src="{row["name"]}.png" width="{row["width"]}" '
+            f'height="{row["height"]}" alt="{prompt}"></a><figcaption>{prompt}<dl>{facts}</dl></figcaption></figure>')
+
+
+def contact(out: Path, rows: list[dict[str, Any]]) -> Image.Image:
+    """Thumbnails with prompt and seed, in a grid that is about as wide as high."""
+    columns = math.ceil(math.sqrt(len(rows)))
+    step, rise = _SIDE + _MARGIN, _SIDE + _CAPTION + _MARGIN
+    image = Image.new("RGB", (_MARGIN + columns * step, _MARGIN + math.ceil(len(rows) / columns) * rise), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    for i, row in enumerate(rows):
+        left, top = _MARGIN + i % columns * step, _MARGIN + i // columns * rise
+        with Image.open(out / f"{row['name']}.png") as each:
+            each.thumbnail((_SIDE, _SIDE))
+            image.paste(each, (left, top))
+        caption = f"{row['prompt']}, seed {row['seed']}"
+        lines = textwrap.wrap(caption, _LINE, max_lines=_LINES, placeholder=" ...")
+        pen.multiline_text((left, top + _SIDE + 2), "\n".join(lines), "black", font, spacing=2)
+    return image

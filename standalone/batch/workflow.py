@@ -1,0 +1,135 @@
+"""The settings of a ComfyUI workflow, saved (with its layout) or exported for the API, as a row's columns.
+
+Understood are the nodes of this project's own example workflows. A node that is not in :data:`NODES` might change the
+image, so a workflow with one is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ...loaders import ModelFileError
+
+#: The inputs of every known node that are widgets, in the order in which a saved workflow lists their values.
+NODES: dict[str, tuple[str, ...]] = {
+    "BonsaiCheckpointLoader": (), "BonsaiModelLoader": (), "BonsaiTextEncoderLoader": (), "VAELoader": (),
+    "CLIPTextEncode": ("text",), "LoraLoaderModelOnly": ("lora_name", "strength_model"), "PrimitiveInt": ("value",),
+    "RandomNoise": ("noise_seed",), "Flux2Scheduler": ("steps", "width", "height"),
+    "EmptyFlux2LatentImage": ("width", "height", "batch_size"), "KSamplerSelect": ("sampler_name",),
+    "BasicGuider": (), "SamplerCustomAdvanced": (), "VAEDecode": (), "SaveImage": (), "PreviewImage": (),
+    "LoadImage": ("image",), "ImageScaleToTotalPixels": ("upscale_method", "megapixels", "resolution_steps"),
+    "GetImageSize": (), "VAEEncode": (), "ReferenceLatent": ()}
+_NOTES, _MUTED, _BYPASSED = {"MarkdownNote", "Note"}, 2, 4
+
+Graph = dict[str, dict[str, Any]]
+
+
+def settings(path: Path) -> dict[str, Any]:
+    """Columns of a row: prompt, seed, width, height, steps, and reference and LoRA where there are any.
+
+    File names are as the workflow has them. Raises ModelFileError for a workflow with another node, or with a node
+    that is used in another way than in the example workflows.
+    """
+    graph = _graph(path)
+    for number, node in graph.items():
+        if node["class_type"] not in NODES:
+            raise ModelFileError(path, "a workflow of this project's examples", f"a node {node['class_type']} "
+                                 f"(number {number})", "make its images in ComfyUI")
+    found = _Reader(path, graph)
+    result = {"prompt": found.value("CLIPTextEncode", "text"), "seed": found.value("RandomNoise", "noise_seed"),
+              "steps": found.value("Flux2Scheduler", "steps")}
+    if found.value("KSamplerSelect", "sampler_name") != "euler":
+        raise found.refuse("the sampler euler", found.value("KSamplerSelect", "sampler_name"))
+    if found.nodes("LoadImage"):
+        found.one("ReferenceLatent")
+        result["reference"] = found.value("LoadImage", "image")
+    result |= {side: found.value("EmptyFlux2LatentImage", side) for side in ("width", "height")}
+    if found.nodes("LoraLoaderModelOnly"):
+        result |= {"lora": found.value("LoraLoaderModelOnly", "lora_name"),
+                   "lora_strength": found.value("LoraLoaderModelOnly", "strength_model")}
+    return result
+
+
+def _graph(path: Path) -> Graph:
+    """Nodes by number in the API's form: class_type, and inputs that are values or ``[number, output]``."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if "nodes" in data:
+            return _from_saved(data)
+        return {number: {"class_type": node["class_type"], "inputs": dict(node["inputs"])}
+                for number, node in data.items()}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelFileError(path, "a workflow of ComfyUI", str(error), "save it again in ComfyUI") from error
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelFileError(path, "a workflow of ComfyUI", f"other JSON ({error})",
+                             "save it again in ComfyUI") from error
+
+
+def _from_saved(data: dict[str, Any]) -> Graph:
+    links = {link[0]: [str(link[1]), link[2]] for link in data["links"]}
+    graph = {}
+    for node in data["nodes"]:
+        mode = node.get("mode", 0)
+        if node["type"] in _NOTES or mode in (_MUTED, _BYPASSED):
+            continue
+        inputs = dict(zip(NODES.get(node["type"], ()), _values(node), strict=False))
+        linked = {each["name"]: links[each["link"]] for each in node["inputs"] if each.get("link") is not None}
+        graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs | linked}
+    return graph
+
+
+def _values(node: dict[str, Any]) -> list[Any]:
+    """Widget values; the frontend stores what happens to a seed after a run behind the seed, which is the last."""
+    values = node.get("widgets_values") or []
+    return list(values.values()) if isinstance(values, dict) else list(values)
+
+
+class _Reader:
+    """Reads values of nodes that a workflow has once."""
+
+    def __init__(self, path: Path, graph: Graph):
+        self._path, self._graph = path, graph
+
+    def refuse(self, expected: str, found: str) -> ModelFileError:
+        return ModelFileError(self._path, expected, found, "make its images in ComfyUI")
+
+    def nodes(self, kind: str) -> list[dict[str, Any]]:
+        return [node for node in self._graph.values() if node["class_type"] == kind]
+
+    def one(self, kind: str) -> dict[str, Any]:
+        nodes = self.nodes(kind)
+        if len(nodes) != 1:
+            raise self.refuse(f"one node {kind}", str(len(nodes)))
+        return nodes[0]
+
+    def value(self, kind: str, name: str) -> Any:
+        """A value of the one node of a kind, from the widget itself or the number that is linked to it."""
+        value = self.one(kind)["inputs"].get(name)
+        if not isinstance(value, list):
+            if value is None:
+                raise self.refuse(f"a value for {name} of {kind}", "none")
+            return value
+        source = self._graph.get(str(value[0]), {"class_type": "nothing"})
+        if source["class_type"] == "PrimitiveInt":
+            return source["inputs"]["value"]
+        if source["class_type"] == "GetImageSize":
+            return self._scaled()[value[1]]
+        raise self.refuse(f"a number for {name} of {kind}", f"a link from {source['class_type']}")
+
+    def _scaled(self) -> tuple[int, int]:
+        """Width and height of the reference as ImageScaleToTotalPixels makes them."""
+        path = self._path.parent / self.value("LoadImage", "image")
+        try:
+            with Image.open(path) as image:
+                width, height = image.size
+        except OSError as error:
+            raise ModelFileError(path, "the image that the workflow loads", "no readable image",
+                                 "copy it beside the workflow") from error
+        step = self.value("ImageScaleToTotalPixels", "resolution_steps")
+        scale = math.sqrt(self.value("ImageScaleToTotalPixels", "megapixels") * 1024 * 1024 / (width * height))
+        return tuple(max(1, round(side * scale / step)) * step for side in (width, height))
