@@ -61,7 +61,7 @@ def test_a_missing_pack_prints_the_command_of_this_installation(tmp_path, monkey
     assert "--format gemlite" in said("bonsai-image-ternary-4B-gemlite-2bit").split("--to")[0]
 
 
-def test_a_command_for_windows_starts_without_quotes_or_says_what_powershell_needs(monkeypatch):
+def test_shell_command_for_windows_says_what_powershell_needs(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(folders.os, "name", "nt")
         plain = folders.shell_command(r"C:\ComfyUI\python.exe", r"C:\My Files\__main__.py", "download")
@@ -143,13 +143,13 @@ def test_out_of_memory_in_the_text_encoder(pack, monkeypatch):
     (layer, *_) = [module for module in clip.cond_stage_model.modules() if type(module).__name__ == "TransformerBlock"]
     with monkeypatch.context() as patch:
         patch.setattr(layer, "forward", exhausted)
-        with pytest.raises(comfy.model_management.OOM_EXCEPTION, match=r"in the text encoder: .*--novram") as caught:
+        with pytest.raises(comfy.model_management.OOM_EXCEPTION, match=r"in the text encoder; .*--novram") as caught:
             clip.encode_from_tokens(clip.tokenize("a bonsai"))
     assert one_sentence(str(caught.value)) and comfy.model_management.is_oom(caught.value)
     assert clip.encode_from_tokens(clip.tokenize("a bonsai")).shape[-1] == TEXT_WIDTH
 
 
-def test_what_watches_for_it_leaves_the_patches_of_others(pack):
+def test_memory_advice_leaves_the_patches_of_others(pack):
     """Another pack's object patch of the same method, and a method put into its place by hand, stay in force."""
     vae = models.load_vae_model(str(pack / "vae"))
     latent, calls = torch.zeros(1, 128, 2, 2), []
@@ -165,7 +165,7 @@ def test_what_watches_for_it_leaves_the_patches_of_others(pack):
     assert calls == ["patch", "hand"] and vae.first_stage_model.decode is by_hand
 
 
-def test_what_watches_for_it_does_not_keep_a_model_alive(pack):
+def test_memory_advice_does_not_keep_a_model_alive(pack):
     vae = models.load_vae_model(str(pack / "vae"))
     vae.decode(torch.zeros(1, 128, 4, 4))
     kept = weakref.ref(vae.first_stage_model)
