@@ -42,7 +42,7 @@ def drawn(scenes=SCENES, pack=PACK, prompts=None, **words) -> torch.Tensor:
     return pixels(result.images)
 
 
-def test_the_ruler_reads_what_was_drawn():
+def test_measure_reads_drawn_scenes():
     source = random.Random(0)
     scenes = held_out_scenes(100, seed=1)
     right = score(scenes, torch.stack([draw(scene, source) for scene in scenes]))
@@ -55,7 +55,7 @@ def test_the_ruler_reads_what_was_drawn():
 
 
 @pytest.mark.parametrize("variant", MODELS)
-def test_prompts_it_never_saw_are_drawn_as_they_say(variant):
+def test_held_out_prompts_score(variant):
     right = score(SCENES, drawn(**MODELS[variant]))
     assert {name: right[name] for name, least in LEAST[variant].items() if right[name] < least} == {}, right
 
@@ -132,7 +132,7 @@ DAMAGE = (_swap_modulation, _swap_last_norm, _turn_codes_around, _shift_the_sche
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__.strip("_"))
-def test_whatever_breaks_shows(damage, tmp_path):
+def test_damage_lowers_the_score(damage, tmp_path):
     """Damage that every loader accepts: the test above would be red."""
     pack = shutil.copytree(PACK, tmp_path / "pack")
     damage(pack)
@@ -141,7 +141,7 @@ def test_whatever_breaks_shows(damage, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["ternary", "binary"])
-def test_every_layout_draws_the_same_pixels(source, tmp_path):
+def test_every_format_gives_the_same_pixels(source, tmp_path):
     model = load_transformer(PACK / "transformer-packed-mflux" if source == "ternary" else BINARY)
     original = drawn(SCENES[:2], transformer=model.path)
     for target in set(targets()) - ({"comfy-base3"} if source == "binary" else set()):
@@ -150,16 +150,16 @@ def test_every_layout_draws_the_same_pixels(source, tmp_path):
         assert torch.equal(drawn(SCENES[:2], transformer=path), original), target
 
 
-def test_the_demo_asks_for_what_training_never_saw():
+def test_demo_prompts_are_held_out():
     assert all(held_out(prompt) for prompt in demo.PROMPTS)
 
 
-def test_a_picture_does_not_depend_on_those_beside_it():
+def test_image_does_not_depend_on_its_batch():
     both = drawn(SCENES[:2])
     assert (drawn(SCENES[1:2])[0] - both[1]).abs().max() <= 2 / 255
 
 
-def test_another_seed_is_another_picture_of_the_same_words():
+def test_another_seed_gives_another_image_of_the_same_prompt():
     first, second = drawn(SCENES[:12]), drawn(SCENES[:12], seed=9)
     assert (first - second).abs().mean() > 1e-3
     assert score(SCENES[:12], second)["colour"] >= 0.75
@@ -168,7 +168,7 @@ def test_another_seed_is_another_picture_of_the_same_words():
 @pytest.mark.parametrize("scene", [Scene("star", "red", "white", "at the top left", "large"),
                                    Scene("bonsai", "brown", "cream", leaves="green"),
                                    Scene("square", "blue", "grey", count="two")], ids=lambda scene: scene.caption())
-def test_a_reference_is_edited_as_the_words_say(scene):
+def test_reference_edit_follows_the_prompt(scene):
     """The colour changes; place, shape, count and background come from the reference alone."""
     reference = Image.fromarray(((draw(scene) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
     edits = [scene.edit(colour) for colour in COLOURS if colour != scene.colour]
@@ -178,12 +178,12 @@ def test_a_reference_is_edited_as_the_words_say(scene):
     assert right["colour"] >= 0.7 and min(kept.values()) >= 0.85, right
 
 
-def test_the_tokenizer_states_the_length_that_the_pipeline_pads_to():
+def test_tokenizer_states_the_padded_length():
     """Longer words than training saw are cut, not refused."""
     assert drawn(prompts=["a large red star " * 40]).shape == (1, 3, 128, 128)
 
 
-def test_a_blank_picture_has_nothing_to_see():
+def test_measure_finds_nothing_in_a_blank_image():
     seen = describe(torch.ones(3, 128, 128))
     assert seen["background"] == "white" and seen["shape"] == "none"
     assert expected(Scene("bonsai", "red", "white"))["leaves"] == "green"

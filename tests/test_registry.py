@@ -44,12 +44,12 @@ def clone(tmp_path) -> Path:
     return tmp_path / "clone"
 
 
-def test_the_registry_has_nothing_to_say_against_it(clone):
+def test_comfy_node_validate_passes(clone):
     said = comfy(clone, "validate")
     assert "passed" in said and "warning" not in said.lower()
 
 
-def test_the_archive_holds_what_users_need_and_nothing_else(clone):
+def test_archive_contents(clone):
     comfy(clone, "pack")
     with zipfile.ZipFile(clone / "node.zip") as archive:
         assert {name.split("/")[0] for name in archive.namelist()} == WANTED

@@ -75,7 +75,7 @@ def test_ruff():
     assert done.returncode == 0, done.stdout
 
 
-def test_importing_the_pack_imports_no_torch_and_no_host():
+def test_importing_the_package_imports_no_torch_and_no_comfyui():
     code = "import sys, bonsai_image; print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'comfy', 'mlx'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -17,7 +17,7 @@ def server(comfyui, pack, binary_transformer, tmp_path_factory):
         yield running
 
 
-def test_the_server_offers_it(server):
+def test_server_lists_the_blueprint(server):
     async def scenario():
         listed = await server.get("/global_subgraphs")
         ours = [key for key, entry in listed.items() if entry["info"]["node_pack"] == "custom_nodes.bonsai-image"]
@@ -40,7 +40,7 @@ SAVE = """(() => {
 
 
 @needs_chromium
-def test_a_user_finds_it_and_gets_an_image(server, tmp_path):
+def test_blueprint_makes_an_image(server, tmp_path):
     async def scenario():
         async with frontend(server.url, tmp_path / "profile") as page:
             page.problems.clear()

@@ -99,7 +99,7 @@ async def complaints(page: Page, nodes: list[dict]) -> list[str]:
 
 @pytest.mark.parametrize("modern", [False, True], ids=["canvas", "modern"])
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_opens_without_a_complaint(server, path, modern, tmp_path):
+def test_workflow_opens_without_errors(server, path, modern, tmp_path):
     async def scenario():
         async with frontend(server.url, tmp_path / "profile", modern) as page:
             assert not [problem for problem in page.problems if "bonsai" in problem.lower()]

@@ -43,7 +43,7 @@ def model(transformer):
     return models.load_model(str(transformer), "fp32")
 
 
-def test_a_missing_pack_prints_the_command_of_this_installation(tmp_path, monkeypatch):
+def test_missing_checkpoint_error_has_the_command_of_this_installation(tmp_path, monkeypatch):
     folder = tmp_path / "with a space" / "diffusers"
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(folder)], {"folder"}))
 
@@ -81,13 +81,13 @@ def test_a_missing_file_says_where_to_put_it(node):
 @pytest.mark.parametrize(("load", "part"), [(models.load_model, "vae"), (models.load_model, "text_encoder-mlx-4bit"),
                                             (models.load_clip, "transformer-packed-mflux"), (models.load_clip, "vae"),
                                             (models.load_vae_model, "transformer-packed-mflux")])
-def test_the_wrong_kind_of_file(pack, load, part):
+def test_wrong_kind_of_file(pack, load, part):
     with pytest.raises(ModelFileError, match=r"expected the .* of .*found tensors such as .*; choose") as caught:
         load(str(pack / part))
     assert "\n" not in str(caught.value)
 
 
-def test_a_latent_of_another_model(model):
+def test_latent_of_another_model(model):
     with pytest.raises(ValueError, match="16 channels, but Bonsai Image takes 128; use Empty Flux 2 Latent") as caught:
         sample(model, torch.ones(1, 16, 8, 8))
     assert one_sentence(str(caught.value))
@@ -97,7 +97,7 @@ def test_an_empty_latent_of_another_model_is_made_to_fit_by_the_host(model):
     assert sample(model, torch.zeros(1, 16, 4, 4)).shape == (1, 128, 4, 4)
 
 
-def test_a_conditioning_of_another_text_encoder(model):
+def test_conditioning_of_another_text_encoder(model):
     with pytest.raises(ValueError, match=r"2560 wide, but Bonsai Image takes 7680.*CLIP of a Bonsai loader") as caught:
         sample(model, torch.zeros(1, 128, 4, 4), 2560)
     assert one_sentence(str(caught.value))
@@ -208,7 +208,7 @@ def _versions(gemlite: str, triton: str):
     ("mlx", lambda patch: _without(patch, "mlx"), "MLX is not installed"),
     ("mlx", _old_mlx, "is too old"),
 ])
-def test_a_backend_chosen_by_name_that_is_missing_or_too_old(pack, monkeypatch, backend, arrange, said):
+def test_missing_or_outdated_backend_chosen_by_name(pack, monkeypatch, backend, arrange, said):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(pack.parent)], {"folder"}))
     mlx_backend.problem.cache_clear()
     arrange(monkeypatch)

@@ -48,7 +48,7 @@ def server(comfyui, pack, binary_transformer, tmp_path_factory):
         yield running
 
 
-def test_every_page_opens_with_the_picture_of_its_node(server, tmp_path):
+def test_help_page_shows_the_picture_of_its_node(server, tmp_path):
     update = os.environ.get("UPDATE_PICTURES") == "1"
 
     async def scenario():

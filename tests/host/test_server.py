@@ -45,7 +45,7 @@ def test_text_to_image(server, pack):
     assert len(set(Image.open(image).convert("L").tobytes())) > 10
 
 
-def test_seed_and_prompt_reach_the_picture(server, pack):
+def test_seed_and_prompt_change_the_image(server, pack):
     pictures = []
     for i, (seed, text) in enumerate(((21, "one"), (22, "one"), (21, "two"))):
         prompt = graph(pack.name, text, seed=seed)
@@ -55,7 +55,7 @@ def test_seed_and_prompt_reach_the_picture(server, pack):
     assert len(set(pictures)) == 3
 
 
-def test_a_missing_pack_says_how_to_get_it_where_the_frontend_shows_it(server):
+def test_missing_checkpoint_error_has_the_download_command(server):
     """What a node raises is shown in full; what its validation says is not."""
     last = asyncio.run(server.run(graph("bonsai-image-binary-4B-mlx-1bit")))[-1]
     assert last["type"] == "execution_error" and last["data"]["node_type"] == "BonsaiCheckpointLoader"
@@ -63,7 +63,7 @@ def test_a_missing_pack_says_how_to_get_it_where_the_frontend_shows_it(server):
     assert "download --variant binary" in message and "\n" not in message
 
 
-def test_a_damaged_pack_is_one_sentence_in_the_error_box(server, pack):
+def test_damaged_checkpoint_error_is_one_sentence(server, pack):
     broken = server.base / "models" / "diffusers" / "broken"
     folder = broken / "transformer-packed-mflux"
     folder.mkdir(parents=True)
