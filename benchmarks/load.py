@@ -1,10 +1,10 @@
-"""Load full-size packs (3.68 G packed weights, random): wall time, peak memory, resident bytes, file sizes.
+"""Load full-size models (3.68 G packed weights, random): wall time, peak memory, resident bytes, file sizes.
 
     python benchmarks/load.py [--formats mlx gemlite comfy comfy-base3 diffusers] [--variants ternary binary]
                               [--keep DIR]
 
 Every load runs in a process of its own. Memory is the peak resident set (file pages included) above what the imports
-alone take. With COMFYUI_PATH set, each pack is also loaded as a MODEL in ComfyUI on the CPU.
+alone take. With COMFYUI_PATH set, each file is also loaded as a MODEL in ComfyUI on the CPU.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--keep", type=Path, help="folder for the packs (default: a temporary one)")
+    parser.add_argument("--keep", type=Path, help="folder for the files (default: a temporary one)")
     parser.add_argument("--measure", nargs=2, metavar=("HOST", "PATH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

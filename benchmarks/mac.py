@@ -128,15 +128,15 @@ def correctness(tiny: bool) -> None:
                 print(f"{name}, {PATHS[path]}, {str(dtype).removeprefix('torch.')}: relative error {error:.1e}")
 
 
-def draw(pack: Path, sizes: list[int], steps: int, tiny: bool) -> None:
+def draw(checkpoint: Path, sizes: list[int], steps: int, tiny: bool) -> None:
     """A whole image per size: seconds and process memory of each stage, and MLX's peak."""
     import mlx.core as mx
 
     device, dtype = (torch.device("cpu"), torch.float32) if tiny else (torch.device("mps"), torch.bfloat16)
     for pixels in sizes:
         mx.reset_peak_memory()
-        stages = generate(pack, ["a bonsai tree in a clay pot"], device, dtype, Setting("mlx"), pixels, pixels, steps,
-                          progress=False).stages
+        stages = generate(checkpoint, ["a bonsai tree in a clay pot"], device, dtype, Setting("mlx"), pixels, pixels,
+                          steps, progress=False).stages
         print(f"\nimage {pixels} x {pixels}: {sum(stage['seconds'] for stage in stages.values()):.2f} s, "
               f"MLX peak {mx.get_peak_memory() / 1e6:.0f} MB, process peak {peak_bytes() / 1e6:.0f} MB")
         for name, stage in stages.items():
@@ -154,7 +154,7 @@ def table(results: list[dict]) -> None:
                   f"| {row['mlx']:>11.0f} | {row['torch']:>8.0f} | {row['process']:>15.0f} |")
     whole = next(result for result in results if result["path"] == "mlx")
     print(f"\nwhole transformer: {whole['weights']:.0f} MB of weights in MLX, of which "
-          f"{whole['weights'] - whole['stored']:.0f} MB beside the {whole['stored']:.0f} MB of the pack")
+          f"{whole['weights'] - whole['stored']:.0f} MB beside the {whole['stored']:.0f} MB of the file")
 
 
 def main() -> int:
@@ -189,9 +189,9 @@ def main() -> int:
             results.append(json.loads(done.stdout.splitlines()[-1]))
     table(results)
     with tempfile.TemporaryDirectory() as folder:
-        pack = args.checkpoint or (write_repository(Path(folder) / "bonsai-miniature") if args.tiny else None)
-        if pack is not None:
-            draw(pack, sizes, args.steps, args.tiny)
+        checkpoint = args.checkpoint or (write_repository(Path(folder) / "bonsai-miniature") if args.tiny else None)
+        if checkpoint is not None:
+            draw(checkpoint, sizes, args.steps, args.tiny)
     return 0
 
 

@@ -186,7 +186,7 @@ def _load(repository: Repository, transformer: Path | None, dense: Path | None, 
 
 @torch.inference_mode()
 def generate(
-    pack: Path,
+    checkpoint: Path,
     prompts: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
@@ -200,16 +200,16 @@ def generate(
     transformer: Path | None = None,
     dense: Path | None = None,
 ) -> Result:
-    """Draw ``prompts`` with the repository folder ``pack``, each from the noise of the same ``seed``.
+    """An image for each of ``prompts`` by the repository folder ``checkpoint``, all from the noise of one ``seed``.
 
-    ``images`` are references for an edit. ``transformer`` replaces the diffusion model of the pack by another file or
-    folder, ``dense`` by a folder of diffusers' with ordinary weights, to compare with. Raises ModelFileError on an
-    unusable pack, ValueError on a size that is not a multiple of 16 or on fewer than one step.
+    ``images`` are the references of an edit. ``transformer``, a file or folder, replaces the diffusion model of the
+    checkpoint; so does ``dense``, a folder of diffusers' with ordinary weights, for comparison. Raises ModelFileError
+    on an unusable file, ValueError on a size that is not a multiple of 16 or on fewer than one step.
     """
     check_settings(width, height, steps)
     if transformer is not None:
-        tensor_files(transformer)  # says now what is wrong with the path, not after the prompt is encoded
-    repository = complete_repository(pack)
+        tensor_files(transformer)  # fail on a wrong path before the prompt is encoded
+    repository = complete_repository(checkpoint)
     compute, stages = Compute(device, dtype, setting), Stages(device, progress)
     served = backends.resolve(setting, device, dtype).backend
     settings = {"prompt": prompts[0] if len(prompts) == 1 else list(prompts), "width": width, "height": height,

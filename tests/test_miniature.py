@@ -19,7 +19,7 @@ from bonsai_image.standalone import demo
 from bonsai_image.standalone.generate import generate
 
 CPU = torch.device("cpu")
-PACK = demo.MINIATURE / "ternary"
+REPOSITORY = demo.MINIATURE / "ternary"
 BINARY = demo.MINIATURE / "binary.safetensors"
 SCENES = held_out_scenes(60, seed=5)
 #: The share of :data:`SCENES` that must come out right: measured were 100, 98 and 93 % in everything.
@@ -35,10 +35,10 @@ def pixels(images: list[Image.Image]) -> torch.Tensor:
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images])
 
 
-def drawn(scenes=SCENES, pack=PACK, prompts=None, **words) -> torch.Tensor:
+def drawn(scenes=SCENES, repository=REPOSITORY, prompts=None, **words) -> torch.Tensor:
     """Pictures (N, 3, 128, 128) of ``scenes`` in FP32."""
     prompts = prompts or [scene.caption() for scene in scenes]
-    result = generate(pack, prompts, CPU, torch.float32, Setting("torch"), 128, 128, progress=False, **words)
+    result = generate(repository, prompts, CPU, torch.float32, Setting("torch"), 128, 128, progress=False, **words)
     return pixels(result.images)
 
 
@@ -66,52 +66,52 @@ def _swap(tensors: dict, name: str, parts: int, first: int, second: int) -> None
     tensors[name] = torch.cat(rows).contiguous()
 
 
-def _swap_modulation(pack):
-    _change(pack / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors",
+def _swap_modulation(repository):
+    _change(repository / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors",
             lambda tensors: _swap(tensors, "single_stream_modulation.linear.weight", 3, 0, 1))
 
 
-def _swap_last_norm(pack):
-    _change(pack / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors",
+def _swap_last_norm(repository):
+    _change(repository / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors",
             lambda tensors: _swap(tensors, "norm_out.linear.weight", 2, 0, 1))
 
 
-def _turn_codes_around(pack):
+def _turn_codes_around(repository):
     def turn(tensors):
         for name in [name for name, tensor in tensors.items() if tensor.dtype == torch.uint32]:
             tensors[name] = tensors[name].view(torch.uint8).flip(1).contiguous().view(torch.uint32)
 
-    _change(pack / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors", turn)
+    _change(repository / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors", turn)
 
 
-def _shift_the_schedule_wrongly(pack):
-    _edit_text(pack / "scheduler" / "scheduler_config.json", '"time_shift_type": "exponential"',
+def _shift_the_schedule_wrongly(repository):
+    _edit_text(repository / "scheduler" / "scheduler_config.json", '"time_shift_type": "exponential"',
                '"time_shift_type": "linear"')
 
 
-def _lose_the_latent_statistics(pack):
+def _lose_the_latent_statistics(repository):
     def forget(tensors):
         tensors["bn.running_mean"].zero_()
         tensors["bn.running_var"].fill_(1)
 
-    _change(pack / "vae" / "diffusion_pytorch_model.safetensors", forget)
+    _change(repository / "vae" / "diffusion_pytorch_model.safetensors", forget)
 
 
-def _break_the_decoder(pack):
-    _change(pack / "vae" / "diffusion_pytorch_model.safetensors",
+def _break_the_decoder(repository):
+    _change(repository / "vae" / "diffusion_pytorch_model.safetensors",
             lambda tensors: tensors["decoder.mid_block.resnets.0.conv2.weight"].neg_())
 
 
-def _confuse_the_words(pack):
+def _confuse_the_words(repository):
     def confuse(tensors):
         name = "model.embed_tokens.weight"
         tensors[name] = tensors[name].roll(1, 0)
 
-    _change(pack / "text_encoder-mlx-4bit" / "model.safetensors", confuse)
+    _change(repository / "text_encoder-mlx-4bit" / "model.safetensors", confuse)
 
 
-def _lose_the_template(pack):
-    path = pack / "tokenizer" / "chat_template.jinja"
+def _lose_the_template(repository):
+    path = repository / "tokenizer" / "chat_template.jinja"
     path.write_text("{{ messages[0].content }}")
 
 
@@ -134,15 +134,15 @@ DAMAGE = (_swap_modulation, _swap_last_norm, _turn_codes_around, _shift_the_sche
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__.strip("_"))
 def test_damage_lowers_the_score(damage, tmp_path):
     """Damage that every loader accepts: the test above would be red."""
-    pack = shutil.copytree(PACK, tmp_path / "pack")
-    damage(pack)
-    right = score(SCENES, drawn(pack=pack))
+    repository = shutil.copytree(REPOSITORY, tmp_path / "repository")
+    damage(repository)
+    right = score(SCENES, drawn(repository=repository))
     assert right["all"] < LEAST["ternary"]["all"], right
 
 
 @pytest.mark.parametrize("source", ["ternary", "binary"])
 def test_every_format_gives_the_same_pixels(source, tmp_path):
-    model = load_transformer(PACK / "transformer-packed-mflux" if source == "ternary" else BINARY)
+    model = load_transformer(REPOSITORY / "transformer-packed-mflux" if source == "ternary" else BINARY)
     original = drawn(SCENES[:2], transformer=model.path)
     for target in set(targets()) - ({"comfy-base3"} if source == "binary" else set()):
         path = tmp_path / (f"{target}.safetensors" if target.startswith("comfy") else target)

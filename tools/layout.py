@@ -104,7 +104,7 @@ class Layout:
     """``columns`` with a place, a number and its links for every node."""
 
     def __init__(self, columns: list[Column], schemas: dict[str, type], version: str):
-        """``version`` is this pack's."""
+        """``version`` is that of the node pack."""
         self.nodes = [node for column in columns for group in column.groups for part in group.columns for node in part]
         self.positions, self.frames = place(columns, schemas)
         self.ids = {node.key: number for number, node in enumerate(self.nodes, 1)}

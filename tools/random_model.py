@@ -1,4 +1,4 @@
-"""A random pack: a whole repository in the published layout, a few million random weights.
+"""A random model: a whole repository in the published layout, a few million random weights.
 
 It exercises every stage on any machine in seconds. What it draws is noise.
 """
@@ -75,7 +75,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def write_repository(folder: Path, bits: int = 2, seed: int = 0, klein: KleinConfig = _KLEIN,
                     text: Qwen3Config = _TEXT, vae: Mapping[str, object] = _VAE) -> Path:
-    """Write a random repository in the layout of the MLX packs to ``folder`` and return it."""
+    """Write a random repository in the layout of the MLX releases to ``folder`` and return it."""
     generator = torch.Generator().manual_seed(seed)
     transformer = folder / "transformer-packed-mflux"
     encoder = folder / "text_encoder-mlx-4bit"
