@@ -1,8 +1,8 @@
-"""The MLX transformer at the host's diffusion-model wrapper, so that MODEL stays the host's own.
+"""The MLX transformer in a wrapper of ComfyUI's diffusion model, so that MODEL stays ComfyUI's own.
 
-The wrapper takes a step only where ``nodes/mlx_step.py`` finds nothing it would not honour. Tokens, position ids and
-reference latents are prepared by the host's own ``Flux._forward``, run on a stand-in whose ``forward_orig`` is MLX.
-Importing this imports MLX.
+The wrapper runs a step in MLX only if ``nodes/mlx_step.py`` allows everything in it. ComfyUI's own ``Flux._forward``
+prepares tokens, position ids and reference latents; it runs on a stand-in whose ``forward_orig`` is MLX. Importing this
+module imports MLX.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .mlx_step import Step, refusal
 #: The key of the wrapper and the callbacks.
 _KEY = "bonsai_image_mlx"
 
-#: The methods of ``Flux`` that one step runs through, which other node packs like to replace.
+#: The methods of ``Flux`` that one step runs; other node packs tend to replace them.
 _METHODS = ("forward", "_forward", "forward_orig", "process_img")
 
 
 def install(patcher) -> MlxPath:
-    """Let MLX take the steps of ``patcher``, a freshly loaded MODEL of FLUX.2 Klein, and of its clones."""
+    """Run the steps of ``patcher``, a freshly loaded MODEL of FLUX.2 Klein, and of its clones in MLX where possible."""
     path = MlxPath(patcher.model)
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, _KEY, path)
     patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, path.after_sampling)
@@ -40,10 +40,11 @@ def install(patcher) -> MlxPath:
 
 
 class MlxPath:
-    """The wrapper of one model: its weights in MLX, and which path the steps took.
+    """The wrapper of one model: its weights in MLX, and which path ran its steps.
 
-    The weights are made at the first step, and again after the host moved or replaced a tensor. Where memory is
-    shared, they are the host's own tensors.
+    ``declined`` is why the last step was left to ComfyUI, or None; ``steps`` counts the steps of each path. The weights
+    are made at the first step, and again after ComfyUI has moved or replaced a tensor. Where memory is shared, they are
+    ComfyUI's own tensors.
     """
 
     def __init__(self, model):
@@ -56,8 +57,8 @@ class MlxPath:
         self.steps: Counter[str] = Counter()
 
     def __call__(self, executor, *args, **kwargs):
-        """The wrapper. Further wrappers run inside it, around whichever path takes the step."""
-        if torch.compiler.is_compiling():  # torch.compile of the whole model cannot look into MLX
+        """The wrapper. Further wrappers run inside it, around whichever path runs the step."""
+        if torch.compiler.is_compiling():  # torch.compile of the whole model cannot trace MLX
             self.declined = "torch.compile"
             return executor(*args, **kwargs)
         flux = executor.class_obj
@@ -72,30 +73,29 @@ class MlxPath:
               transformer_options=None, **kwargs):
         options = transformer_options or {}
         arguments = (x, timestep, context, y, guidance, ref_latents, control, options)
-        model = self._model()
-        if model is None or model.diffusion_model is not flux or model.current_patcher is None:
-            self.declined = "a run outside of the MODEL that was loaded"
-        else:
-            inputs = {"y": y, "guidance": guidance, "control": control, **kwargs}
-            self.declined = refusal(self._facts(model.current_patcher, flux, x, inputs, options))
+        self.declined = self._why_not(flux, x, {"y": y, "guidance": guidance, "control": control, **kwargs}, options)
         if self.declined is None:
             result = type(flux)._forward(_StandIn(flux, self), *arguments, **kwargs)
         else:
             result = original(*arguments, **kwargs)
-        self.steps["MLX" if self.declined is None else "the host"] += 1
+        self.steps["MLX" if self.declined is None else "ComfyUI"] += 1
         return result
 
-    def _facts(self, patcher, flux, x: torch.Tensor, inputs: dict, options: dict) -> Step:
-        return Step(
+    def _why_not(self, flux, x: torch.Tensor, inputs: dict, options: dict) -> str | None:
+        model = self._model()
+        if model is None or model.diffusion_model is not flux or model.current_patcher is None:
+            return "a run outside the loaded MODEL"
+        patcher = model.current_patcher
+        return refusal(Step(
             options=options,
-            inputs=[name for name, value in inputs.items() if value is not None],
+            inputs=_given(inputs),
             patched=len(patcher.patches),
             changed=[*_changed_layers(flux), *self._names ^ _tensors(flux).keys(),
                      *(key for key in patcher.object_patches if key.startswith("diffusion_model"))],
             hooks=patcher.current_hooks is not None,
             managed=patcher.is_dynamic(),
             gradient=torch.is_grad_enabled() and x.requires_grad,
-        )
+        ))
 
     def weights(self, flux, dtype: torch.dtype) -> dict:
         """The weights of ``flux`` in MLX for activations of ``dtype``."""
@@ -107,7 +107,7 @@ class MlxPath:
         return self._weights
 
     def detached(self, _patcher, unpatched: bool) -> None:
-        """The host unloads the model, or (not ``unpatched``) hands it from one clone to the next."""
+        """ComfyUI unloads the model, or (not ``unpatched``) hands it from one clone to the next."""
         if unpatched:
             self._drop()
 
@@ -116,11 +116,11 @@ class MlxPath:
         mlx_arrays.clear_cache()
 
     def after_sampling(self, _patcher) -> None:
-        """Give the memory of the activations back: the VAE comes next."""
+        """Free the memory of the activations: the VAE comes next."""
         mlx_arrays.clear_cache()
 
     def describe(self, patcher) -> str:
-        """Which path steps take, and why."""
+        """Which path runs the steps, and why."""
         if not self.steps:
             declined = self.declined or refusal(Step(patched=len(patcher.patches), managed=patcher.is_dynamic()))
             return f"{_name(declined)} (no step counted yet)"
@@ -131,16 +131,20 @@ class MlxPath:
 def _name(declined: str | None) -> str:
     if declined is None:
         return "whole transformer in MLX"
-    return f"the host's transformer, MLX in each packed layer, because of {declined}"
+    return f"ComfyUI's transformer with MLX in each packed layer, because of {declined}"
+
+
+def _given(inputs: dict) -> list[str]:
+    return [name for name, value in inputs.items() if value is not None]
 
 
 def _tensors(flux) -> dict[str, torch.Tensor]:
-    """Parameters by the names of ``ops/mlx/klein.py``; older hosts call the weights of their norms ``scale``."""
+    """Parameters by the names of ``ops/mlx/klein.py``; older ComfyUIs call the weights of their norms ``scale``."""
     return {re.sub(r"_norm\.scale$", "_norm.weight", name): tensor for name, tensor in flux.named_parameters()}
 
 
 def _changed_layers(flux) -> Iterator[str]:
-    """Names of the parts of ``flux`` that do not compute as they were loaded."""
+    """Names of the methods and layers of ``flux`` that no longer compute what was loaded."""
     yield from (name for name in _METHODS if getattr(flux, name).__module__ != Flux.__module__)
     for name, module in flux.named_modules():
         adapters = getattr(module, "adapters", None)
@@ -152,7 +156,7 @@ def _changed_layers(flux) -> Iterator[str]:
 
 
 class _StandIn:
-    """``flux`` to its own ``_forward``, but for the transformer itself."""
+    """Takes the place of ``flux`` in ``Flux._forward``; only the transformer itself differs."""
 
     def __init__(self, flux, path: MlxPath):
         self._flux = flux
@@ -163,13 +167,13 @@ class _StandIn:
 
     def forward_orig(self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, control=None,
                      transformer_options=None, **inputs):
-        """The host's signature. What the host itself adds to the inputs here is looked up in the same table."""
+        """As in ``Flux``. ``_forward`` may have added inputs, so they are checked here too."""
         flux, path = self._flux, self._path
-        path.declined = refusal(Step(inputs=[name for name, value in inputs.items() if value is not None]))
+        path.declined = refusal(Step(inputs=_given(inputs)))
         if path.declined is not None:
             return flux.forward_orig(img, img_ids, txt, txt_ids, timesteps, y, guidance, control,
                                      transformer_options=transformer_options, **inputs)
         eps = flux.double_blocks[0].img_attn.norm.query_norm.eps
-        return mlx_klein.step(
-            path.weights(flux, img.dtype), img, img_ids[0], txt, txt_ids[0], timesteps, torch.finfo(torch.float32).eps
-            if eps is None else eps, flux.params.axes_dim, flux.params.theta, after_block=comfy.ops.run_every_op)
+        eps = torch.finfo(torch.float32).eps if eps is None else eps
+        return mlx_klein.step(path.weights(flux, img.dtype), img, img_ids[0], txt, txt_ids[0], timesteps, eps,
+                              flux.params.axes_dim, flux.params.theta, after_block=comfy.ops.run_every_op)

@@ -1,7 +1,4 @@
-"""Whether the MLX transformer may take one step of a host: only when it would honour everything in it.
-
-This is the table of what it honours. Everything not in it is declined, and the host's own forward takes the step.
-"""
+"""Allow-list of ComfyUI features that the MLX transformer reproduces; anything else is left to ComfyUI's forward."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: ``transformer_options`` that name or time a step without changing what the model computes. ``rope_options`` does
-#: change it, but through the position ids, which the host makes. Wrappers run around either path.
+#: change it, but through the position ids, which ComfyUI makes. Wrappers run around either path.
 HARMLESS_OPTIONS = frozenset((
     "callbacks", "cond_or_uncond", "multigpu_thread_device", "prefetch_dynamic_vbars", "reference_image_num_tokens",
     "rope_options", "sample_sigmas", "sigmas", "uuids", "wrappers",
@@ -19,19 +16,19 @@ HARMLESS_OPTIONS = frozenset((
 #: ``transformer_options`` that hold functions to call inside the model, harmless while empty.
 PATCH_OPTIONS = ("patches", "patches_replace")
 
-#: Inputs that the host's own FLUX.2 Klein ignores (it has neither a pooled text input nor a guidance embedding), or
-#: that only say where the host places reference latents.
+#: Inputs that ComfyUI's own FLUX.2 Klein ignores (it has neither a pooled text input nor a guidance embedding), or
+#: that only say where ComfyUI places reference latents.
 HARMLESS_INPUTS = frozenset(("guidance", "ref_latents_method", "y"))
 
 
 @dataclass(frozen=True)
 class Step:
-    """The facts of one step.
+    """What decides which path runs one step.
 
-    ``options``: the host's ``transformer_options``. ``inputs``: names of what the model is given (not None) besides
+    ``options``: ComfyUI's ``transformer_options``. ``inputs``: names of what the model is given (not None) besides
     image, text, timestep and reference latents. ``patched``: how many weights carry a patch (LoRA, merge).
     ``changed``: names of layers with a weight function, a hook or a replaced forward. ``hooks``: whether prompt hooks
-    are active. ``managed``: whether weights move while the model runs. ``gradient``: whether one is asked for.
+    are active. ``managed``: whether weights move while the model runs. ``gradient``: whether one is needed.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -44,7 +41,7 @@ class Step:
 
 
 def refusal(step: Step) -> str | None:
-    """Why the MLX transformer leaves ``step`` to the host, or None."""
+    """Why ComfyUI's own forward has to run ``step``, or None if the MLX transformer can."""
     if step.patched:
         return f"patches on {step.patched} weights (LoRA or merge)"
     if step.changed:

@@ -130,7 +130,7 @@ def side_paths(patches: Sequence[Patch], key: str, shape: tuple[int, ...], devic
         else:
             others.append(patch)
     if others:  # They may scale or replace what the ones before have made, so all of them count, in order.
-        moved = tuple((strength, _moved(value, device), *rest) for strength, value, *rest in patches)
+        moved = tuple((patch[0], _moved(patch[1], device), *patch[2:]) for patch in patches)
         return (Difference(moved, key, embedding if lookup else linear),)
     paths: list[SidePath] = [Kronecker(_moved(adapter, device), strength) for strength, adapter, *_ in lokrs]
     if loras:

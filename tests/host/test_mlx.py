@@ -107,13 +107,13 @@ def test_what_it_does_not_know_goes_to_the_host(pair, inputs, reference_latents,
         extra["ref_latents"] = reference_latents
     torch_out, mlx_out = (forward(patcher, *inputs, **extra) for patcher in pair)
     assert relative(mlx_out, torch_out) < TOLERANCE
-    assert path_of(pair[1]).steps == {"the host": 1}
+    assert path_of(pair[1]).steps == {"ComfyUI": 1}
     assert reason in path_of(pair[1]).declined and reason in describe(pair[1])
     if "unheard of" not in reason:
         assert relative(forward(pair[0], *inputs), torch_out) > 1e-3, "the extra changes nothing"
     # The next step is taken again.
     assert relative(forward(pair[1], *inputs), forward(pair[0], *inputs)) < TOLERANCE
-    assert path_of(pair[1]).steps == {"the host": 1, "MLX": 1} and path_of(pair[1]).declined is None
+    assert path_of(pair[1]).steps == {"ComfyUI": 1, "MLX": 1} and path_of(pair[1]).declined is None
 
 
 def test_a_patched_clone_goes_to_the_host_and_the_original_does_not(pair, inputs):
@@ -124,7 +124,7 @@ def test_a_patched_clone_goes_to_the_host_and_the_original_does_not(pair, inputs
     clone.add_patches(patch, 1.0)
     assert "because of patches on 2 weights" in describe(clone)
     patched, plain = forward(clone, *inputs), forward(pair[1], *inputs)
-    assert path_of(clone).steps == {"the host": 1, "MLX": 1}
+    assert path_of(clone).steps == {"ComfyUI": 1, "MLX": 1}
     assert relative(plain, forward(pair[0], *inputs)) < TOLERANCE
     assert relative(patched, plain) > 1e-3
     reference = pair[0].clone()
