@@ -28,6 +28,7 @@ import torch
 from . import triton_backend
 from .devices import AMPERE, current, gpu
 from .packed import LEVELS, Packed
+from .tuning import tuning
 
 NAME = "gemlite"
 DEVICES = ("cuda", "xpu")
@@ -97,7 +98,7 @@ def _release(text: str) -> tuple[int, int]:
 def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
     """Out features in whole tiles; few rows, or by name any number that GemLite can count."""
     return (not fast and dtype in DTYPES and packed.group * packed.bits % 8 == 0 and packed.n % _TILE_N == 0
-            and (named or rows <= SPLIT_K_ROWS) and rows * max(packed.n, packed.k) < _MAX_ELEMENTS)
+            and (named or rows <= tuning(device).gemlite_rows) and rows * max(packed.n, packed.k) < _MAX_ELEMENTS)
 
 
 def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tensor:

@@ -9,20 +9,20 @@ fast
     and every sum inside a group is exact; the rounding of the activations is the whole error
     (``ops/int8_reference.py``).
 
-The dense copy is at most :data:`WORKSPACE_BYTES` and comes from torch's allocator at every call. In steady state that
-is the same block each time without asking the driver; nothing is held between calls, two streams never share it, and
+The dense copy (its size: ``ops/tuning.py``) comes from torch's allocator at every call. In steady state that is the
+same block each time without asking the driver; nothing is held between calls, two streams never share it, and
 a CUDA graph records it. No function here waits for the device.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 
 import torch
 
 from .devices import AMPERE, current, gpu
 from .packed import Packed
+from .tuning import Tuning, tuning
 
 NAME = "triton"
 DEVICES = ("cuda", "xpu")
@@ -39,9 +39,6 @@ INT8_GROUPS = (32, 64, 128)
 
 #: Up to so many rows a product is bound by reading the weight, and int8 activations save nothing.
 INT8_MIN_ROWS = 65
-
-#: The largest layer of FLUX.2 Klein 4B (27648 x 3072) is 170 MB in BF16.
-WORKSPACE_BYTES = 200_000_000
 
 #: Row blocks of a larger layer are a multiple of this, so that the library's tiles stay whole.
 _ROW_MULTIPLE = 128
@@ -65,40 +62,43 @@ def problem(device: torch.device | None, fast: bool = False) -> str | None:
 
 
 def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
-    """Groups that fill whole bytes; with ``fast``, many rows of a symmetric weight in groups of :data:`INT8_GROUPS`."""
-    if dtype not in DTYPES or packed.group * packed.bits % 8:
+    """Groups of whole words of 8 elements; with ``fast``, many rows of a symmetric weight, and :data:`INT8_GROUPS`."""
+    if dtype not in DTYPES or packed.group % 8:
         return False
     return not fast or (packed.form == "symmetric" and packed.group in INT8_GROUPS and rows >= INT8_MIN_ROWS)
 
 
-def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tensor:
-    """``x @ W.T`` for ``x`` ``(M, K)``; ``(M, N)`` in the dtype of ``x``. See the module docstring for ``fast``."""
+def multiply(x: torch.Tensor, packed: Packed, fast: bool = False, tuned: Tuning | None = None) -> torch.Tensor:
+    """``x @ W.T`` for ``x`` ``(M, K)``; ``(M, N)`` in the dtype of ``x``. See the module docstring for ``fast``.
+
+    ``tuned``: in place of what ``ops/tuning.py`` has for the device.
+    """
     packed = packed.contiguous()
     out = x.new_empty(x.shape[0], packed.n)
     with current(x.device):
-        (_multiply_int8 if fast else _multiply_exact)(x, packed, out)
+        (_multiply_int8 if fast else _multiply_exact)(x, packed, out, tuned or tuning(x.device))
     return out
 
 
-def row_blocks(packed: Packed, itemsize: int) -> Iterator[slice]:
-    """Cut the rows of a weight so that a block of ``itemsize`` bytes an element fits the workspace."""
-    step = max(_ROW_MULTIPLE, WORKSPACE_BYTES // (packed.k * itemsize) // _ROW_MULTIPLE * _ROW_MULTIPLE)
-    return (slice(start, min(start + step, packed.n)) for start in range(0, packed.n, step))
+def row_blocks(packed: Packed, itemsize: int, workspace: int) -> list[slice]:
+    """Cut the rows of a weight so that a block of ``itemsize`` bytes an element fits ``workspace`` bytes."""
+    step = max(_ROW_MULTIPLE, workspace // (packed.k * itemsize) // _ROW_MULTIPLE * _ROW_MULTIPLE)
+    return [slice(start, min(start + step, packed.n)) for start in range(0, packed.n, step)]
 
 
-def _multiply_exact(x: torch.Tensor, packed: Packed, out: torch.Tensor) -> None:
+def _multiply_exact(x: torch.Tensor, packed: Packed, out: torch.Tensor, tuned: Tuning) -> None:
     from .triton_kernels import expand
 
-    for part in row_blocks(packed, x.itemsize):
-        weight = expand(packed.rows(part), x.new_empty(part.stop - part.start, packed.k))
+    blocks = row_blocks(packed, x.itemsize, tuned.workspace)
+    workspace = x.new_empty(blocks[0].stop, packed.k)
+    for part in blocks:
+        weight = expand(packed.rows(part), workspace[: part.stop - part.start])
         torch.mm(x, weight.t(), out=out[:, part])
 
 
-def _multiply_int8(x: torch.Tensor, packed: Packed, out: torch.Tensor) -> None:
-    from .triton_kernels import expand, int8_matmul, quantise_rows
+def _multiply_int8(x: torch.Tensor, packed: Packed, out: torch.Tensor, tuned: Tuning) -> None:
+    from .triton_kernels import expand_levels, int8_matmul, quantise_rows
 
     q, row = quantise_rows(x.contiguous())
-    for part in row_blocks(packed, 1):
-        block = packed.rows(part)
-        levels = expand(block, x.new_empty(block.n, block.k, dtype=torch.int8))
-        int8_matmul(q, row, levels, block.scale.t().contiguous(), out[:, part])
+    for part in row_blocks(packed, 1, tuned.workspace):
+        int8_matmul(q, row, *expand_levels(packed.rows(part)), out[:, part], tuned.tile)

@@ -3,8 +3,8 @@ at run time, and no kernel is compiled anew for another number of rows.
 
 ``expand``
     Codes to a dense weight, or to int8 levels. Codes ``(N, K * bits / 8)`` and scales ``(N, K / group)`` are both
-    contiguous and a group fills whole bytes, so byte ``i`` of the weight has scale ``i // group_bytes``: rows need
-    no arithmetic, and the result equals ``packed.dequantize`` bit for bit.
+    contiguous and a group fills whole words of 8 elements, so word ``i`` of the weight has scale ``i // group_words``:
+    rows need no arithmetic, and the result equals ``packed.dequantize`` bit for bit.
 ``quantise_rows``
     Activations ``(M, K)`` to int8 with one float32 scale a row: ``q = round(x * (127 / amax))``, half to even.
 ``int8_matmul``
@@ -19,60 +19,80 @@ import triton
 import triton.language as tl
 
 from .packed import LEVELS, Packed
+from .tuning import Tile
 
-#: Bytes of codes that one program of ``expand`` reads.
-EXPAND_BYTES = 1024
+#: Words of codes that one program of ``expand`` reads. A word holds 8 elements (1 bit: a byte, 2 bits: two, 4 bits:
+#: four), which a thread stores at once: 16 bytes in 16 bits, 8 bytes of levels.
+EXPAND_WORDS = 512
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
-#: Rows and columns of an output tile of ``int8_matmul``, and how many row tiles share a column tile in L2. With groups
-#: of 128 this compiles to 64 KB of shared memory (96 KB on Hopper); every card since Ampere has 99 KB or more.
-TILE_M, TILE_N, TILE_ROWS = 128, 128, 8
+#: Row tiles that share a column tile of ``int8_matmul`` in L2.
+TILE_ROWS = 8
 
 #: How the three kernels are launched. Floating-point fusion is off where it would change a result: a fused
 #: multiply-add would round an affine weight once where the reference rounds twice, and would skip the rounding of an
 #: activation before its rounding constant is added.
 EXPAND_LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 ROWS_LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
-MATMUL_LAUNCH = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+MATMUL_LAUNCH = {"enable_fp_fusion": True}
 
 #: Adding and subtracting 1.5 * 2**23 rounds a float32 of magnitude below 2**22 to the nearest integer, half to even.
 ROUNDING = tl.constexpr(12582912.0)
+#: The bits of that float32. An int32 sum of magnitude below 2**22 that starts at it is, read as float32, 1.5 * 2**23
+#: more than the sum: one subtraction replaces the conversion, which is slow on sm_80.
+ROUNDING_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
-def _expand(codes, scale, shift, out, total, GROUP_BYTES: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr,
-            STEP: tl.constexpr, ORIGIN: tl.constexpr, BLOCK: tl.constexpr):
-    PER: tl.constexpr = 8 // BITS
+def _expand(words, scale, shift, out, scale_t, total, n, groups, GROUP_WORDS: tl.constexpr, BITS: tl.constexpr,
+            FORM: tl.constexpr, STEP: tl.constexpr, ORIGIN: tl.constexpr, BLOCK: tl.constexpr):
     dtype = out.dtype.element_ty
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < total
-    lane = tl.arange(0, PER)
-    byte = tl.load(codes + index, mask=inside, other=0).to(tl.int32)
-    value = (byte[:, None] >> (lane * BITS)[None, :]) & (2**BITS - 1)
+    lane = tl.arange(0, 8)
+    word = tl.load(words + index, mask=inside, other=0).to(tl.int32)
+    value = (word[:, None] >> (lane * BITS)[None, :]) & (2**BITS - 1)
+    group = (index // GROUP_WORDS).to(tl.int32)
     if FORM == "levels" or FORM == "symmetric":
         value = value * STEP - ORIGIN
-    if FORM != "levels":
-        factor = tl.load(scale + index // GROUP_BYTES, mask=inside, other=0)
+    if FORM == "levels":
+        first = inside & (index % GROUP_WORDS == 0)
+        tl.store(scale_t + group % groups * n + group // groups, tl.load(scale + group, mask=first), mask=first)
+    else:
+        factor = tl.load(scale + group, mask=inside, other=0)
         if FORM == "symmetric" and BITS <= 2:
             factor = factor.to(dtype)
         value = value.to(tl.float32)
         if FORM == "zeropoint":
-            value = value - tl.load(shift + index // GROUP_BYTES, mask=inside, other=0).to(tl.float32)[:, None]
+            value = value - tl.load(shift + group, mask=inside, other=0).to(tl.float32)[:, None]
         value = value * factor.to(tl.float32)[:, None]
         if FORM == "affine":
-            value = value + tl.load(shift + index // GROUP_BYTES, mask=inside, other=0).to(tl.float32)[:, None]
-    tl.store(out + index[:, None] * PER + lane[None, :], value.to(dtype), mask=inside[:, None])
+            value = value + tl.load(shift + group, mask=inside, other=0).to(tl.float32)[:, None]
+    tl.store(out + index[:, None] * 8 + lane[None, :], value.to(dtype), mask=inside[:, None])
 
 
 def expand(packed: Packed, out: torch.Tensor) -> torch.Tensor:
-    """Fill ``out``, contiguous ``(N, K)``, with the weight, or with its unscaled levels (``packed.LEVELS``) if ``out``
-    is int8; else it is BF16, FP16 or FP32. The parts of ``packed`` are contiguous."""
-    codes, scale, shift, bits, form = packed
-    step, origin = LEVELS[bits]
-    group_bytes = codes.shape[1] // scale.shape[1]
-    grid = (triton.cdiv(codes.numel(), EXPAND_BYTES),)
-    _expand[grid](codes, scale, shift, out, codes.numel(), group_bytes, bits,
-                  "levels" if out.dtype == torch.int8 else form, step, origin, EXPAND_BYTES, **EXPAND_LAUNCH)
+    """Fill ``out``, contiguous ``(N, K)`` in BF16, FP16 or FP32, with the weight. The parts of ``packed`` are
+    contiguous, and its group is a multiple of 8."""
+    _launch_expand(packed, packed.form, out, None)
     return out
+
+
+def expand_levels(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    """The unscaled levels (``packed.LEVELS``) of a symmetric weight, int8 ``(N, K)``, and its scales transposed,
+    ``(K / group, N)``."""
+    levels = packed.codes.new_empty(packed.n, packed.k, dtype=torch.int8)
+    scale_t = packed.scale.new_empty(packed.scale.shape[::-1])
+    _launch_expand(packed, "levels", levels, scale_t)
+    return levels, scale_t
+
+
+def _launch_expand(packed: Packed, form: str, out: torch.Tensor, scale_t: torch.Tensor | None) -> None:
+    step, origin = LEVELS[packed.bits]
+    words = packed.codes.view(_WORDS[packed.bits])
+    grid = (triton.cdiv(words.numel(), EXPAND_WORDS),)
+    _expand[grid](words, packed.scale, packed.shift, out, scale_t, words.numel(), packed.n, packed.scale.shape[1],
+                  packed.group // 8, packed.bits, form, step, origin, EXPAND_WORDS, **EXPAND_LAUNCH)
 
 
 @triton.jit
@@ -113,8 +133,9 @@ def _int8_matmul(q, row, levels, scale, out, m, n, k, stride, GROUP: tl.constexp
     scale += right
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for _ in range(0, k, GROUP):
-        exact = tl.dot(tl.load(q), tl.load(levels), out_dtype=tl.int32)
-        total += exact.to(tl.float32) * tl.load(scale).to(tl.float32)[None, :]
+        exact = tl.dot(tl.load(q), tl.load(levels), tl.full((BLOCK_M, BLOCK_N), ROUNDING_BITS, tl.int32),
+                       out_dtype=tl.int32)
+        total += (exact.to(tl.float32, bitcast=True) - ROUNDING) * tl.load(scale).to(tl.float32)[None, :]
         q += GROUP
         levels += GROUP
         scale += n
@@ -123,12 +144,12 @@ def _int8_matmul(q, row, levels, scale, out, m, n, k, stride, GROUP: tl.constexp
              mask=(rows < m)[:, None] & (columns < n)[None, :])
 
 
-def int8_matmul(q: torch.Tensor, row: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor,
-                out: torch.Tensor) -> torch.Tensor:
+def int8_matmul(q: torch.Tensor, row: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor, out: torch.Tensor,
+                tile: Tile) -> torch.Tensor:
     """Fill ``out`` ``(M, N)``, rows contiguous, from int8 ``q`` ``(M, K)`` with ``row`` ``(M,)`` and int8 ``levels``
     ``(N, K)`` with ``scale`` ``(K / group, N)``, group a power of 2 of at least 32."""
     (m, k), n = q.shape, levels.shape[0]
-    grid = (triton.cdiv(m, TILE_M) * triton.cdiv(n, TILE_N),)
-    _int8_matmul[grid](q, row, levels, scale, out, m, n, k, out.stride(0), k // scale.shape[0], TILE_M, TILE_N,
-                       TILE_ROWS, **MATMUL_LAUNCH)
+    grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
+    _int8_matmul[grid](q, row, levels, scale, out, m, n, k, out.stride(0), k // scale.shape[0], tile.m, tile.n,
+                       TILE_ROWS, num_warps=tile.warps, num_stages=tile.stages, **MATMUL_LAUNCH)
     return out

@@ -12,7 +12,7 @@ import pytest
 import torch
 from reference import dense64, random_weight, relative
 
-from bonsai_image.ops import backends, gemlite_backend, linear, selfcheck, torch_backend, triton_backend
+from bonsai_image.ops import backends, gemlite_backend, linear, selfcheck, torch_backend, triton_backend, tuning
 from bonsai_image.ops.backends import AUTO, Choice, Setting
 from bonsai_image.ops.devices import Gpu
 from bonsai_image.ops.layers import PackedLinear
@@ -47,7 +47,7 @@ def fresh(monkeypatch):
 def machine(monkeypatch):
     """A made-up machine: its GPU, what is missing, and no self-check."""
     def make(gpu: Gpu = GEFORCE, missing: tuple[str, ...] = (), machine: str = "x86_64"):
-        for module in (triton_backend, gemlite_backend):
+        for module in (triton_backend, gemlite_backend, tuning):
             monkeypatch.setattr(module, "gpu", lambda _device: gpu)
         monkeypatch.setattr("platform.machine", lambda: machine)
         monkeypatch.setattr(gemlite_backend, "version", lambda name: None if name in missing else

@@ -15,6 +15,7 @@ from bonsai_image.ops import (
     selfcheck,
     triton_backend,
     triton_kernels,
+    tuning,
 )
 from bonsai_image.ops.devices import Gpu
 from bonsai_image.ops.packed import Packed, dequantize, rewrap
@@ -70,12 +71,10 @@ def exact():
             out = triton_backend.multiply(x, packed)
             report(f"exact-{bits}-{form}-{name}", relative(out, x @ dequantize(packed, dtype).t()), 0)
     # Cut in three row blocks: each product is the same as in one piece.
-    triton_backend.WORKSPACE_BYTES = 128 * 256 * 2
     packed = weight(300, 256, 2, 128)
     x = torch.randn(5, 256, generator=GENERATOR).bfloat16()
-    out = triton_backend.multiply(x, packed)
+    out = triton_backend.multiply(x, packed, tuned=tuning.DEFAULT._replace(workspace=128 * 256 * 2))
     report("exact-in-blocks", relative(out, x @ dequantize(packed, torch.bfloat16).t()), 0)
-    triton_backend.WORKSPACE_BYTES = 200_000_000
 
 
 def int8():
@@ -86,11 +85,23 @@ def int8():
         q, row = triton_kernels.quantise_rows(x)
         expected_q, expected_row = int8_reference.quantise_rows(x)
         report(f"quantise-rows-{name}", (q != expected_q).sum() + (row != expected_row).sum(), 0)
+    for bits in (1, 2, 4):
+        packed = weight(70, 384, bits, 128)
+        levels, scale_t = triton_kernels.expand_levels(packed)
+        expected = dequantize(packed._replace(scale=torch.ones_like(packed.scale)), torch.float32)
+        report(f"levels-{bits}", (levels != expected).sum() + (scale_t != packed.scale.t()).sum(), 0)
+    # The largest sums there are, on both sides of zero: still exact when they start at the bits of 1.5 * 2**23.
+    q = torch.full((1, 128), 127, dtype=torch.int8)
+    for level in (-128, 127):
+        out = triton_kernels.int8_matmul(q, torch.ones(1), torch.full((1, 128), level, dtype=torch.int8),
+                                         torch.ones(1, 1), torch.empty(1, 1), tuning.DEFAULT.tile)
+        report(f"int8-largest-{level}", abs(out.item() - 127 * 128 * level), 0)
     for bits, group, m, n in ((1, 128, 5, 70), (2, 128, 130, 140), (2, 128, 128, 128), (4, 64, 5, 70), (2, 32, 3, 9)):
         packed = weight(n, 2 * 128, bits, group)
         x = torch.randn(m, 2 * 128, generator=GENERATOR).bfloat16()
         for name, dtype in DTYPES.items():
-            out = triton_backend.multiply(x.to(dtype), packed, True)
+            tile = tuning.TILES[m % len(tuning.TILES)]
+            out = triton_backend.multiply(x.to(dtype), packed, True, tuning.DEFAULT._replace(tile=tile))
             expected = int8_reference.multiply(x.to(dtype), packed)
             # The sum over groups is rounded in FP32 in both; then the result to its dtype.
             tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
