@@ -31,8 +31,8 @@ class BonsaiSaveModel(io.ComfyNode):
                 io.String.Input("filename_prefix", default="diffusion_models/bonsai",
                                 tooltip="Where to save, under ComfyUI's output folder."),
                 io.Combo.Input("storage", options=["packed", "base3"], default="packed",
-                               tooltip="packed: as in memory, loads without conversion. base3: five ternary weights "
-                                       "a byte, 14 % smaller; ternary models only."),
+                               tooltip="packed: as in memory; loads without conversion. base3: five ternary weights "
+                                       "per byte, 14 % smaller; ternary models only."),
             ],
             outputs=[],
         )
@@ -48,7 +48,7 @@ class BonsaiSaveModel(io.ComfyNode):
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory())
         file = f"{name}_{counter:05}_.safetensors"
-        # From the file it was loaded from: the MODEL in memory may be offloaded or in use.
+        # Read the file again: the MODEL in memory may be offloaded or in use.
         progress = models.progress_bar()
         target = "comfy-base3" if storage == "base3" else "comfy"
         save_transformer(load_transformer(origin.path, progress), Path(folder) / file, target, progress)
