@@ -7,75 +7,61 @@ weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
-from .packed import Packed, PackedLayout, is_packed, packed_weight, parts, rewrap
+from .packed import PackedLayout, is_packed, packed_weight, parts
 
-_ATEN = torch.ops.aten
-#: Operators that take rows from a tensor, and the position of their dimension argument. Inference mode shows operators
-#: that autograd would have decomposed into others.
-_ROW_OPERATORS = {_ATEN.slice.Tensor: 1, _ATEN.narrow.default: 1, _ATEN.split.Tensor: 2,
+_ATEN: Any = torch.ops.aten
+#: Operators that only move rows along dimension 0, and the position of their dimension argument. Inference mode shows
+#: some that autograd would have decomposed into others.
+_ROW_OPERATORS = {_ATEN.cat.default: 1, _ATEN.slice.Tensor: 1, _ATEN.narrow.default: 1, _ATEN.split.Tensor: 2,
                   _ATEN.split_with_sizes.default: 2, _ATEN.chunk.default: 2}
-_IN_PLACE = ("add_", "sub_", "mul_", "div_", "addcmul_", "addcdiv_", "addmm_", "baddbmm_", "lerp_", "pow_", "neg_",
-             "clamp_", "fill_", "zero_", "masked_fill_", "index_add_", "index_copy_", "normal_", "uniform_")
+_IN_PLACE = ("add_", "sub_", "mul_", "div_", "addcmul_", "addcdiv_", "addmm_", "lerp_", "pow_", "neg_", "clamp_",
+             "fill_", "zero_", "masked_fill_", "index_add_", "index_copy_", "normal_", "uniform_")
 
 
-def _on_dense(operator: Any, args: tuple, kwargs: dict) -> Any:
-    return operator(*dequantize_args(args), **dequantize_args(kwargs))
+def alike(weights: Sequence) -> bool:
+    """Whether all weights are packed with the same bits, form, group and width, and present the same dtype."""
+    kinds = {(packed.bits, packed.form, packed.group, packed.k, weight.dtype)
+             for weight in weights if is_packed(weight) for packed in (parts(weight),)}
+    return len(kinds) == 1 and all(map(is_packed, weights))
 
 
-def _take_rows(operator: Any, position: int) -> Callable:
-    def handler(weight: QuantizedTensor, args: tuple, kwargs: dict) -> Any:
+def _move_rows(operator: Callable, position: int) -> Callable:
+    """Apply ``operator`` to codes, scales and shifts each: they have the same rows."""
+    def handler(_first: Any, args: tuple, kwargs: dict) -> Any:
+        first, *rest = args
+        weights = first if isinstance(first, (list, tuple)) else [first]
         dim = args[position] if len(args) > position else kwargs.get("dim", 0)
-        if dim not in (0, -2):
-            return _on_dense(operator, args, kwargs)
-        packed = parts(weight)
-        codes, scale, shift = (None if part is None else operator(part, *args[1:], **kwargs) for part in packed[:3])
-        if isinstance(codes, torch.Tensor):
-            return packed_weight(codes, scale, packed.bits, packed.form, shift, weight.dtype)
-        shifts = [None] * len(codes) if shift is None else shift
-        return [packed_weight(*pair, packed.bits, packed.form, piece, weight.dtype)
-                for *pair, piece in zip(codes, scale, shifts, strict=True)]
+        if dim not in (0, -2) or not alike(weights):
+            return operator(*dequantize_args(args), **dequantize_args(kwargs))
+        packed, dtype = parts(weights[0]), weights[0].dtype
+        columns = zip(*map(PackedLayout.get_plain_tensors, weights), strict=True)
+        moved = [operator(list(column) if weights is first else column[0], *rest, **kwargs) for column in columns]
+
+        def wrap(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None) -> QuantizedTensor:
+            return packed_weight(codes, scale, packed.bits, packed.form, shift, dtype)
+
+        if isinstance(moved[0], torch.Tensor):
+            return wrap(*moved)
+        return [wrap(*piece) for piece in zip(*moved, strict=True)]
 
     return handler
 
 
 for _operator, _position in _ROW_OPERATORS.items():
-    register_layout_op(_operator, PackedLayout)(_take_rows(_operator, _position))
-
-
-@register_layout_op(_ATEN.cat.default, PackedLayout)
-def _cat(_first: list, args: tuple, kwargs: dict) -> torch.Tensor:
-    weights, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    alike = all(map(is_packed, weights)) and len({_kind(weight) for weight in weights}) == 1
-    if dim not in (0, -2) or not alike:
-        return _on_dense(_ATEN.cat.default, args, kwargs)
-    return rewrap(cat_rows([parts(weight) for weight in weights]), weights[0].dtype)
-
-
-def cat_rows(weights: list[Packed]) -> Packed:
-    """The rows of several weights of equal width, bits, form and group, one weight below the other."""
-    first = weights[0]
-    shift = None if first.shift is None else torch.cat([weight.shift for weight in weights])
-    return first._replace(codes=torch.cat([weight.codes for weight in weights]),
-                          scale=torch.cat([weight.scale for weight in weights]), shift=shift)
-
-
-def _kind(weight: QuantizedTensor) -> tuple:
-    packed = parts(weight)
-    return packed.bits, packed.form, packed.group, packed.k, weight.dtype
+    register_layout_op(_operator, PackedLayout)(_move_rows(_operator, _position))
 
 
 @register_layout_op(_ATEN.to.device, PackedLayout)
 def _to_device(weight: QuantizedTensor, args: tuple, kwargs: dict) -> torch.Tensor:
-    # Two steps that comfy-kitchen knows. Both keep the scales' own dtype.
-    _, device, dtype, *flags = args
-    return weight.to(device, *flags[:1]).to(dtype=dtype)
+    # Two steps that comfy-kitchen knows. Both keep the scales' own dtype, and neither has flags.
+    return weight.to(device=args[1]).to(dtype=args[2])
 
 
 def _refuse(weight: QuantizedTensor, args: tuple, kwargs: dict) -> None:

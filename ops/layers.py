@@ -33,6 +33,9 @@ class PackedModule(nn.Module):
     of the state dict as they are, without a copy: memory-mapped weights stay memory-mapped.
     """
 
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
     def __init__(self, weight_shape: tuple[int, int], bias: bool):
         super().__init__()
         self.weight_shape = weight_shape

@@ -6,11 +6,13 @@ of rows recompiles nothing.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from . import backends
 from .backends import AUTO, Setting
-from .packed import Packed, dequantize, is_packed, parts
+from .packed import Form, Packed, dequantize, is_packed, parts
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
@@ -35,7 +37,7 @@ def embedding(indices: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype | 
 @torch.library.custom_op("bonsai_image::packed_linear", mutates_args=())
 def _packed_linear(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, bits: int,
                    form: str, bias: torch.Tensor | None, backend: str, precision: str) -> torch.Tensor:
-    packed = Packed(codes, scale, shift, bits, form)
+    packed = Packed(codes, scale, shift, bits, cast(Form, form))
     out = backends.multiply(x.reshape(-1, packed.k), packed, Setting(backend, precision))
     if bias is not None:
         out += bias.to(out.dtype)

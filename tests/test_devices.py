@@ -1,4 +1,4 @@
-"""The dtype to compute in on each kind of device."""
+"""What is known of each kind of device, and the dtype to compute in on it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bonsai_image.ops import devices
+from bonsai_image.ops.devices import Gpu, gpu, is_apple_silicon
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -34,3 +35,44 @@ def test_cuda_computes_in_fp16_only_before_ampere(monkeypatch, supported, expect
 @pytest.mark.parametrize("kind", ["mps", "xpu"])
 def test_other_devices_compute_in_bf16(kind):
     assert devices.default_dtype(torch.device(kind)) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("kind", "hip", "expected"), [
+    ("cuda", None, Gpu("nvidia", "a GPU", (8, 9))), ("cuda", "6.4", Gpu("amd", "a GPU")),
+    ("xpu", None, Gpu("intel", "a GPU"))])
+def test_vendor_name_and_capability(monkeypatch, kind, hip, expected):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    for module in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(module, "get_device_name", lambda _device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 9))
+    gpu.cache_clear()
+    assert gpu(torch.device(kind, 0)) == expected
+    gpu.cache_clear()
+    assert Gpu("nvidia", "x", (12, 0)).architecture == "sm_120"
+
+
+@pytest.mark.parametrize(("kind", "machine", "expected"), [
+    ("mps", "arm64", True), ("mps", "x86_64", False), ("cpu", "arm64", False)])
+def test_apple_silicon(monkeypatch, kind, machine, expected):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert is_apple_silicon(torch.device(kind)) == expected
+
+
+def test_current_makes_a_gpu_current_and_leaves_others(monkeypatch):
+    made = []
+
+    class Current:
+        def __init__(self, device):
+            made.append(device)
+
+        def __enter__(self):
+            made.append("in")
+
+        def __exit__(self, *_):
+            made.append("out")
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    for name in ("cuda:1", "cpu", "mps"):
+        with devices.current(torch.device(name)):
+            made.append(name)
+    assert made == [torch.device("cuda:1"), "in", "cuda:1", "out", "cpu", "mps"]

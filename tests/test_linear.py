@@ -131,9 +131,49 @@ def test_embedding_dequantises_the_rows_asked_for(bits, form, group):
     assert torch.equal(module(indices), dense64(table)[indices])
 
 
-def test_a_float_weight_cannot_become_packed():
-    with pytest.raises(NotImplementedError, match="without changing the model"):
-        PackedLayout.quantize(torch.randn(4, 256))
+def test_names_that_nobody_asked_for_are_reported():
+    weight, bias = random_weight(2, "symmetric", 24, 256, 128), torch.zeros(24)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*extra"):
+        PackedLinear(256, 24, bias=False).load_state_dict({"weight": weight, "extra": bias})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*bias"):
+        PackedLinear(256, 24, bias=False).load_state_dict({"weight": weight, "bias": bias})
+    with pytest.raises(RuntimeError, match=r"Missing key.*bias"):
+        PackedLinear(256, 24).load_state_dict({"weight": weight})
+    with pytest.raises(RuntimeError, match=r"bias: expected shape \(24,\), found \(25,\)"):
+        PackedLinear(256, 24).load_state_dict({"weight": weight, "bias": torch.zeros(25)})
+
+
+@pytest.mark.parametrize("module", [PackedLinear(256, 24), PackedEmbedding(24, 256)])
+def test_a_layer_without_a_weight_says_so(module):
+    with pytest.raises(RuntimeError, match=f"this {type(module).__name__} has no weight yet; load a state dict first"):
+        module(torch.zeros(3, 256).long())
+
+
+def test_repr():
+    module = PackedLinear(256, 24, bias=False)
+    assert repr(module) == "PackedLinear(24, 256, bias=False, not loaded)"
+    module.load_state_dict({"weight": random_weight(2, "symmetric", 24, 256, 128)})
+    assert repr(module) == "PackedLinear(24, 256, bias=False, 2 bits, symmetric, groups of 128)"
+    module.load_state_dict({"weight": torch.zeros(24, 256)})
+    assert repr(module) == "PackedLinear(24, 256, bias=False, float32)"
+
+
+def test_a_layer_that_ran_in_inference_mode_is_moved_outside_and_runs_again():
+    """As hosts do, in any order: load, run and unload, in and out of inference mode."""
+    module, x = PackedLinear(256, 24, bias=False), torch.randn(2, 256)
+    module.load_state_dict({"weight": random_weight(2, "symmetric", 24, 256, 128)})
+    expected = module(x)
+    with torch.inference_mode():
+        module.to("cpu")
+        assert torch.equal(module(x), expected)
+        module.to(torch.float16)
+    module.to("cpu").to(torch.float32)
+    assert torch.equal(module(x), expected)
+    # What comfy-kitchen does to a parameter outside of inference mode when a host unloads it.
+    assert torch.equal(module.weight.detach().dequantize(), module.weight.dequantize())
+    with torch.inference_mode():
+        assert module.weight.is_inference() and torch.equal(module.weight.detach().dequantize(),
+                                                            module.weight.dequantize())
 
 
 def test_calling_the_module_runs_the_kernel(monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import torch
@@ -19,7 +20,6 @@ from .arrays import PackedArrays, product
 
 Weights = dict[str, PackedArrays | mx.array]
 
-_HEAD_DIM = 128
 _NORM_EPS = 1e-6
 #: The timestep goes into 256 sinusoids with periods from 1 to 10,000, in thousandths (BFL's flux2, ``model.py``).
 _TIME_CHANNELS, _TIME_PERIOD, _TIME_FACTOR = 256, 10000, 1000.0
@@ -62,69 +62,99 @@ def step(weights: Weights, img: torch.Tensor, img_ids: torch.Tensor, txt: torch.
     ``img_ids``, ``txt_ids`` ``(L, len(axes))``: the positions, the same for the whole batch. ``timestep`` ``(B,)``
     from 0 to 1. ``qk_eps`` is that of the query and key norms. See :func:`forward` for ``after_block``.
     """
-    cos, sin = rotary_tables(torch.cat((txt_ids, img_ids)), axes, theta)
-    inputs = arrays.to_mlx([img, txt.to(img.dtype), time_embedding(timestep).to(img.dtype), cos, sin])
-    return arrays.to_torch(forward(weights, *inputs, qk_eps, after_block), img)
+    ids = torch.cat((txt_ids, img_ids))
+    tensors = [img, txt.to(img.dtype), time_embedding(timestep).to(img.dtype), *rotary_tables(ids, axes, theta)]
+    x, text, time, cos, sin = arrays.to_mlx(tensors)
+    return arrays.to_torch(forward(Net(weights, cos, sin, qk_eps), x, text, time, after_block), img)
 
 
-def forward(weights: Weights, img: mx.array, txt: mx.array, time: mx.array, cos: mx.array, sin: mx.array,
-            qk_eps: float, after_block: Callable[[], None] | None) -> mx.array:
-    """The transformer on arrays (see :func:`step`); ``time``, ``cos`` and ``sin`` are the tables above.
+class Net(NamedTuple):
+    """What every block needs: the weights, the rotary tables, and the eps of the query and key norms."""
 
-    Each block is evaluated on its own, which bounds the memory in flight, and then ``after_block`` is called: a host
+    weights: Weights
+    cos: mx.array
+    sin: mx.array
+    qk_eps: float
+
+    def linear(self, x: mx.array, name: str) -> mx.array:
+        """``x @ W.T`` with the weight of layer ``name``."""
+        return product(x, self.weights[f"{name}.weight"])
+
+    def heads(self, qkv: mx.array, norm: str) -> list[mx.array]:
+        """Queries and keys (normalised) and values, each ``(B, heads, L, D)``, of fused ``(B, L, 3 * hidden)``."""
+        q, k, v = qkv.reshape(*qkv.shape[:2], 3, -1, 2 * self.cos.shape[-1]).transpose(2, 0, 3, 1, 4)
+        return [_rms_norm(q, self.weights[f"{norm}.query_norm.weight"], self.qk_eps),
+                _rms_norm(k, self.weights[f"{norm}.key_norm.weight"], self.qk_eps), v]
+
+    def attention(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """``(B, heads, L, D)`` -> ``(B, L, hidden)``, queries and keys rotated in float32."""
+        q, k = (_rotate(x, self.cos, self.sin) for x in (q, k))
+        attended = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        return attended.transpose(0, 2, 1, 3).flatten(2)
+
+
+def forward(net: Net, img: mx.array, txt: mx.array, time: mx.array,
+            after_block: Callable[[], None] | None) -> mx.array:
+    """The transformer on arrays (see :func:`step`); ``time`` is the embedding of the timestep.
+
+    Each block is evaluated on its own, which bounds the memory in flight. ``after_block`` is called after each: a host
     cancels from there.
     """
-    def linear(x: mx.array, name: str) -> mx.array:
-        return product(x, weights[f"{name}.weight"])
-
-    def modulation(name: str, count: int) -> list[mx.array]:
-        return mx.split(linear(_silu(vec)[:, None], name), count, axis=-1)
-
-    def heads(qkv: mx.array, norm: str) -> list[mx.array]:
-        """Queries and keys (normalised) and values, each ``(B, heads, L, 128)``, of fused ``(B, L, 3 * hidden)``."""
-        q, k, v = qkv.reshape(*qkv.shape[:2], 3, -1, _HEAD_DIM).transpose(2, 0, 3, 1, 4)
-        return [_rms_norm(q, weights[f"{norm}.query_norm.weight"], qk_eps),
-                _rms_norm(k, weights[f"{norm}.key_norm.weight"], qk_eps), v]
-
-    def after_attention(stream: str, x: mx.array, attended: mx.array, mod: list[mx.array]) -> mx.array:
-        """The rest of a double-stream block for one stream."""
-        _, _, gate, mlp_shift, mlp_scale, mlp_gate = mod
-        x = x + gate * linear(attended, f"{stream}_attn.proj")
-        inner = _gated(linear(_modulate(x, mlp_shift, mlp_scale), f"{stream}_mlp.0"))
-        return x + mlp_gate * linear(inner, f"{stream}_mlp.2")
-
-    def finish(*states: mx.array) -> None:
-        mx.eval(states)
-        if after_block is not None:
-            after_block()
-
-    vec = linear(_silu(linear(time, "time_in.in_layer")), "time_in.out_layer")
-    img, txt = linear(img, "img_in"), linear(txt, "txt_in")
+    condition = _silu(net.linear(_silu(net.linear(time, "time_in.in_layer")), "time_in.out_layer"))[:, None]
+    img, txt = net.linear(img, "img_in"), net.linear(txt, "txt_in")
     text = txt.shape[1]
 
-    img_mod = modulation("double_stream_modulation_img.lin", 6)
-    txt_mod = modulation("double_stream_modulation_txt.lin", 6)
-    for block in _blocks(weights, "double_blocks"):
-        fused = [heads(linear(_modulate(x, shift, scale), f"{block}.{stream}_attn.qkv"), f"{block}.{stream}_attn.norm")
-                 for stream, x, (shift, scale, *_) in (("txt", txt, txt_mod), ("img", img, img_mod))]
-        q, k, v = (mx.concatenate(pair, axis=2) for pair in zip(*fused, strict=True))
-        attended = _attention(q, k, v, cos, sin)
-        txt = _finite(after_attention(f"{block}.txt", txt, attended[:, :text], txt_mod))
-        img = after_attention(f"{block}.img", img, attended[:, text:], img_mod)
-        finish(txt, img)
+    mods = [mx.split(net.linear(condition, f"double_stream_modulation_{stream}.lin"), 6, axis=-1)
+            for stream in ("img", "txt")]
+    for block in _blocks(net.weights, "double_blocks"):
+        img, txt = double_block(net, block, img, txt, *mods)
+        _finish(after_block, img, txt)
 
     x = mx.concatenate((txt, _finite(img)), axis=1)
-    shift, scale, gate = modulation("single_stream_modulation.lin", 3)
-    hidden = x.shape[-1]
-    for block in _blocks(weights, "single_blocks"):
-        fused = linear(_modulate(x, shift, scale), f"{block}.linear1")
-        qkv, mlp = mx.split(fused, [3 * hidden], axis=-1)
-        attended = _attention(*heads(qkv, f"{block}.norm"), cos, sin)
-        x = _finite(x + gate * linear(mx.concatenate((attended, _gated(mlp)), axis=-1), f"{block}.linear2"))
-        finish(x)
+    mod = mx.split(net.linear(condition, "single_stream_modulation.lin"), 3, axis=-1)
+    for block in _blocks(net.weights, "single_blocks"):
+        x = single_block(net, block, x, mod)
+        _finish(after_block, x)
 
-    shift, scale = modulation("final_layer.adaLN_modulation.1", 2)
-    return linear(_modulate(x[:, text:], shift, scale), "final_layer.linear")
+    shift, scale = mx.split(net.linear(condition, "final_layer.adaLN_modulation.1"), 2, axis=-1)
+    return net.linear(_modulate(x[:, text:], shift, scale), "final_layer.linear")
+
+
+def double_block(net: Net, block: str, img: mx.array, txt: mx.array, img_mod: Sequence[mx.array],
+                 txt_mod: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+    """One double-stream block: image and text have weights of their own and attend together.
+
+    ``img_mod`` and ``txt_mod`` are shift, scale and gate of the attention and of the MLP.
+    """
+    def heads(x: mx.array, stream: str, shift: mx.array, scale: mx.array) -> list[mx.array]:
+        qkv = net.linear(_modulate(x, shift, scale), f"{block}.{stream}_attn.qkv")
+        return net.heads(qkv, f"{block}.{stream}_attn.norm")
+
+    def update(x: mx.array, stream: str, attended: mx.array, mod: Sequence[mx.array]) -> mx.array:
+        _, _, gate, mlp_shift, mlp_scale, mlp_gate = mod
+        x = x + gate * net.linear(attended, f"{block}.{stream}_attn.proj")
+        inner = _gated(net.linear(_modulate(x, mlp_shift, mlp_scale), f"{block}.{stream}_mlp.0"))
+        return x + mlp_gate * net.linear(inner, f"{block}.{stream}_mlp.2")
+
+    pairs = zip(heads(txt, "txt", *txt_mod[:2]), heads(img, "img", *img_mod[:2]), strict=True)
+    attended = net.attention(*(mx.concatenate(pair, axis=2) for pair in pairs))
+    txt_attended, img_attended = mx.split(attended, [txt.shape[1]], axis=1)
+    return update(img, "img", img_attended, img_mod), _finite(update(txt, "txt", txt_attended, txt_mod))
+
+
+def single_block(net: Net, block: str, x: mx.array, mod: Sequence[mx.array]) -> mx.array:
+    """One single-stream block: text and image in one sequence, attention and MLP side by side."""
+    shift, scale, gate = mod
+    fused = net.linear(_modulate(x, shift, scale), f"{block}.linear1")
+    qkv, mlp = mx.split(fused, [3 * x.shape[-1]], axis=-1)
+    attended = net.attention(*net.heads(qkv, f"{block}.norm"))
+    return _finite(x + gate * net.linear(mx.concatenate((attended, _gated(mlp)), axis=-1), f"{block}.linear2"))
+
+
+def _finish(after_block: Callable[[], None] | None, *states: mx.array) -> None:
+    mx.eval(states)
+    if after_block is not None:
+        after_block()
 
 
 def _blocks(weights: Weights, kind: str) -> list[str]:
@@ -149,13 +179,6 @@ def _rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return mx.fast.rms_norm(x, weight.astype(x.dtype), eps)
 
 
-def _attention(q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """``(B, heads, L, 128)`` -> ``(B, L, hidden)``, queries and keys rotated in float32."""
-    attended = mx.fast.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v,
-                                                    scale=_HEAD_DIM**-0.5)
-    return attended.transpose(0, 2, 1, 3).flatten(2)
-
-
 def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
@@ -163,5 +186,5 @@ def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 
 
 def _finite(x: mx.array) -> mx.array:
-    """FP16 overflows in this model; the hosts clamp it at the same places."""
+    """FP16 overflows in this model; ComfyUI and diffusers clamp it at the same places."""
     return mx.nan_to_num(x, 0.0, _FP16_MAX, -_FP16_MAX) if x.dtype == mx.float16 else x
