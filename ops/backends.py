@@ -33,12 +33,13 @@ from typing import Any, NamedTuple
 import torch
 
 from . import gemlite_backend, selfcheck, torch_backend, triton_backend
+from .cpu import backend as cpu_backend
 from .devices import default_dtype
 from .mlx import backend as mlx_backend
 from .packed import Packed
 
 #: In order of preference. The last one takes every exact product on every device.
-BACKENDS: tuple[Any, ...] = (gemlite_backend, triton_backend, mlx_backend, torch_backend)
+BACKENDS: tuple[Any, ...] = (gemlite_backend, triton_backend, mlx_backend, cpu_backend, torch_backend)
 
 #: What users choose from.
 NAMES = ("auto", *(backend.NAME for backend in reversed(BACKENDS)))

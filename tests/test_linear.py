@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import dense64, random_weight, relative
 
-from bonsai_image.ops import torch_backend
+from bonsai_image.ops import backends, torch_backend
 from bonsai_image.ops.layers import PackedEmbedding, PackedLinear
 from bonsai_image.ops.linear import linear
 from bonsai_image.ops.packed import PackedLayout, packed_nbytes, parts
@@ -180,6 +180,7 @@ def test_calling_the_module_runs_the_kernel(monkeypatch):
     """Not the silent fallback of QuantizedTensor, which would dequantise the whole weight."""
     calls = []
     original = torch_backend.multiply
+    monkeypatch.setattr(backends, "BACKENDS", (torch_backend,))
     monkeypatch.setattr(torch_backend, "multiply", lambda *args: calls.append(1) or original(*args))
     monkeypatch.setattr(PackedLayout, "dequantize", None)
     module = PackedLinear(256, 24, bias=False)

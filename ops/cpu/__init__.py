@@ -1,0 +1,1 @@
+"""Kernels for CPUs, compiled on the machine by llvmlite: the backend, and what it compiles."""

@@ -1,0 +1,308 @@
+"""The cpu backend against float64, the reference and the definition of int8 products, for every instruction that this
+machine has; AMX with its instructions emulated."""
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from bonsai_image.ops import backends, int8_reference, selfcheck
+from bonsai_image.ops.backends import Setting
+from bonsai_image.ops.cpu import backend as cpu_backend
+from bonsai_image.ops.packed import Packed, dequantize
+
+llvm = pytest.importorskip("llvmlite.binding")
+kernels = pytest.importorskip("bonsai_image.ops.cpu.kernels")
+products = pytest.importorskip("bonsai_image.ops.cpu.products")
+ir_text = pytest.importorskip("bonsai_image.ops.cpu.llvm")
+
+CPU = torch.device("cpu")
+KINDS = [name for name in kernels.kinds() if name != "amx" or cpu_backend.instruction() == "amx"]
+INT8 = [name for name in KINDS if name != "portable"]
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def random_packed(n, k, bits=2, form="symmetric", group=128, scale_dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(n * k + bits)
+    codes = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8, generator=generator)
+    scale = torch.randn(n, k // group, generator=generator).to(scale_dtype)
+    shift = None if form == "symmetric" else torch.randn(n, k // group, generator=generator).to(scale_dtype)
+    return Packed(codes, scale, shift, bits, form)
+
+
+@pytest.fixture(params=(1, 2, 3))
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ("symmetric", "affine", "zeropoint"))
+@pytest.mark.parametrize("bits", (1, 2, 4))
+def test_expansion_is_the_reference_bit_for_bit(kind, bits, form):
+    for group in (32, 64, 128):
+        for dtype, integer in zip(DTYPES, (torch.int16, torch.int32), strict=True):
+            for scale_dtype in (torch.bfloat16, torch.float16, torch.float32):
+                packed = random_packed(37, 384, bits, form, group, scale_dtype)
+                out = cpu_backend.expand(packed, dtype, kind, torch.empty(37, 384, dtype=dtype))
+                assert torch.equal(out.view(integer), dequantize(packed, dtype).view(integer)), (group, scale_dtype)
+
+
+def test_expansion_of_the_smallest_and_largest_scales():
+    """Subnormal and huge scales, zeros of both signs, infinity."""
+    values = [0.0, -0.0, 1e-40, -1e-45, 1.1754944e-38, 3e38, -3.4e38, float("inf")]
+    packed = random_packed(8, 128)._replace(scale=torch.tensor(values)[:, None])
+    for dtype, integer in zip(DTYPES, (torch.int16, torch.int32), strict=True):
+        expected = dequantize(packed, dtype)
+        out = cpu_backend.expand(packed, dtype, KINDS[0], torch.empty(8, 128, dtype=dtype))
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.view(integer)[~out.isnan()], expected.view(integer)[~out.isnan()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_products_against_float64(kind, dtype, threads):
+    for m, n, k, bits, form, group in ((1, 37, 256, 1, "symmetric", 128), (7, 100, 384, 2, "symmetric", 128),
+                                       (33, 65, 128, 4, "affine", 64), (3, 1, 128, 4, "zeropoint", 64)):
+        packed = random_packed(n, k, bits, form, group)
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(dtype)
+        expected = x.double() @ dequantize(packed, dtype).double().t()
+        out = cpu_backend.multiply_exact(x, packed, kind)
+        assert out.dtype == dtype
+        roundings = 0.6 if dtype == torch.bfloat16 else 4
+        assert (out.double() - expected).norm() <= roundings * torch.finfo(dtype).eps * expected.norm()
+
+
+@pytest.mark.parametrize("bits", (1, 2))
+@pytest.mark.parametrize("kind", INT8)
+def test_int8_products_are_their_definition(kind, bits, threads):
+    """Equal in FP32, and in BF16 after its rounding, for ragged rows and columns and strided activations."""
+    for m, n, k in ((1, 64, 128), (8, 65, 256), (37, 200, 384), (130, 100, 1024)):
+        packed = random_packed(n, k, bits)
+        x = torch.randn(m, 2 * k, generator=torch.Generator().manual_seed(m))[:, k:] * 3
+        expected = int8_reference.multiply(x, packed)
+        assert torch.equal(cpu_backend.multiply_int8(x, packed, kind), expected)
+        x = x.bfloat16()
+        assert torch.equal(cpu_backend.multiply_int8(x, packed, kind), int8_reference.multiply(x, packed).bfloat16())
+
+
+@pytest.mark.parametrize("kind", INT8)
+def test_int8_products_in_several_blocks_of_rows(kind, monkeypatch, threads):
+    monkeypatch.setattr(cpu_backend, "ACTIVATION_BYTES", 50 * 256)
+    packed, x = random_packed(130, 256), torch.randn(137, 256)
+    assert torch.equal(cpu_backend.multiply_int8(x, packed, kind), int8_reference.multiply(x, packed))
+
+
+@pytest.mark.parametrize("kind", INT8)
+def test_the_largest_sums_of_a_group_fit(kind):
+    """All codes 3 (level 2) and all activations at the end of int8, the worst case of 16-bit sums."""
+    packed = random_packed(64, 256)
+    packed.codes.fill_(255)
+    for sign in (1, -1):
+        x = torch.full((9, 256), sign * 5.0)
+        x[:, ::2] *= -1 if sign < 0 else 1
+        assert torch.equal(cpu_backend.multiply_int8(x, packed, kind), int8_reference.multiply(x, packed))
+
+
+@pytest.mark.parametrize("kind", INT8)
+def test_int8_rows_of_zeros_and_not_finite(kind):
+    packed, x = random_packed(64, 256), torch.randn(12, 256)
+    x[3], x[4, 7], x[5, 100] = 0.0, float("nan"), float("inf")
+    for dtype in DTYPES:
+        out = cpu_backend.multiply_int8(x.to(dtype), packed, kind)
+        assert torch.equal(out[3], torch.zeros(64, dtype=dtype))
+        assert not out[4].isfinite().any() and not out[5].isfinite().any()
+        assert out[[0, 1, 2, 6, 11]].isfinite().all()
+
+
+# AMX
+
+
+class Tiles:
+    """AMX in Python: eight tiles of 16 rows of 64 bytes, and the instructions that the kernel uses."""
+
+    def __init__(self):
+        self.tiles, self.configured = torch.zeros(8, 16, 64, dtype=torch.int8), False
+        signatures = {"ldtilecfg": "p", "tilerelease": "", "tilezero": "t", "tileloadd64": "tpi", "tilestored64": "tpi",
+                      "tdpbssd": "ttt"}
+        types = {"p": ctypes.c_void_p, "t": ctypes.c_uint8, "i": ctypes.c_int64}
+        self.callbacks = []
+        for name, arguments in signatures.items():
+            function = ctypes.CFUNCTYPE(None, *(types[a] for a in arguments))(getattr(self, name))
+            self.callbacks.append(function)
+            llvm.add_symbol(f"emulated.{name}", ctypes.cast(function, ctypes.c_void_p).value)
+
+    @staticmethod
+    def rows(address, stride):
+        return [(ctypes.c_int8 * 64).from_address(address + row * stride) for row in range(16)]
+
+    def ldtilecfg(self, address):
+        table = bytes((ctypes.c_uint8 * 64).from_address(address))
+        self.configured = table == bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
+
+    def tilerelease(self):
+        self.configured = False
+
+    def tilezero(self, tile):
+        assert self.configured
+        self.tiles[tile] = 0
+
+    def tileloadd64(self, tile, address, stride):
+        self.tiles[tile] = torch.tensor([list(row) for row in self.rows(address, stride)], dtype=torch.int8)
+
+    def tilestored64(self, tile, address, stride):
+        for row, values in zip(self.rows(address, stride), self.tiles[tile].tolist(), strict=True):
+            row[:] = values
+
+    def tdpbssd(self, target, left, right):
+        a = self.tiles[left].int().view(16, 16, 4)
+        b = self.tiles[right].int().view(16, 16, 4)
+        self.tiles[target].view(torch.int32)[:] += torch.einsum("mki,kni->mn", a, b).int()
+
+
+@pytest.mark.parametrize("bits", (1, 2))
+def test_amx_product_with_emulated_instructions(bits, monkeypatch):
+    """The addresses, layouts and sums of the AMX kernel, on any CPU: its instructions are calls of Python."""
+    tiles = Tiles()
+
+    def function(kernel, kind, /, **constants):
+        text, arguments = ir_text.assemble(kernel, **constants)
+        text = re.sub(r"llvm\.x86\.(\w*til|tdp)", r"emulated.\1", text)
+        return ir_text.build(text, arguments, ir_text.target("", ""))
+
+    monkeypatch.setattr(kernels, "function", function)
+    packed, x = random_packed(70, 384, bits), torch.randn(37, 384)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        out = cpu_backend.multiply_int8(x, packed, "amx")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(out, int8_reference.multiply(x, packed))
+    assert not tiles.configured
+
+
+@pytest.mark.skipif(not llvm.get_process_triple().startswith("x86_64"), reason="instructions of x86")
+@pytest.mark.parametrize(("kind", "instruction"), [("amx", "tdpbssd"), ("vnni512", r"vpdpbusd\s.*%zmm"),
+                                                   ("vnni256", r"vpdpbusd\s.*%ymm"), ("avx2", r"vpmaddubsw\s.*%ymm")])
+def test_every_product_assembles_to_its_instruction(kind, instruction):
+    """On any x86 machine, also for CPUs that it is not."""
+    text, _ = ir_text.assemble(products.multiply, name=kind, bits=2, wide=False)
+    machine = ir_text.target(kernels.KINDS[kind].cpu, kernels.KINDS[kind].features)
+    assert re.search(instruction, machine.emit_assembly(llvm.parse_assembly(text)))
+
+
+# Threads
+
+
+def test_threads_stop_and_the_error_arrives(threads):
+    seen = []
+
+    def task(worker, index):
+        seen.append((worker, index))
+        if index == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cpu_backend.spread(task, range(1000), threads)
+    assert len(seen) < 100
+    assert {worker for worker, _ in seen} <= set(range(threads))
+
+
+def test_all_indices_once(threads):
+    for parallel in (cpu_backend._gnu_openmp(), None):
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu_backend, "_gnu_openmp", lambda parallel=parallel: parallel)
+            cpu_backend.spread(lambda _worker, index, seen=seen: seen.append(index), range(0, 1000, 3), threads)
+        assert sorted(seen) == list(range(0, 1000, 3))
+
+
+def test_products_from_several_threads_at_once(threads):
+    packed, x = random_packed(200, 1024), torch.randn(40, 1024)
+    expected, results = int8_reference.multiply(x, packed), []
+    callers = [threading.Thread(target=lambda: results.extend(
+        torch.equal(cpu_backend.multiply_int8(x, packed, INT8[0]), expected) for _ in range(5))) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    assert results == [True] * 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_multiplies():
+    code = """
+import os, sys, torch
+from bonsai_image.ops.cpu import backend
+from bonsai_image.ops.packed import Packed
+torch.set_num_threads(2)
+packed = Packed(torch.full((128, 64), 9, dtype=torch.uint8), torch.ones(128, 2), None, 2, "symmetric")
+x = torch.ones(16, 256)
+expected = backend.multiply(x, packed, True)
+child = os.fork()
+if not child:
+    os._exit(0 if torch.equal(backend.multiply(x, packed, True), expected) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+# The choice
+
+
+@pytest.fixture
+def fresh():
+    """Forget all verdicts and compiled kernels, before and after."""
+    caches = (backends._problem, backends._log_choice, selfcheck._passes, cpu_backend.instruction, ir_text.compiled)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def error(setting):
+    """Of a product, relative to float64."""
+    packed = random_packed(128, 256)
+    x = torch.randn(80, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = x.double() @ dequantize(packed, torch.bfloat16).double().t()
+    out = backends.multiply(x, packed, setting)
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+def test_the_cpu_backend_is_chosen_and_logged_once(fresh, caplog):
+    caplog.set_level("INFO")
+    kinds = [backends.choose(Setting("auto", precision), CPU, 4608, random_packed(128, 256), torch.bfloat16)
+             for precision in ("exact", "fast")]
+    assert [(backend.NAME, fast) for backend, fast in kinds] == [("cpu", False), ("cpu", INT8 != [])]
+    assert error(Setting("auto", "exact")) < 0.003
+    assert 0.003 < error(Setting("auto", "fast")) < 0.02 or not INT8
+    assert caplog.text.count(f"compiled for {KINDS[0]}") == 1
+
+
+@pytest.mark.parametrize(("broken", "said"), [("missing", "llvmlite is not installed"), ("refusing", "no such target"),
+                                              ("wrong", "times the tolerance")])
+def test_without_a_working_llvmlite_torch_takes_over(fresh, caplog, monkeypatch, broken, said):
+    caplog.set_level("INFO")
+    if broken == "missing":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    elif broken == "refusing":
+        def refuse(*_args, **_constants):
+            raise RuntimeError("no such target")
+        monkeypatch.setattr(kernels, "function", refuse)
+    else:
+        for module in (kernels, products):
+            monkeypatch.setattr(module, "LEVELS", {1: (1, 1), 2: (2, 1), 4: (1, 7)})
+    for precision in ("exact", "fast"):
+        backend, fast = backends.choose(Setting("auto", precision), CPU, 4608, random_packed(128, 256), torch.bfloat16)
+        assert (backend.NAME, fast) == ("torch", False)
+        assert error(Setting("auto", precision)) < 0.003
+    assert said in caplog.text
