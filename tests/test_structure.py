@@ -58,9 +58,44 @@ def test_import_rule_can_fail(tmp_path, name, line):
         check_imports(path, tmp_path)
 
 
+def needs(path: Path, root: Path) -> set[Path]:
+    """The files of the package that importing ``path`` imports; imports inside functions come later."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            names = [folder / alias.name for alias in node.names] if not folder.with_suffix(".py").exists() else []
+            for module in (folder, *names):
+                found |= {file for file in (module.with_suffix(".py"), module / "__init__.py")
+                          if file.exists() and root in file.parents}
+    return found - {path}
+
+
+def circle(files: list[Path], root: Path) -> list[Path]:
+    """Some files that import each other in a circle; none if there are none."""
+    graph = {path: needs(path, root) & set(files) for path in files}
+    while leaves := [path for path, used in graph.items() if not used]:
+        graph = {path: used - set(leaves) for path, used in graph.items() if path not in leaves}
+    return sorted(graph)
+
+
+def test_no_import_circles(tmp_path):
+    # A package's __init__ imports its modules, and they import each other through it; that is no circle of files.
+    modules = [path for path in FILES if path.name != "__init__.py"]
+    assert not circle(modules, ROOT)
+    one, other = tmp_path / "one.py", tmp_path / "other.py"
+    one.write_text("from . import other\n")
+    other.write_text("from .one import x\n")
+    assert circle([one, other], tmp_path) == [one, other]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_files_stay_small(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 250
+def test_files_and_functions_stay_small(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 250
+    long = [node.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)
+            and node.end_lineno - node.lineno >= 50]
+    assert not long
 
 
 def test_an_installation_has_every_package():
