@@ -8,7 +8,7 @@ columns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -17,7 +17,8 @@ from ..packed import LEVELS
 from .llvm import F32, I8, I16, I32, I64, VECTOR, Builder, compiled, const
 
 #: Arguments of a kernel when it runs.
-Address = Integer = ir.Value
+Address: TypeAlias = ir.Value
+Integer: TypeAlias = ir.Value
 
 #: Elements along K that share a scale, the only size that ``multiply`` handles.
 GROUP = 128

@@ -130,7 +130,7 @@ def build(text: str, arguments: list[ir.Type], machine: llvm.TargetMachine) -> C
     engine.finalize_object()
     types = [ctypes.c_void_p if kind is POINTER else ctypes.c_int64 for kind in arguments]
     function = ctypes.CFUNCTYPE(None, *types)(engine.get_function_address("kernel"))
-    function.engine = engine  # owns the code
+    function.engine = engine  # type: ignore[attr-defined]  # owns the code
     return function
 
 
