@@ -105,6 +105,7 @@ def test_an_installation_has_every_package():
     assert set(settings["packages"]) == {"bonsai_image"} | {f"bonsai_image.{folder}" for folder in folders}
 
 
+@pytest.mark.style
 def test_ruff():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", str(ROOT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
