@@ -127,9 +127,12 @@ def _reference(path: Path) -> Image.Image:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    from . import memory
     from .generate import generate
 
     device, dtype, setting = _run_on(args)
+    if note := memory.note(args.checkpoint, device, args.width, args.height, len(args.image), setting.precision):
+        print(note, file=sys.stderr)
     result = generate(args.checkpoint, [args.prompt], device, dtype, setting, args.width, args.height, args.steps,
                       args.seed, progress=not args.json, images=[_reference(path) for path in args.image],
                       transformer=args.transformer)

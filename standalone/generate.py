@@ -151,8 +151,9 @@ def denoise(pipeline: Flux2KleinPipeline, embeddings: torch.Tensor, seeds: Seque
 
 def decode(vae: torch.nn.Module, processor: Any, latents: torch.Tensor) -> list[Image.Image]:
     """Latents ``(N, C, H, W)`` -> N images."""
-    decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-    return processor.postprocess(decoded.float(), output_type="pil")
+    # One at a time: for each image, the VAE takes more memory than anything else.
+    return [image for latent in latents.to(vae.dtype).split(1) for image in processor.postprocess(
+        vae.decode(latent, return_dict=False)[0].float(), output_type="pil")]
 
 
 def _encode(repository: Repository, prompts: Sequence[str], compute: Compute, stages: Stages) -> torch.Tensor:
@@ -222,6 +223,7 @@ def generate(
     with stages.run("denoise", steps) as advance:
         latents = denoise(pipeline, embeddings, [seed] * len(prompts), width, height, steps, images,
                           lambda done: advance(done, steps))
+    pipeline.transformer = None  # makes room for decoding
     if served == "mlx":
         mlx_backend.clear_cache()
     with stages.run("decode image"):

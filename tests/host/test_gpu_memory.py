@@ -18,6 +18,7 @@ import random_model
 import torch
 
 from bonsai_image.loaders.qwen3 import Qwen3Config
+from bonsai_image.standalone.memory import counted_peak
 
 #: As wide as ComfyUI knows it; few rows in its table, so that a LoRA on them is small.
 TEXT = Qwen3Config(vocab=4096, hidden=2560, layers=28, heads=1, kv_heads=1, head_dim=128, mlp=128)
@@ -69,3 +70,16 @@ def test_every_planted_fault_is_looked_for(lines):
 def test_the_cases_differ(lines):
     """Every adapter and input changes the result: none of the comparisons compares the plain model with itself."""
     assert lines[0]["same"] == []
+
+
+def test_the_embedded_host_takes_what_is_stated():
+    """At 1024 x 1024, counted on a model of full size, and less than 2.3 GB."""
+    run = subprocess.run([sys.executable, LAB / "count_memory.py", "embedded", "1024"], capture_output=True, text=True,
+                         timeout=300, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert [line["precision"] for line in lines] == ["exact", "fast"]
+    for line in lines:
+        counted = max(value for name, value in line.items() if name not in ("host", "precision", "size"))
+        assert counted < 2300
+        assert counted_peak(1024, 1024, precision=line["precision"]) == pytest.approx(counted, rel=0.01)

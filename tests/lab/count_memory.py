@@ -93,7 +93,7 @@ def embedded(folder: Path) -> None:
     for precision in ("exact", "fast"):
         for size in SIZES:
             result = generate.generate(folder, [PROMPT], DEVICE, torch.bfloat16, Setting("auto", precision), size, size,
-                                       progress=False)
+                                       steps=1, progress=False)
             stages = {name: figures["megabytes"] * 1e6 for name, figures in result.stages.items()}
             print(json.dumps({"host": HOST, "precision": precision, "size": size, **megabytes(stages)}), flush=True)
 
@@ -132,7 +132,7 @@ def comfyui(_folder: Path) -> None:
                 model = models.load_model("", setting=Setting("auto", precision))
                 noise = torch.zeros(1, 128, size // 16, size // 16)
                 latent = stage("denoise", lambda model=model, noise=noise, condition=condition: comfy.sample.sample(
-                    model, noise, 2, 1.0, "euler", "simple", condition, condition, noise, disable_pbar=True))
+                    model, noise, 1, 1.0, "euler", "simple", condition, condition, noise, disable_pbar=True))
                 stage("decode", lambda latent=latent: models.load_vae_model("").decode(latent))
                 print(json.dumps({"host": HOST, "precision": precision, "size": size, **megabytes(stages)}),
                       flush=True)
