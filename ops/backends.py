@@ -1,26 +1,8 @@
 """Which backend multiplies a packed weight, and why.
 
-A backend is a module, or any object, with
-
-``NAME``
-    What users choose it by.
-``DEVICES``
-    The torch device types that it runs on; empty: all.
-``REMEDY``
-    What to do where it fails its self-check, as half a sentence.
-``problem(device, fast=False) -> str | None``
-    Why it cannot be used on ``device`` (None: on any device, whatever is installed decides), with int8 activations if
-    ``fast``: one sentence without its full stop. None if it can.
-``serves(device, rows, packed, dtype, fast, named) -> bool``
-    Whether it takes the product of ``rows`` activations of ``dtype`` with ``packed``. ``named``: the user chose this
-    backend, so it takes all that it can; otherwise, what it is the fastest for. Waits for no device.
-``multiply(x, packed, fast) -> Tensor``
-    ``x @ W.T`` for ``x`` ``(M, K)``, M at least 1; ``(M, N)`` in the dtype of ``x``. ``fast``: by the definition in
-    ``ops/int8_reference.py``, else exact up to the rounding of the dtype.
-
-Adding a backend is one file and one line in :data:`BACKENDS`. ``auto`` takes the first in that order. A name takes that
-backend where it can be used, and goes on with the order where not. ``fast`` tries int8 activations first, and means
-exact where no backend has them.
+``auto`` takes the first in the order of :data:`BACKENDS` that can be used and is the fastest for the product at hand. A
+name takes that backend for all that it can multiply, and goes on with the order for the rest. ``fast`` tries int8
+activations first, and means exact where no backend has them.
 """
 
 from __future__ import annotations
@@ -28,18 +10,19 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from . import gemlite_backend, selfcheck, torch_backend, triton_backend
 from .cpu import backend as cpu_backend
 from .devices import default_dtype
+from .interface import Backend
 from .mlx import backend as mlx_backend
 from .packed import Packed
 
 #: In order of preference. The last one takes every exact product on every device.
-BACKENDS: tuple[Any, ...] = (gemlite_backend, triton_backend, mlx_backend, cpu_backend, torch_backend)
+BACKENDS: tuple[Backend, ...] = (gemlite_backend, triton_backend, mlx_backend, cpu_backend, torch_backend)
 
 #: What users choose from.
 NAMES = ("auto", *(backend.NAME for backend in reversed(BACKENDS)))
@@ -111,7 +94,8 @@ def multiplies(name: str, setting: Setting, device: torch.device, packed: Packed
     return name == choose(setting, device, IMAGE_ROWS, packed, dtype)[0].NAME
 
 
-def choose(setting: Setting, device: torch.device, rows: int, packed: Packed, dtype: torch.dtype) -> tuple[Any, bool]:
+def choose(setting: Setting, device: torch.device, rows: int, packed: Packed,
+           dtype: torch.dtype) -> tuple[Backend, bool]:
     """The backend that multiplies ``rows`` activations with ``packed``, and whether it rounds them to int8.
 
     The first in order that takes the product, can be used, and has passed its self-check, which runs now if need be.
@@ -125,7 +109,7 @@ def choose(setting: Setting, device: torch.device, rows: int, packed: Packed, dt
     raise AssertionError("the torch backend takes every product")
 
 
-def _order(setting: Setting) -> Iterator[tuple[Any, bool, bool]]:
+def _order(setting: Setting) -> Iterator[tuple[Backend, bool, bool]]:
     """Backends to try, best first: each with whether to round activations, and whether the user named it."""
     precisions = (True, False) if setting.precision == "fast" else (False,)
     named = [backend for backend in BACKENDS if setting.backend == backend.NAME]
@@ -133,12 +117,12 @@ def _order(setting: Setting) -> Iterator[tuple[Any, bool, bool]]:
         yield from ((backend, fast, group is named) for fast in precisions for backend in group)
 
 
-def _runs_on(backend: Any, device: torch.device) -> bool:
+def _runs_on(backend: Backend, device: torch.device) -> bool:
     return not backend.DEVICES or device.type in backend.DEVICES
 
 
 @functools.cache
-def _problem(backend: Any, device: torch.device, fast: bool) -> str | None:
+def _problem(backend: Backend, device: torch.device, fast: bool) -> str | None:
     return backend.problem(device, fast)
 
 

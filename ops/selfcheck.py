@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from . import int8_reference
+from .interface import Backend
 from .packed import Form, Packed, dequantize
 
 _LOG = logging.getLogger(__name__)
@@ -33,14 +34,14 @@ class Kind(NamedTuple):
     scale_dtype: torch.dtype
 
 
-def passes(backend: Any, device: torch.device, kind: Kind, fast: bool) -> bool:
+def passes(backend: Backend, device: torch.device, kind: Kind, fast: bool) -> bool:
     """Whether ``backend`` multiplies weights of ``kind`` correctly on ``device``; found out once, logged if not."""
     with _LOCK:
         return _passes(backend, device, kind, fast)
 
 
 @functools.cache
-def _passes(backend: Any, device: torch.device, kind: Kind, fast: bool) -> bool:
+def _passes(backend: Backend, device: torch.device, kind: Kind, fast: bool) -> bool:
     try:
         error = worst_error(backend, device, kind, fast)
     except Exception as failure:
@@ -58,7 +59,7 @@ def _passes(backend: Any, device: torch.device, kind: Kind, fast: bool) -> bool:
     return False
 
 
-def worst_error(backend: Any, device: torch.device, kind: Kind, fast: bool) -> float:
+def worst_error(backend: Backend, device: torch.device, kind: Kind, fast: bool) -> float:
     """The error of ``backend`` on one small layer, in units of the tolerance.
 
     The tolerance is one rounding of the dtype relative to the norm of the result, and not less than one of TF32, in
