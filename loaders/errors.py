@@ -25,5 +25,10 @@ def _phrase(text: str) -> str:
     return sentence if len(sentence) <= _LONGEST else f"{sentence[:_LONGEST]}..."
 
 
-#: What to do when a file is damaged rather than of the wrong kind.
+#: Remedies: for a damaged file, for files that do not belong together, and for a file of the wrong kind.
 DOWNLOAD_AGAIN = "download the file again"
+DOWNLOAD_FOLDER = "download the whole folder again"
+DOWNLOAD_REPOSITORY = "download the whole repository again"
+CHOOSE_MODEL = "choose a diffusion model of PrismML's Bonsai Image 4B"
+CHOOSE_TEXT_ENCODER = "choose the text encoder of Bonsai Image"
+CHOOSE_UNMODIFIED = "choose an unmodified file"

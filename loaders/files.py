@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import reprlib
 import struct
 import zipfile
 import zlib
@@ -17,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -26,8 +26,8 @@ from .errors import DOWNLOAD_AGAIN, ModelFileError
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
-#: What ``torch.load(weights_only=True)`` and ``zipfile`` raise on damaged or hostile bytes: they pass on whatever they
-#: stumble over.
+#: What ``torch.load(weights_only=True)`` and ``zipfile`` raise on damaged or hostile bytes: they let the parser's own
+#: exceptions escape.
 _UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError,
                       AttributeError, AssertionError, OverflowError, MemoryError, ImportError, struct.error, OSError,
                       zipfile.BadZipFile, zlib.error)
@@ -39,12 +39,16 @@ Progress = Callable[[int, int], None]
 
 
 def no_progress(done: int, total: int) -> None:
-    """The :data:`Progress` of whoever does not care."""
+    """A :data:`Progress` that does nothing."""
 
 
 @dataclass
 class TensorFile:
-    """Tensors by name, as stored, with the file's own metadata and the JSON files of its folder."""
+    """Tensors by name, as stored, with the file's own metadata and the JSON files of its folder.
+
+    ``mapped``: the tensors are on disk until they are touched. ``warnings``: what is odd about the file, but does not
+    keep it from being read.
+    """
 
     path: Path
     tensors: dict[str, Any]
@@ -52,6 +56,8 @@ class TensorFile:
     config: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
     progress: Progress = no_progress
+    mapped: bool = True
+    warnings: list[str] = field(default_factory=list)
 
     def each(self, names: Iterable[str]) -> Iterator[str]:
         """The names in order, reporting progress."""
@@ -61,18 +67,42 @@ class TensorFile:
             yield name
         self.progress(len(names), len(names))
 
-    def stated_packing(self) -> tuple[Any, Any]:
-        """(bits, group size) as the JSON files state them; None where they are silent."""
+    def take_pickle(self) -> dict[str, Any]:
+        """The entries of a pickle, in memory, to be dropped one by one; :attr:`tensors` is empty afterwards.
+
+        For formats whose every byte is rearranged: from a mapped file it would be in memory twice.
+        """
+        stored = read_pickle(self.path, mmap=False) if self.mapped else dict(self.tensors)
+        self.tensors.clear()
+        return stored
+
+    def compare_packing(self, bits: int, group: int) -> None:
+        """Warn where the JSON files state other bits or another group size than the tensors have."""
         for conf in (self.quantization, self.config.get("quantization"), self.config.get("quantization_config")):
-            if isinstance(conf, dict) and ("bits" in conf or "group_size" in conf):
-                return conf.get("bits"), conf.get("group_size")
-        return None, None
+            for key, true in (("bits", bits), ("group_size", group)):
+                stated = conf.get(key) if isinstance(conf, dict) else None
+                if stated is not None and not same_number(stated, true):
+                    self.warn(f"{key} is {true} in the tensors, and {reprlib.repr(stated)} in the JSON beside them")
+
+    def warn(self, text: str) -> None:
+        """Remember ``text``, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+
+def same_number(stated: Any, true: float) -> bool:
+    """Whether ``stated``, from a JSON file, means ``true`` in any spelling: 2, 2.0, "2"."""
+    try:
+        return not isinstance(stated, bool) and float(stated) == true
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ``{}`` if there is no such file."""
     if not os.path.isfile(path):
         return {}
+    refuse_stand_in(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
@@ -88,12 +118,34 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Memory-mapped tensors and the metadata of one safetensors file."""
+#: How files begin that lie in the place of another: what they are, and what to do.
+_STAND_INS = {
+    b"version https://git-lfs": ("a git-lfs pointer, not the file itself", "run git lfs pull in {folder}"),
+    b"<!doctype html": ("a web page, not the file itself", DOWNLOAD_AGAIN),
+    b"<html": ("a web page, not the file itself", DOWNLOAD_AGAIN),
+}
+
+
+def refuse_stand_in(path: Path) -> None:
+    """Raise ModelFileError for a git-lfs pointer, or a web page saved under the file's name."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(32).lower()
+    except OSError as error:
+        raise ModelFileError(path, "a readable file", str(error), "check its permissions and its disk") from error
+    for signature, (found, action) in _STAND_INS.items():
+        if start.startswith(signature):
+            raise ModelFileError(path, "the contents of the file", found, action.format(folder=path.parent))
+
+
+def read_safetensors(path: Path, mmap: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors, memory-mapped or copied to memory, and the metadata of one safetensors file."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        tensors = safetensors.torch.load_file(path)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if not mmap:
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     except (SafetensorError, OSError, ValueError, OverflowError, KeyError, AttributeError) as error:
         raise ModelFileError(path, "a whole safetensors file", f"a damaged or truncated one, {error or 'unreadable'}",
                              DOWNLOAD_AGAIN) from error

@@ -3,7 +3,6 @@ state dict is exactly one such model."""
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 
 from ..ops.packed import is_packed
-from .check import check_tensors
-from .errors import DOWNLOAD_AGAIN, ModelFileError
+from .check import check_config, check_tensors
+from .errors import CHOOSE_MODEL, DOWNLOAD_AGAIN, ModelFileError
+from .files import TensorFile
 from .names import count_blocks, is_comfyui, is_packable, name_map
 
 HEAD_DIM = 128
@@ -94,44 +94,54 @@ def comfyui_shapes(config: KleinConfig) -> dict[str, tuple[int, ...]]:
 
 def is_klein(names: Mapping[str, object]) -> bool:
     """Whether these tensor names, of either convention, are those of a FLUX.2 transformer."""
-    modulation = "double_stream_modulation_img.lin"
-    return any(f"{modulation}{end}.weight" in names for end in ("", "ear"))
+    return any(f"double_stream_modulation_img.{linear}.weight" in names for linear in ("lin", "linear"))
 
 
-def check_klein(path: Path, tensors: Mapping[str, torch.Tensor], config_json: Mapping[str, Any]) -> KleinConfig:
-    """Read the dimensions off ``tensors`` and check that they are one complete, finite FLUX.2 Klein model.
+def read_config(path: Path, tensors: Mapping[str, torch.Tensor]) -> KleinConfig:
+    """The dimensions of the FLUX.2 Klein model in ``tensors``, of either naming convention.
 
-    Raises ModelFileError on a missing, surplus, misshapen or non-finite tensor, and where ``config.json`` contradicts.
+    Read off the layers outside the blocks: those inside may be in any format. Raises ModelFileError.
     """
-    comfyui = is_comfyui(tensors)
-    names = ("img_in", "txt_in", "final_layer.linear") if comfyui else ("x_embedder", "context_embedder", "proj_out")
-    ends = [tensors.get(f"{name}.weight") for name in names]
-    if any(end is None or end.ndim != 2 for end in ends):
+    names = ("img_in", "txt_in", "final_layer.linear") if is_comfyui(tensors) else (
+        "x_embedder", "context_embedder", "proj_out")
+    outer = [tensors.get(f"{name}.weight") for name in names]
+    if not all(isinstance(tensor, torch.Tensor) and tensor.ndim == 2 for tensor in outer):
         raise ModelFileError(path, f"the tensors {', '.join(names)} of FLUX.2 Klein",
-                             "one of them missing or not a matrix", "choose a Bonsai Image file")
-    (hidden, in_channels), (_, text_width), (out_channels, _) = (tuple(end.shape) for end in ends)
+                             "one of them missing or not a matrix", CHOOSE_MODEL)
+    (hidden, in_channels), (_, text_width), (out_channels, _) = (tuple(tensor.shape) for tensor in outer)
     double, single = count_blocks(tensors)
-    config = KleinConfig(hidden, text_width, in_channels, out_channels, double, single)
-    check_tensors(path, tensors, comfyui_shapes(config) if comfyui else diffusers_shapes(config))
     if hidden % HEAD_DIM or not double or not single:
         raise ModelFileError(path, f"a width that is a multiple of {HEAD_DIM} and blocks of both kinds",
-                             f"width {hidden}, {double} double and {single} single blocks",
-                             "choose a Bonsai Image file")
+                             f"width {hidden}, {double} double and {single} single blocks", CHOOSE_MODEL)
     if in_channels != out_channels:
         raise ModelFileError(path, "as many latent channels out as in", f"{in_channels} in and {out_channels} out",
-                             "choose a Bonsai Image file")
-    for key, value in config.diffusers().items():
-        stated, known = config_json.get(key), list(value) if isinstance(value, tuple) else value
-        if key != "guidance_embeds" and stated not in (None, known):
-            raise ModelFileError(path, f"{key} {known} of this model", f"{reprlib.repr(stated)} in config.json",
-                                 "download the whole folder again")
+                             CHOOSE_MODEL)
+    return KleinConfig(hidden, text_width, in_channels, out_channels, double, single)
+
+
+def shapes(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight, under the names that ``tensors`` use. Raises ModelFileError."""
+    config = read_config(path, tensors)
+    return comfyui_shapes(config) if is_comfyui(tensors) else diffusers_shapes(config)
+
+
+def check_klein(file: TensorFile, tensors: Mapping[str, torch.Tensor]) -> KleinConfig:
+    """Check that ``tensors``, decoded from ``file``, are one complete, finite FLUX.2 Klein model; its dimensions.
+
+    Raises ModelFileError on a missing, surplus, misshapen or non-finite tensor, on packed weights outside the blocks,
+    and where ``config.json`` describes another model.
+    """
+    config = read_config(file.path, tensors)
+    check_tensors(file, tensors, shapes(file.path, tensors))
+    known = {key: value for key, value in config.diffusers().items() if key != "guidance_embeds"}
+    check_config(file, known, fixed=("patch_size", "axes_dims_rope", "rope_theta", "eps"))
     for name, tensor in tensors.items():
         if is_packed(tensor) and not is_packable(name):
-            raise ModelFileError(path, f"{name} dense, as Bonsai leaves all but the linears of the blocks", "it packed",
-                                 "choose a Bonsai Image file")
-    if not comfyui:
-        for sources in name_map(double, single).values():
-            check_alike(path, sources[0], [tensors[source] for source in sources])
+            raise ModelFileError(file.path, f"{name} to be dense", "it packed, though Bonsai packs only the linears "
+                                 "inside the blocks", CHOOSE_MODEL)
+    if not is_comfyui(tensors):
+        for sources in name_map(config.double_blocks, config.single_blocks).values():
+            check_alike(file.path, sources[0], [tensors[source] for source in sources])
     return config
 
 

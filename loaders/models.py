@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import Any
 import torch
 
 from ..ops.packed import is_packed
-from . import formats, klein, names, qwen3, vae
-from .errors import ModelFileError
-from .files import Progress, no_progress
+from . import formats, kinds
+from .files import Progress, TensorFile, no_progress
+from .klein import KleinConfig, check_klein
 from .opening import open_tensors
-from .repository import source
-
-_FAMILY_ACTION = "choose a file of PrismML's Bonsai Image 4B"
+from .qwen3 import Qwen3Config, check_qwen3, normalise
+from .repository import find_repository, is_repository, source
+from .vae import check_vae
 
 
 @dataclass
@@ -26,16 +27,14 @@ class Transformer:
     path: Path
     format: str
     tensors: dict[str, torch.Tensor]
-    config: klein.KleinConfig
+    config: KleinConfig
     metadata: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def variant(self) -> str:
-        """``ternary``, ``binary``, or ``N-bit`` for the commonest bits of its packed layers; ``dense`` without any."""
-        bits = Counter(tensor._params.bits for tensor in self.tensors.values() if is_packed(tensor))
-        if not bits:
-            return "dense"
-        return {1: "binary", 2: "ternary"}.get(commonest := bits.most_common(1)[0][0], f"{commonest}-bit")
+        """See :func:`variant`."""
+        return variant(self.tensors)
 
     @property
     def source(self) -> str:
@@ -50,7 +49,8 @@ class TextEncoder:
     path: Path
     format: str
     tensors: dict[str, torch.Tensor]
-    config: qwen3.Qwen3Config
+    config: Qwen3Config
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -60,36 +60,69 @@ class Vae:
     path: Path
     tensors: dict[str, torch.Tensor]
     config: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
 
 
-def load_transformer(path: Path | str, progress: Progress = no_progress) -> Transformer:
-    """Load the diffusion model at ``path`` (a file or folder in any known format). Raises ModelFileError."""
-    file = open_tensors(Path(path), progress)
-    if not klein.is_klein(names.normalise(file.path, file.tensors)):
-        raise ModelFileError(file.path, "the diffusion model of Bonsai Image (FLUX.2 Klein)",
-                             f"tensors such as {next(iter(file.tensors), 'none')}", _FAMILY_ACTION)
+def variant(tensors: dict[str, torch.Tensor], check_codes: bool = False) -> str:
+    """The name for the commonest packing of its layers: ``ternary`` or ``binary`` where it is symmetric, else bits and
+    form, such as ``2-bit affine``; ``dense`` without packed layers.
+
+    A 2-bit code may be 3, which is not ternary. Such a model is called ``2-bit symmetric``, but only with
+    ``check_codes``, which reads every code.
+    """
+    packed = [tensor for tensor in tensors.values() if is_packed(tensor)]
+    if not packed:
+        return "dense"
+    (bits, form), _ = Counter((weight._params.bits, weight._params.form) for weight in packed).most_common(1)[0]
+    name = {(1, "symmetric"): "binary", (2, "symmetric"): "ternary"}.get((bits, form), f"{bits}-bit {form}")
+    return f"{bits}-bit {form}" if name == "ternary" and check_codes and any(map(holds_code_3, packed)) else name
+
+
+def holds_code_3(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is a packed weight, symmetric and of 2 bits, with a code that is not ternary."""
+    if not is_packed(tensor) or (tensor._params.bits, tensor._params.form) != (2, "symmetric"):
+        return False
+    return bool((tensor._qdata & (tensor._qdata >> 1) & 0x55).any())
+
+
+def _open(path: Path | str, part: str, progress: Progress, mmap: bool) -> TensorFile:
+    """Open ``path``, or the ``part`` of it if it is a repository, and check that it is that part."""
+    if is_repository(path):
+        path = find_repository(path).require(part)
+    file = open_tensors(Path(path), progress, mmap)
+    kinds.require(file, part)
+    return file
+
+
+def _log(file: TensorFile) -> list[str]:
+    for warning in file.warnings:
+        logging.warning("Bonsai Image: %s: %s.", file.path, warning)
+    return file.warnings
+
+
+def load_transformer(path: Path | str, progress: Progress = no_progress, mmap: bool = True) -> Transformer:
+    """Load the diffusion model at ``path``: a file or folder in any known format, or a repository.
+
+    Without ``mmap`` no tensor stays on disk. Raises ModelFileError.
+    """
+    file = _open(path, "transformer", progress, mmap)
     name, tensors = formats.decode(file)
-    config = klein.check_klein(file.path, tensors, file.config)
-    return Transformer(file.path, name, tensors, config, file.metadata)
+    config = check_klein(file, tensors)
+    return Transformer(file.path, name, tensors, config, file.metadata, _log(file))
 
 
-def load_text_encoder(path: Path | str, progress: Progress = no_progress) -> TextEncoder:
-    """Load the text encoder at ``path`` (HQQ, MLX 4-bit or dense; a file or folder). Raises ModelFileError."""
-    file = open_tensors(Path(path), progress)
-    if not qwen3.is_qwen3(file.tensors):
-        raise ModelFileError(file.path, "the text encoder of Bonsai Image (Qwen3-4B)",
-                             f"tensors such as {next(iter(file.tensors), 'none')}", "choose a text encoder file")
+def load_text_encoder(path: Path | str, progress: Progress = no_progress, mmap: bool = True) -> TextEncoder:
+    """Load the text encoder at ``path`` (HQQ, MLX 4-bit or dense), as :func:`load_transformer` does."""
+    file = _open(path, "text_encoder", progress, mmap)
     name, tensors = formats.decode(file)
-    tensors = qwen3.normalise(file.path, tensors)
-    return TextEncoder(file.path, name, tensors, qwen3.check_qwen3(file.path, tensors, file.config))
+    tensors = normalise(file.path, tensors)
+    config = check_qwen3(file, tensors)
+    return TextEncoder(file.path, name, tensors, config, _log(file))
 
 
-def load_vae(path: Path | str) -> Vae:
-    """Load the diffusers AutoencoderKLFlux2 at ``path`` (a file or folder). Raises ModelFileError."""
-    file = open_tensors(Path(path))
-    if not vae.is_vae(file.tensors):
-        raise ModelFileError(file.path, "the VAE of FLUX.2 in diffusers' layout",
-                             f"tensors such as {next(iter(file.tensors), 'none')}", "choose the vae folder of the pack")
+def load_vae(path: Path | str, mmap: bool = True) -> Vae:
+    """Load the diffusers AutoencoderKLFlux2 at ``path``, as :func:`load_transformer` does."""
+    file = _open(path, "vae", no_progress, mmap)
     formats.refuse_other_than_tensors(file)
-    vae.check_vae(file.path, file.tensors, file.config)
-    return Vae(file.path, file.tensors, file.config)
+    tensors, config = check_vae(file)
+    return Vae(file.path, tensors, config, _log(file))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from . import formats
-from .errors import DOWNLOAD_AGAIN, ModelFileError
+from .errors import DOWNLOAD_AGAIN, DOWNLOAD_FOLDER, ModelFileError
 from .files import (
     PICKLE_SUFFIXES,
     SAFETENSORS_SUFFIXES,
@@ -19,23 +19,51 @@ from .files import (
     read_json,
     read_pickle,
     read_safetensors,
+    refuse_stand_in,
 )
 
-Reader = Callable[[Path], tuple[dict[str, Any], dict[str, str]]]
+#: (path, mmap) -> tensors by name, metadata.
+Reader = Callable[[Path, bool], tuple[dict[str, Any], dict[str, str]]]
+
+#: The names of weight files in published folders. The first of them that a folder holds is the model, whatever else
+#: lies there; safetensors come first.
+WELL_KNOWN = ("diffusion_pytorch_model.safetensors", "model.safetensors", "state_dict.pt", "qmodel.pt")
 
 
 def _readers() -> dict[str, Reader]:
     """Suffix -> what reads a file of that name."""
     readers: dict[str, Reader] = dict.fromkeys(SAFETENSORS_SUFFIXES, read_safetensors)
-    readers |= dict.fromkeys(PICKLE_SUFFIXES, lambda path: (read_pickle(path, mmap=True), {}))
+    readers |= dict.fromkeys(PICKLE_SUFFIXES, lambda path, mmap: (read_pickle(path, mmap), {}))
     for known in formats.FORMATS:
         readers |= known.readers
     return readers
 
 
+def _visible(folder: Path) -> Iterator[Path]:
+    """What lies in ``folder``, sorted, without dotfiles: macOS puts ``._name`` beside each file that it copies to a
+    foreign disk, and the Hub's client a ``.cache``. Raises ModelFileError."""
+    try:
+        yield from sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    except OSError as error:
+        raise ModelFileError(folder, "a readable folder", str(error), "check its permissions and its disk") from error
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The tensor files that lie in ``folder`` itself, sorted; their suffixes may be in any case."""
+    readers = _readers()
+    return [child for child in _visible(folder) if child.suffix.lower() in readers and os.path.isfile(child)]
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders that lie in ``folder`` itself, sorted."""
+    return [child for child in _visible(folder) if os.path.isdir(child)]
+
+
 def _shards(folder: Path) -> dict[str, set[str]]:
     """File name -> the tensors that the folder's index says it holds; ``{}`` without one. Raises ModelFileError."""
-    for index in sorted(folder.glob("*.safetensors.index.json")):
+    for index in _visible(folder):
+        if not index.name.endswith(".safetensors.index.json"):
+            continue
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelFileError(index, "a weight_map", "none", DOWNLOAD_AGAIN)
@@ -46,19 +74,14 @@ def _shards(folder: Path) -> dict[str, set[str]]:
             inside = Path(name).name == name and name.endswith(SAFETENSORS_SUFFIXES)
             if not inside or not os.path.isfile(folder / name):
                 raise ModelFileError(index, "the names of safetensors files beside it",
-                                     f"{reprlib.repr(name)}, which is none", "download the whole folder again")
+                                     f"{reprlib.repr(name)}, which is not one", DOWNLOAD_FOLDER)
         return shards
     return {}
 
 
-def files_in(folder: Path) -> list[Path]:
-    """The tensor files that lie in ``folder`` itself, sorted; their suffixes may be in any case."""
-    return sorted(child for child in folder.iterdir() if child.suffix.lower() in _readers() and child.is_file())
-
-
 def tensor_files(path: Path) -> list[Path]:
     """The tensor files of a model: ``path`` itself, the shards its folder's index names, or the folder's one file."""
-    # os.path answers no, where Path raises, for a name that the system cannot hold.
+    # os.path.* returns False for an over-long or invalid name where Path.* raises.
     if os.path.isfile(path):
         return [path]
     if not os.path.isdir(path):
@@ -67,32 +90,30 @@ def tensor_files(path: Path) -> list[Path]:
         return [path / name for name in sorted(shards)]
     found = files_in(path)
     if not found:
-        raise ModelFileError(path, f"a tensor file ({', '.join(SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES[:1])})", "none",
+        raise ModelFileError(path, "a tensor file such as .safetensors or .pt", "none",
                              "choose the folder that holds the weights")
-    if len(found) > 1:
+    names = {file.name: file for file in found}
+    known = [names[name] for name in WELL_KNOWN if name in names]
+    if len(found) > 1 and not known:
         raise ModelFileError(path, "one tensor file, or shards with an index", f"{len(found)} files",
                              "choose one of the files instead of the folder")
-    return found
+    return known[:1] or found
 
 
-def open_tensors(path: Path, progress: Progress = no_progress) -> TensorFile:
-    """Open the model at ``path``, a file or folder, with the JSON files of its folder."""
+def open_tensors(path: Path, progress: Progress = no_progress, mmap: bool = True) -> TensorFile:
+    """Open the model at ``path``, a file or folder, with the JSON files of its folder. Raises ModelFileError.
+
+    With ``mmap`` the tensors stay on disk until they are touched; without, they are read to memory.
+    """
     files = tensor_files(path)
     folder = files[0].parent
     shards = _shards(folder) if os.path.isdir(path) else {}
-    tensors: dict[str, Any] = {}
-    metadata: dict[str, str] = {}
+    opened = TensorFile(files[0] if len(files) == 1 else folder, {}, config=read_json(folder / "config.json"),
+                        quantization=read_json(folder / "quantization_config.json"), progress=progress, mapped=mmap)
     for file in files:
-        part, metadata = _readers().get(file.suffix.lower(), read_safetensors)(file)
-        if shards and part.keys() != shards[file.name]:
-            raise ModelFileError(file, "the tensors that the index names", f"{len(part)} tensors, not the same ones",
-                                 "download the whole folder again")
-        tensors.update(part)
-    return TensorFile(
-        path=files[0] if len(files) == 1 else folder,
-        tensors=tensors,
-        metadata=metadata,
-        config=read_json(folder / "config.json"),
-        quantization=read_json(folder / "quantization_config.json"),
-        progress=progress,
-    )
+        refuse_stand_in(file)
+        part, opened.metadata = _readers().get(file.suffix.lower(), read_safetensors)(file, mmap)
+        if shards and (odd := sorted(part.keys() ^ shards[file.name])):
+            opened.warn(f"the index and {file.name} differ in {len(odd)} tensors, such as {odd[0]}")
+        opened.tensors |= part
+    return opened

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 import torch
 
-from .check import check_tensors
-from .errors import ModelFileError
+from .check import check_config, check_tensors
+from .errors import CHOOSE_TEXT_ENCODER, CHOOSE_UNMODIFIED, ModelFileError
+from .files import TensorFile
 
 #: FLUX.2 Klein reads the hidden states after these layers, so the encoder needs at least 27, plus one so that the
 #: final norm of the library models does not fall on the last of them.
@@ -81,38 +81,49 @@ def normalise(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
     """
     named = {name if name.startswith(("model.", "lm_head")) else f"model.{name}": t for name, t in tensors.items()}
     if len(named) < len(tensors):
-        raise ModelFileError(path, "one tensor of a name", "some twice, with and without the prefix",
-                             "choose an unmodified file")
+        raise ModelFileError(path, "each tensor once", "duplicates after adding the prefix model.", CHOOSE_UNMODIFIED)
     return {name: tensor for name, tensor in named.items() if not name.startswith("lm_head")}
 
 
-def check_qwen3(path: Path, tensors: Mapping[str, torch.Tensor], config_json: Mapping[str, Any]) -> Qwen3Config:
-    """Read the dimensions off ``tensors`` and check that they are one complete, finite Qwen3 encoder.
+def shapes(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight of the model in ``tensors``. Raises ModelFileError."""
+    return qwen3_shapes(read_config(path, tensors))
 
-    Raises ModelFileError on a missing, surplus, misshapen or non-finite tensor, on too few layers, and where
-    ``config.json`` contradicts.
-    """
-    names = [f"model.{name}.weight" for name in ("embed_tokens", "layers.0.self_attn.q_proj",
-             "layers.0.self_attn.k_proj", "layers.0.mlp.gate_proj", "layers.0.self_attn.q_norm")]
-    ends = [tensors.get(name) for name in names]
-    unusable = [name for name, end in zip(names, ends, strict=True)
-                if end is None or end.ndim != (1 if name.endswith("_norm.weight") else 2)]
-    if unusable:
-        raise ModelFileError(path, "the tensors of a Qwen3 text encoder", f"no usable {unusable[0]}",
-                             "choose a Bonsai text encoder")
-    (vocab, hidden), (q, _), (kv, _), (mlp, _), (head_dim,) = (tuple(end.shape) for end in ends)
+
+def read_config(path: Path, tensors: Mapping[str, torch.Tensor]) -> Qwen3Config:
+    """The dimensions of the Qwen3 decoder in ``tensors``, read off rows and norms, so that packed weights may be in any
+    format. Raises ModelFileError."""
+    rows = {}
+    for name, dimensions in (("norm", 1), ("layers.0.self_attn.q_norm", 1), ("embed_tokens", 2),
+                             ("layers.0.self_attn.q_proj", 2), ("layers.0.self_attn.k_proj", 2),
+                             ("layers.0.mlp.gate_proj", 2)):
+        tensor = tensors.get(f"model.{name}.weight")
+        if not isinstance(tensor, torch.Tensor) or tensor.ndim != dimensions:
+            raise ModelFileError(path, "the tensors of a Qwen3 text encoder", f"no usable model.{name}.weight",
+                                 CHOOSE_TEXT_ENCODER)
+        rows[name.split(".")[-1]] = tensor.shape[0]
     layers = len({int(m[1]) for name in tensors if (m := re.match(r"model\.layers\.(\d{1,4})\.", name))})
-    config = Qwen3Config(vocab, hidden, layers, q // head_dim, kv // head_dim, head_dim, mlp)
-    check_tensors(path, tensors, qwen3_shapes(config))
-    if config.heads % config.kv_heads:
+    head_dim = rows["q_norm"]
+    config = Qwen3Config(rows["embed_tokens"], rows["norm"], layers, rows["q_proj"] // head_dim,
+                         rows["k_proj"] // head_dim, head_dim, rows["gate_proj"])
+    if not config.kv_heads or config.heads % config.kv_heads:
         raise ModelFileError(path, "query heads in whole groups per key-value head",
-                             f"{config.heads} on {config.kv_heads}", "choose a Bonsai text encoder")
+                             f"{config.heads} on {config.kv_heads}", CHOOSE_TEXT_ENCODER)
     if layers <= max(TAPPED_LAYERS):
         raise ModelFileError(path, f"more than {max(TAPPED_LAYERS)} layers, the last one FLUX.2 Klein reads",
-                             str(layers), "choose a Bonsai text encoder")
-    for key, value in config.transformers().items():
-        stated = config_json.get(key)
-        if key not in ("max_position_embeddings", "tie_word_embeddings") and stated not in (None, value):
-            raise ModelFileError(path, f"{key} {value} of this encoder", f"{reprlib.repr(stated)} in config.json",
-                                 "download the whole folder again")
+                             str(layers), CHOOSE_TEXT_ENCODER)
+    return config
+
+
+def check_qwen3(file: TensorFile, tensors: Mapping[str, torch.Tensor]) -> Qwen3Config:
+    """Check that ``tensors``, decoded from ``file``, are one complete, finite Qwen3 encoder; its dimensions.
+
+    Raises ModelFileError on a missing, surplus, misshapen or non-finite tensor, on too few layers, and where
+    ``config.json`` describes another model.
+    """
+    config = read_config(file.path, tensors)
+    check_tensors(file, tensors, qwen3_shapes(config))
+    known = {key: value for key, value in config.transformers().items()
+             if key not in ("max_position_embeddings", "tie_word_embeddings")}
+    check_config(file, known, fixed=("rms_norm_eps", "rope_theta"))
     return config

@@ -18,7 +18,7 @@ from . import formats
 from .errors import ModelFileError
 from .files import Progress, no_progress
 from .formats.dense import expand
-from .models import Transformer, load_transformer
+from .models import Transformer, load_transformer, variant
 from .names import is_comfyui, to_comfyui, to_diffusers
 
 
@@ -62,7 +62,8 @@ def save_transformer(model: Transformer, path: Path, target: str, progress: Prog
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".bonsai-image-") as scratch:
         written = Path(scratch) / f"model{path.suffix if writer.suffixes else ''}"
         try:
-            writer.write(written, model.tensors, model.config, formats.About(model.variant, model.source))
+            about = formats.About(variant(model.tensors, check_codes=True), model.source)
+            writer.write(written, model.tensors, model.config, about)
             _flush(written)
         except ValueError as error:
             raise ModelFileError(model.path, f"weights that the {target} format holds exactly", str(error),

@@ -7,15 +7,14 @@ channels there.
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .check import check_tensors
+from .check import check_config, check_tensors
 from .errors import DOWNLOAD_AGAIN, ModelFileError
+from .files import TensorFile
 
 _IMAGE_CHANNELS, _PATCH = 3, 4
 _COUNTER = "bn.num_batches_tracked"
@@ -23,7 +22,7 @@ _COUNTER = "bn.num_batches_tracked"
 
 def is_vae(names: Mapping[str, object]) -> bool:
     """Whether these tensor names are those of an AutoencoderKLFlux2 (the latent's batch norm sets it apart)."""
-    return "decoder.conv_in.weight" in names and "bn.running_mean" in names
+    return {"decoder.conv_in.weight", "decoder.up_blocks.0.resnets.0.conv1.weight", "bn.running_mean"} <= names.keys()
 
 
 def _conv(name: str, rows: int, columns: int, size: int = 3) -> dict[str, tuple[int, ...]]:
@@ -40,8 +39,8 @@ def _resnet(name: str, columns: int, rows: int) -> dict[str, tuple[int, ...]]:
     return shapes if rows == columns else {**shapes, **_conv(f"{name}.conv_shortcut", rows, columns, 1)}
 
 
-def _half(name: str, blocks: str, sampler: str, widths: list[int], resnets: int, attention: bool,
-          ends: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+def _coder(name: str, blocks: str, sampler: str, widths: list[int], resnets: int, attention: bool,
+           ends: tuple[int, int]) -> dict[str, tuple[int, ...]]:
     """Encoder or decoder: blocks of ``widths`` in order, ``resnets`` in each, ``ends`` channels in and out."""
     middle = widths[-1] if blocks == "down_blocks" else widths[0]
     shapes = {**_conv(f"{name}.conv_in", widths[0], ends[0]), **_conv(f"{name}.conv_out", ends[1], widths[-1]),
@@ -61,9 +60,16 @@ def _half(name: str, blocks: str, sampler: str, widths: list[int], resnets: int,
     return shapes
 
 
-def check_vae(path: Path, tensors: Mapping[str, torch.Tensor], config_json: Mapping[str, Any]) -> None:
-    """Raise ModelFileError unless ``tensors`` are one complete, finite AutoencoderKLFlux2 that ``config.json``, where
-    there is one, does not contradict."""
+def check_vae(file: TensorFile) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Check that ``file`` holds one complete, finite AutoencoderKLFlux2, and return its tensors and its ``config.json``
+    (empty without one), whose dimensions are brought in line with the tensors. Raises ModelFileError.
+
+    The batch counter, which inference never reads, may be of any dtype, a scalar or one element, or missing; what is
+    returned always has it as an int64 scalar.
+    """
+    tensors = dict(file.tensors)
+    counter = tensors.pop(_COUNTER, torch.zeros(()))
+
     def widths(blocks: str) -> list[int]:
         found = {int(m[1]): tensor.shape[0] for name, tensor in tensors.items() if tensor.ndim and (
             m := re.fullmatch(rf"{blocks}\.(\d{{1,2}})\.resnets\.0\.conv1\.weight", name))}
@@ -73,25 +79,23 @@ def check_vae(path: Path, tensors: Mapping[str, torch.Tensor], config_json: Mapp
     pattern = re.compile(r"encoder\.down_blocks\.0\.resnets\.\d{1,2}\.conv1\.weight")
     resnets = sum(1 for name in tensors if pattern.fullmatch(name))
     first = tensors["decoder.conv_in.weight"]
-    counter = tensors.get(_COUNTER)
-    if not encoder or not decoder or first.ndim != 4 or counter is None or counter.shape or counter.is_floating_point():
-        raise ModelFileError(path, "the tensors of the FLUX.2 VAE", "no usable encoder, decoder or batch norm",
+    if not encoder or not decoder or first.ndim != 4 or counter.numel() != 1:
+        raise ModelFileError(file.path, "the tensors of the FLUX.2 VAE", "no usable encoder, decoder or batch norm",
                              DOWNLOAD_AGAIN)
     latent = first.shape[1]
     shapes = {
-        **_half("encoder", "down_blocks", "downsamplers", encoder, resnets,
-                "encoder.mid_block.attentions.0.to_q.weight" in tensors, (_IMAGE_CHANNELS, 2 * latent)),
-        **_half("decoder", "up_blocks", "upsamplers", decoder, resnets + 1,
-                "decoder.mid_block.attentions.0.to_q.weight" in tensors, (latent, _IMAGE_CHANNELS)),
+        **_coder("encoder", "down_blocks", "downsamplers", encoder, resnets,
+                 "encoder.mid_block.attentions.0.to_q.weight" in tensors, (_IMAGE_CHANNELS, 2 * latent)),
+        **_coder("decoder", "up_blocks", "upsamplers", decoder, resnets + 1,
+                 "decoder.mid_block.attentions.0.to_q.weight" in tensors, (latent, _IMAGE_CHANNELS)),
         "bn.running_mean": (_PATCH * latent,), "bn.running_var": (_PATCH * latent,),
     }
     for name, width in (("quant_conv", 2 * latent), ("post_quant_conv", latent)):
         if f"{name}.weight" in tensors:
             shapes |= _conv(name, width, width, 1)
-    check_tensors(path, {name: tensor for name, tensor in tensors.items() if name != _COUNTER}, shapes)
-    for key, value in (("latent_channels", latent), ("layers_per_block", resnets), ("block_out_channels", encoder),
-                       ("decoder_block_out_channels", decoder[::-1])):
-        stated = config_json.get(key)
-        if stated not in (None, value):
-            raise ModelFileError(path, f"{key} {reprlib.repr(stated)} as config.json says", f"{value!r} in the tensors",
-                                 "download the whole folder again")
+    check_tensors(file, tensors, shapes)
+    known = {"latent_channels": latent, "layers_per_block": resnets, "block_out_channels": encoder,
+             "decoder_block_out_channels": decoder[::-1]}
+    check_config(file, known)
+    config = file.config | {key: value for key, value in known.items() if file.config.get(key) is not None}
+    return {**tensors, _COUNTER: torch.zeros((), dtype=torch.int64)}, config

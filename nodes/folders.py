@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import folder_paths
 
 from ..loaders import ModelFileError
+from ..loaders.opening import folders_in
+from ..loaders.repository import PARTIAL, resembles_repository
+from ..published import REPOSITORIES
 
 
 def model_choices(kind: str, more_suffixes: Collection[str] = ()) -> list[str]:
-    """Model files of a host folder kind, and the folders that hold them, relative to their root.
+    """Model files of a ComfyUI folder kind, and the folders that hold them, relative to their root. Neither dotfiles,
+    which macOS leaves beside copied files, nor unfinished downloads.
 
     ``more_suffixes`` are listed besides those of the files that ComfyUI itself can read.
     """
@@ -24,22 +29,32 @@ def model_choices(kind: str, more_suffixes: Collection[str] = ()) -> list[str]:
         for root in folder_paths.get_folder_paths(kind):
             found, _ = folder_paths.recursive_search(root, [".git"])
             files.update(folder_paths.filter_files_extensions(found, more_suffixes))
+    files = {file for file in files
+             if not any(part.startswith(".") or part.endswith(PARTIAL) for part in Path(file).parts)}
     folders = {Path(file).parent.as_posix() for file in files} - {"."}
     return sorted([*files, *folders])
 
 
 def repository_choices() -> list[str]:
-    """Folders under ``models/diffusers`` that look like a downloaded repository: they have subfolders with weights."""
-    found = set()
-    for root in map(Path, folder_paths.get_folder_paths("diffusers")):
-        found.update(weights.parent.parent.relative_to(root).as_posix()
-                     for pattern in ("*/*/", "*/*/*/") for weights in root.glob(f"{pattern}*.safetensors"))
-    return sorted(found)
+    """Folders under ``models/diffusers``, one or two levels deep, that look like a downloaded repository: they have
+    subfolders with weights, or are the entry of a Hugging Face cache."""
+    roots = (Path(root) for root in folder_paths.get_folder_paths("diffusers"))
+    return sorted({found.relative_to(root).as_posix() for root in roots for found in _repositories(root, depth=2)})
+
+
+def _repositories(folder: Path, depth: int) -> Iterator[Path]:
+    # What cannot be read is left out of the list: choosing it could only fail.
+    with contextlib.suppress(ModelFileError):
+        for child in folders_in(folder):
+            if resembles_repository(child):
+                yield child
+            elif depth > 1:
+                yield from _repositories(child, depth - 1)
 
 
 def resolve(kind: str, name: str) -> str:
     """The path of a choice. Raises ModelFileError if it is gone."""
-    # By the letters of the path: what a user has linked into the folder may lie anywhere.
+    # Lexically, without resolving links: what a user has linked into the folder may lie anywhere.
     inside = not Path(name).anchor and ".." not in Path(name).parts
     for root in map(Path, folder_paths.get_folder_paths(kind)):
         if inside and (root / name).exists():
@@ -49,15 +64,15 @@ def resolve(kind: str, name: str) -> str:
 
 
 def how_to_download(name: str) -> str:
-    """The command that fetches the pack ``name`` on this very installation, and the way by hand."""
+    """The command that downloads the repository ``name`` on this very installation, and the way by hand."""
     program = Path(__file__).absolute().parent.parent / "__main__.py"
     variant = "binary" if "binary" in name else "ternary"
-    gemlite = "gemlite" in name
-    repository = f"bonsai-image-{variant}-4B-{'gemlite' if gemlite else 'mlx'}-{1 if variant == 'binary' else 2}bit"
+    container = "gemlite" if "gemlite" in name else "mlx"
+    repository = REPOSITORIES[variant, container]
     folder = folder_paths.get_folder_paths("diffusers")[0]
-    form = ["--format", "gemlite"] if gemlite else []
+    form = ["--format", "gemlite"] if container == "gemlite" else []
     command = shell_command(sys.executable, str(program), "download", "--variant", variant, *form, "--to", folder)
-    return (f"run {command} in a terminal, or put all of https://huggingface.co/prism-ml/{repository} into a folder "
+    return (f"run {command} in a terminal, or put all of https://huggingface.co/{repository.id} into a folder "
             "of its name there, and press R")
 
 

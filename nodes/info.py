@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import contextlib
+from pathlib import Path
 
 import torch
 from comfy_api.latest import io, ui
 from server import PromptServer
 
+from ..loaders import ModelFileError
+from ..loaders.description import count, publication
 from ..loaders.names import is_packable
+from ..loaders.opening import tensor_files
 from ..ops import backends
-from ..ops.packed import is_packed, packed_nbytes, parts
+from ..ops.packed import is_packed
 from .load import CATEGORY
 from .models import ATTACHMENT, MLX_ATTACHMENT, Origin
 
@@ -18,31 +22,35 @@ from .models import ATTACHMENT, MLX_ATTACHMENT, Origin
 def describe(patcher) -> str:
     """Variant, source, compute dtype, backend per kind of layer, bytes packed and dense, patches of a MODEL."""
     parameters = dict(patcher.model.diffusion_model.named_parameters())
-    packed = {name: p for name, p in parameters.items() if is_packed(p)}
-    dense = {name: p for name, p in parameters.items() if not is_packed(p)}
+    counts = count(parameters)
+    dense_linears = sum(not is_packed(p) and not is_packable(name) and p.ndim == 2 for name, p in parameters.items())
     origin: Origin | None = patcher.get_attachment(ATTACHMENT)
     lines = []
     if origin is None:
         lines.append("Not loaded by a Bonsai node.")
     else:
         lines += [f"Bonsai Image 4B, {origin.variant}", f"source: {origin.source}", f"file: {origin.path}",
-                  f"format: {origin.format}", f"compute dtype: {origin.compute_dtype}"]
+                  f"format: {origin.format}", *_published(Path(origin.path)), f"compute dtype: {origin.compute_dtype}"]
     choice = (backends.resolve(origin.setting, patcher.load_device, getattr(torch, origin.compute_dtype)) if origin else
               backends.resolve(backends.AUTO, patcher.load_device))
     backend = choice.backend + (", int8 activations" if choice.fast else "") + (
         f" ({choice.reason})" if choice.reason else "")
-    kinds = Counter((parts(p).bits, parts(p).group) for p in packed.values())
-    lines += [f"packed: {count} linears of {bits} bits in groups of {group}, backend {backend}"
-              for (bits, group), count in sorted(kinds.items())]
+    lines += [f"packed: {layers} linears of {bits} bits in groups of {group}, backend {backend}"
+              for (bits, group, _, _), layers in counts.packing.items()]
     path = patcher.get_attachment(MLX_ATTACHMENT)
     if path is not None:
         lines.append(f"path: {path.describe(patcher)}")
-    lines.append(f"dense: {sum(not is_packable(name) and p.ndim == 2 for name, p in dense.items())} linears, "
-                 f"backend torch")
-    lines.append(f"bytes: {sum(map(packed_nbytes, packed.values())):,} packed, "
-                 f"{sum(p.nbytes for p in dense.values()):,} dense")
+    lines.append(f"dense: {dense_linears} linears")
+    lines.append(f"bytes: {counts.packed_bytes:,} packed, {counts.dense_bytes:,} dense")
     lines.append(f"device: {patcher.load_device}, patches on {len(patcher.patches)} weights")
     return "\n".join(lines)
+
+
+def _published(path: Path) -> list[str]:
+    """Which published files a model was loaded from, as lines; none if they are gone."""
+    with contextlib.suppress(ModelFileError, OSError):
+        return [f"published: {text}" for file in tensor_files(path) if (text := publication(file))]
+    return []
 
 
 def show(text: str, node_id: str) -> None:

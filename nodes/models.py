@@ -63,7 +63,7 @@ def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting
 
     Raises ModelFileError. ComfyUI calls it again with the same arguments for a clone on another device.
     """
-    loaded = load_transformer(path, progress_bar())
+    loaded = load_transformer(path, progress_bar(), mmap=not host_args.disable_mmap)
     dtype = _compute_dtype(compute_dtype, comfy.model_management.get_torch_device())
     patcher = comfy.sd.load_diffusion_model_state_dict(
         # A copy: ComfyUI removes entries while it loads, and ``loaded`` is read again below.
@@ -93,7 +93,7 @@ def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = Fa
     ComfyUI runs text encoders in FP32, and so does ``auto``, except on a CPU with fast BF16: there the linears compute
     in BF16, which the release was made for, between ComfyUI's FP32 layers.
     """
-    loaded = load_text_encoder(path, progress_bar())
+    loaded = load_text_encoder(path, progress_bar(), mmap=not host_args.disable_mmap)
     config = loaded.config
     if config.hidden != _TEXT_WIDTH:
         raise ModelFileError(path, f"a text encoder {_TEXT_WIDTH} wide (Qwen3-4B)", f"one {config.hidden} wide",
@@ -123,7 +123,7 @@ def _clip_patcher(path: str, compute_dtype: str, disable_dynamic: bool = False):
 
 def load_vae_model(path: str, disable_dynamic: bool = False):
     """The VAE at ``path``. Raises ModelFileError."""
-    loaded = load_vae(path)
+    loaded = load_vae(path, mmap=not host_args.disable_mmap)
     vae = comfy.sd.VAE(sd=dict(loaded.tensors))
     if vae.first_stage_model is None:
         raise ModelFileError(path, "a ComfyUI that supports this VAE", "an older one", "update ComfyUI")

@@ -13,11 +13,11 @@ import torch
 from PIL import Image, ImageOps
 
 from .. import __version__
-from ..loaders import ModelFileError, find_repository, is_repository, load_transformer, save_transformer, targets
+from ..loaders import ModelFileError, load_transformer, save_transformer, targets
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
 from .batch import options
-from .inspect import inspect, report
+from .inspect import inspect, progress_bar, report
 
 # Only generate and demo need diffusers, which ComfyUI does not install.
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="describe a file, folder or repository")
     command.add_argument("path", type=Path)
     command.add_argument("--json", action="store_true")
+    command.add_argument("--verify", action="store_true",
+                         help="read every byte: compare hashes with the published files, and check every code")
 
     command = commands.add_parser("convert", help="convert a diffusion model to another format without loss")
     command.add_argument("source", type=Path)
@@ -178,11 +180,10 @@ def main(argv: list[str] | None = None) -> int:
 
             print(*sheet.write(args.folder), sep="\n")
         elif args.command == "inspect":
-            parts = inspect(args.path)
+            parts = inspect(args.path, progress_bar if args.verify else None)
             print(json.dumps(parts, indent=2) if args.json else "\n".join(map(report, parts)))
         else:
-            source = find_repository(args.source).transformer if is_repository(args.source) else args.source
-            save_transformer(load_transformer(source), args.target, args.format)
+            save_transformer(load_transformer(args.source), args.target, args.format)
             print(args.target)
     except (ModelFileError, ValueError, OSError) as error:
         print(f"bonsai-image: {error}", file=sys.stderr)

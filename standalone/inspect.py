@@ -1,81 +1,98 @@
-"""What a path holds: format, variant, counts, sizes, problems."""
+"""What a path holds: format, variant, counts, sizes, which published file it is, problems."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
+from tqdm import tqdm
 
-from ..loaders import find_repository, is_repository, load_text_encoder, load_transformer, load_vae
+from ..loaders import (
+    TextEncoder,
+    Transformer,
+    Vae,
+    find_repository,
+    is_repository,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+)
+from ..loaders.description import count, publication, sha256
 from ..loaders.errors import DOWNLOAD_AGAIN
+from ..loaders.files import Progress
+from ..loaders.kinds import part_of
+from ..loaders.models import holds_code_3, variant
 from ..loaders.opening import open_tensors, tensor_files
-from ..loaders.qwen3 import is_qwen3
-from ..loaders.vae import is_vae
-from ..ops.packed import is_packed, packed_nbytes
+
+#: name -> the progress of hashing the file of that name.
+Bars = Callable[[str], Progress]
+
+_KINDS: dict[str, tuple[str, Callable[[Path], Transformer | TextEncoder | Vae]]] = {
+    "transformer": ("diffusion model", load_transformer), "text_encoder": ("text encoder", load_text_encoder),
+    "vae": ("VAE", load_vae)}
 
 
-def _describe(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    packed = {name: tensor for name, tensor in tensors.items() if is_packed(tensor)}
-    dense = {name: tensor for name, tensor in tensors.items() if not is_packed(tensor)}
-    kinds = Counter((t._params.bits, t._params.group, t._params.form, str(t._params.scale.dtype).removeprefix("torch."))
-                    for t in packed.values())
-    problems = []
-    invalid = [name for name, tensor in packed.items() if tensor._params.form == "symmetric"
-               and tensor._params.bits == 2 and bool((tensor._qdata & (tensor._qdata >> 1) & 0x55).any())]
-    if invalid:
-        problems.append(f"{len(invalid)} layers hold the code 3, which is not ternary (first: {invalid[0]}); "
-                        f"{DOWNLOAD_AGAIN}")
-    return {
-        "packed_layers": len(packed),
-        "packed_weights": sum(tensor.numel() for tensor in packed.values()),
-        "packed_bytes": sum(packed_nbytes(tensor) for tensor in packed.values()),
-        "dense_tensors": len(dense),
-        "dense_bytes": sum(tensor.nbytes for tensor in dense.values()),
-        "dense_dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in dense.values()}),
-        "packing": [{"bits": bits, "group_size": group, "form": form, "scale_dtype": dtype, "layers": count}
-                    for (bits, group, form, dtype), count in sorted(kinds.items())],
-        "file_bytes": sum(file.stat().st_size for file in tensor_files(path)),
-        "problems": problems,
-    }
+def inspect_part(path: Path, verify: Bars | None = None) -> dict[str, Any]:
+    """Describe one model, a file or folder. With ``verify`` every code is checked and every file hashed. Raises
+    ModelFileError."""
+    kind, load = _KINDS[part_of(open_tensors(path).tensors) or "transformer"]
+    model = load(path)
+    files = tensor_files(path)
+    counts = asdict(count(model.tensors))
+    counts["packing"] = [dict(zip(("bits", "group_size", "form", "scale_dtype", "layers"), (*key, layers), strict=True))
+                         for key, layers in counts["packing"].items()]
+    part = {"kind": kind, "path": str(path), "format": getattr(model, "format", "diffusers"), **counts,
+            "file_bytes": sum(file.stat().st_size for file in files),
+            "published": [text for file in files if (text := publication(
+                file, None if verify is None else sha256(file, verify(file.name))))],
+            "warnings": model.warnings, "problems": []}
+    if isinstance(model, Transformer):
+        part |= {"variant": variant(model.tensors, check_codes=verify is not None), "source": model.source}
+    if not isinstance(model, Vae):
+        part["config"] = asdict(model.config)
+    if verify and (invalid := [name for name, tensor in model.tensors.items() if holds_code_3(tensor)]):
+        part["problems"] = [f"{len(invalid)} layers hold the code 3, which is not ternary (first: {invalid[0]}); "
+                            f"{DOWNLOAD_AGAIN}"]
+    return part
 
 
-def inspect_part(path: Path) -> dict[str, Any]:
-    """Describe one model, a file or folder. Raises ModelFileError."""
-    names = open_tensors(path).tensors
-    if is_qwen3(names):
-        encoder = load_text_encoder(path)
-        return {"kind": "text encoder", "path": str(path), "format": encoder.format, "config": asdict(encoder.config),
-                **_describe(path, encoder.tensors)}
-    if is_vae(names):
-        tensors = load_vae(path).tensors
-        return {"kind": "VAE", "path": str(path), "format": "diffusers", **_describe(path, tensors)}
-    model = load_transformer(path)
-    return {"kind": "diffusion model", "path": str(path), "format": model.format, "variant": model.variant,
-            "source": model.source, "config": asdict(model.config), **_describe(path, model.tensors)}
-
-
-def inspect(path: Path) -> list[dict[str, Any]]:
+def inspect(path: Path, verify: Bars | None = None) -> list[dict[str, Any]]:
     """Describe every part of a repository folder, or the one model that ``path`` is. Raises ModelFileError."""
     if not is_repository(path):
-        return [inspect_part(path)]
+        return [inspect_part(path, verify)]
     repository = find_repository(path)
-    parts = (repository.transformer, repository.text_encoder, repository.vae)
-    return [inspect_part(part) for part in parts if part is not None]
+    parts = [inspect_part(part, verify) for part in (repository.transformer, repository.text_encoder, repository.vae)
+             if part is not None]
+    return parts + [{"kind": _KINDS.get(part, ("other folder",))[0], "path": str(error.path), "problems": [str(error)]}
+                    for part, error in repository.problems.items()]
+
+
+def progress_bar(name: str) -> Progress:
+    """A bar on stderr that counts the bytes of the file ``name``."""
+    bar = tqdm(desc=f"hashing {name}", unit="B", unit_scale=True)
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show
 
 
 def report(part: dict[str, Any]) -> str:
     """The description of one part as lines of text."""
-    lines = [f"{part['path']}", f"  {part['kind']}, {part['format']} format" + (
-        f", {part['variant']}" if "variant" in part else "")]
-    for packing in part["packing"]:
-        lines.append("  {layers} layers of {bits} bits in groups of {group_size}, {form}, {scale_dtype} scales"
-                     .format(**packing))
-    lines.append(f"  {part['packed_weights']:,} packed weights in {part['packed_bytes']:,} bytes; "
-                 f"{part['dense_tensors']} dense tensors in {part['dense_bytes']:,} bytes "
-                 f"({', '.join(part['dense_dtypes'])})")
-    lines.append(f"  {part['file_bytes']:,} bytes on disk")
-    lines.extend(f"  problem: {problem}" for problem in part["problems"] or ["none"])
+    lines = [part["path"], ", ".join((f"  {part['kind']}", *(
+        [f"{part['format']} format"] if "format" in part else []), *([part["variant"]] if "variant" in part else [])))]
+    if "format" in part:
+        lines += ["  {layers} layers of {bits} bits in groups of {group_size}, {form}, {scale_dtype} scales".format(
+            **packing) for packing in part["packing"]]
+        lines += [f"  {part['packed_weights']:,} packed weights in {part['packed_bytes']:,} bytes; "
+                  f"{part['dense_tensors']} dense tensors in {part['dense_bytes']:,} bytes "
+                  f"({', '.join(part['dense_dtypes'])})", f"  {part['file_bytes']:,} bytes on disk"]
+        lines += [f"  {text}" for text in part["published"]]
+        lines += [f"  warning: {warning}" for warning in part["warnings"]]
+    lines += [f"  problem: {problem}" for problem in part["problems"] or ["none"]]
     return "\n".join(lines)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import bad_packs
 import packs
 import pytest
+import sound_files
 from random_model import write_repository
 
 from bonsai_image.loaders.names import to_comfyui
@@ -49,8 +49,8 @@ def repository(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory) -> Path:
-    """A folder with every sound pack of ``bad_packs.PACKS`` under its name."""
-    return bad_packs.write_all(tmp_path_factory.mktemp("valid"))
+    """A folder with every sound pack of ``sound_files.PACKS`` under its name."""
+    return sound_files.write_all(tmp_path_factory.mktemp("valid"))
 
 
 @pytest.fixture

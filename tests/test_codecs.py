@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bad_packs import to_4bit_u8
+from sound_files import to_4bit_u8
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import dense64

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from bad_packs import KLEIN, PACKS, TO_Q, WEIGHTS, load, read, refusal, write
 from safetensors.torch import save_file
+from sound_files import KLEIN, PACKS, TO_Q, WEIGHTS, load, read, refusal, write
 
 from bonsai_image.loaders import ModelFileError, find_repository, load_text_encoder, load_transformer, load_vae
 from bonsai_image.loaders.klein import comfyui_shapes, diffusers_shapes

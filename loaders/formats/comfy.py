@@ -79,14 +79,19 @@ def _weight(file: TensorFile, layer: str, conf: dict, codes, scale, shift) -> Qu
     if storage == "base3":
         if bits != 2 or form != "symmetric" or file.path.suffix.lower() not in SAFETENSORS_SUFFIXES:
             raise ValueError(f"base 3 for {bits}-bit {form} weights, or outside a single safetensors file")
-        # The stored bytes are needed once: through a handle of its own the pages they fill are given back at once.
-        with safe_open(file.path, "pt") as own:
-            prefix = names.prefix(file.tensors)
-            codes = from_base3(own.get_tensor(f"{prefix}{layer}.weight"), scale.shape[1] * group)
+        codes = from_base3(_read_once(file, layer, codes), scale.shape[1] * group)
     weight = packed_weight(codes, scale, bits, form, shift, dtype=scale.dtype)
     if weight._params.group != group:
         raise ValueError(f"groups of {weight._params.group}")
     return weight
+
+
+def _read_once(file: TensorFile, layer: str, codes: torch.Tensor) -> torch.Tensor:
+    """The stored codes of one layer, needed once: from a handle of its own, the pages they fill are given back."""
+    if not file.mapped:
+        return codes
+    with safe_open(file.path, "pt") as own:
+        return own.get_tensor(f"{names.prefix(file.tensors)}{layer}.weight")
 
 
 def encode(tensors: Tensors, base3: bool = False) -> Tensors:

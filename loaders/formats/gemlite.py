@@ -14,7 +14,6 @@ load what is written here).
 
 from __future__ import annotations
 
-import reprlib
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ...ops.packed import packed_weight
 from ..check import FLOATS
 from ..errors import DOWNLOAD_AGAIN, ModelFileError
-from ..files import TensorFile, read_pickle
+from ..files import TensorFile, write_json
 from ..klein import KleinConfig
 from ..names import to_diffusers
 from .interface import About, Format, Tensors, Writer, encode_layers, make_folder, packing
@@ -46,10 +45,7 @@ def matches(file: TensorFile) -> bool:
 
 
 def decode(file: TensorFile) -> dict[str, torch.Tensor]:
-    # Every byte is transposed on the way, so mapping the file would keep it in memory twice; read it, and drop each
-    # layer's tensors once they are converted.
-    stored = read_pickle(file.path, mmap=False)
-    file.tensors.clear()
+    stored = file.take_pickle()
     result = {}
     for layer in file.each(name.removesuffix(".W_q") for name in stored if name.endswith(".W_q")):
         parts = {part: stored.pop(f"{layer}.{part}", None) for part in _PARTS}
@@ -59,11 +55,7 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
         for part in _OPTIONAL:
             stored.pop(f"{layer}.{part}", None)
         weight = _weight(file.path, layer, **parts)
-        packing = (weight._params.bits, weight._params.group)
-        for key, stated, own in zip(("bits", "group_size"), file.stated_packing(), packing, strict=True):
-            if stated not in (None, own):
-                raise ModelFileError(file.path, f"{key} {reprlib.repr(stated)} as the configuration says",
-                                     f"{own} in {layer}", "download the whole folder again")
+        file.compare_packing(weight._params.bits, weight._params.group)
         result[f"{layer}.weight"] = weight
     return result | stored
 
@@ -146,7 +138,9 @@ def _encode(layer: str, weight: QuantizedTensor) -> Tensors:
 def write(path: Path, tensors: Tensors, config: KleinConfig, about: About) -> None:
     """A folder like ``transformer-gemlite-int2`` of the published repositories."""
     tensors = to_diffusers(tensors)
-    make_folder(path, config, packing(tensors))
+    # The publisher's loader asks for the packing width, and for a table of autotuned launches, which may be empty.
+    make_folder(path, config, {**packing(tensors), "packing_bitwidth": 8})
+    write_json(path / "gemlite_autotune.json", {})
     torch.save(encode(tensors), path / "state_dict.pt")
 
 

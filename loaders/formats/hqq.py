@@ -18,7 +18,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ...ops.packed import packed_weight
 from ..check import FLOATS
 from ..errors import DOWNLOAD_AGAIN, ModelFileError
-from ..files import TensorFile, check_stored, read_pickle
+from ..files import TensorFile, check_stored
 from .interface import Format
 
 _EXPECTED = {"nbits": 4, "packing": "4bit_u8", "axis": 1}
@@ -30,9 +30,7 @@ def matches(file: TensorFile) -> bool:
 
 
 def decode(file: TensorFile) -> dict[str, torch.Tensor]:
-    # As with GemLite packs, the bytes are rearranged: read them, and drop each module once it is converted.
-    stored = read_pickle(file.path, mmap=False)
-    file.tensors.clear()
+    stored = file.take_pickle()
     result = {}
     for module in file.each(stored):
         entry = stored.pop(module)

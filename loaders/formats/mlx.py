@@ -9,7 +9,6 @@ Source: the MLX quantisation documentation, and packs written with ``mlx.core.qu
 
 from __future__ import annotations
 
-import reprlib
 from pathlib import Path
 
 import torch
@@ -17,61 +16,59 @@ from comfy_kitchen.tensor import QuantizedTensor
 from safetensors.torch import save_file
 
 from ...ops.packed import packed_weight
+from .. import klein, qwen3
 from ..check import FLOATS
 from ..errors import DOWNLOAD_AGAIN, ModelFileError
 from ..files import TensorFile
-from ..klein import KleinConfig, is_klein
+from ..klein import KleinConfig
 from ..names import to_diffusers
 from .interface import About, Format, Tensors, Writer, encode_layers, make_folder, packing
 
-#: Group size where no JSON file states one.
-_GROUP_TRANSFORMER, _GROUP_TEXT_ENCODER = 128, 64
-
 
 def matches(file: TensorFile) -> bool:
+    """uint32 words, and scales under MLX's name."""
     return any(name.endswith(".scales") for name in file.tensors) and any(
         tensor.dtype == torch.uint32 for tensor in file.tensors.values() if isinstance(tensor, torch.Tensor))
 
 
-def decode(file: TensorFile) -> dict[str, torch.Tensor]:
-    stated_bits, stated_group = file.stated_packing()
-    default = _GROUP_TRANSFORMER if is_klein(file.tensors) else _GROUP_TEXT_ENCODER
-    group = default if stated_group is None else stated_group
+def decode(file: TensorFile) -> Tensors:
+    """The canonical tensors. Words alone do not say at how many bits they are packed: the shapes that the model has to
+    have do, and JSON files that say otherwise only earn a warning."""
+    if klein.is_klein(file.tensors):
+        stored, shapes = file.tensors, klein.shapes(file.path, file.tensors)
+    else:
+        stored = qwen3.normalise(file.path, file.tensors)
+        shapes = qwen3.shapes(file.path, stored)
     result = {}
-    for name in file.each(file.tensors):
-        tensor = file.tensors[name]
+    packed = {name.removesuffix(".weight") for name, tensor in stored.items() if tensor.dtype == torch.uint32}
+    for name in file.each(stored):
         layer, _, kind = name.rpartition(".")
-        if kind in ("scales", "biases"):
-            continue
-        if tensor.dtype != torch.uint32:
-            result[name] = tensor
-            continue
-        scales, biases = (file.tensors.get(f"{layer}.{part}") for part in ("scales", "biases"))
-        if scales is None or biases is None or scales.shape != biases.shape or scales.ndim != 2:
-            raise ModelFileError(file.path, f"scales and biases of one shape beside {name}", "them missing or unequal",
-                                 DOWNLOAD_AGAIN)
-        if scales.dtype not in FLOATS or scales.dtype != biases.dtype:
-            raise ModelFileError(file.path, f"scales and biases of {layer} in one of BF16, FP16 and FP32",
-                                 f"{scales.dtype} and {biases.dtype}", DOWNLOAD_AGAIN)
-        result[name] = _weight(file, name, tensor, scales, biases, stated_bits, group)
-    packed = {name for name, tensor in file.tensors.items() if tensor.dtype == torch.uint32}
-    orphans = [name for name in file.tensors if name.endswith((".scales", ".biases"))
-               and f"{name.rpartition('.')[0]}.weight" not in packed]
-    if orphans:
-        raise ModelFileError(file.path, f"a packed weight beside {orphans[0]}", "none", DOWNLOAD_AGAIN)
+        if kind not in ("scales", "biases"):
+            result[name] = stored[name]
+            if layer in packed and name in shapes:
+                result[name] = _weight(file.path, name, shapes[name], stored)
+                params = result[name]._params
+                file.compare_packing(params.bits, params.group)
+        elif layer not in packed:
+            raise ModelFileError(file.path, f"a packed weight beside {name}", "none", DOWNLOAD_AGAIN)
     return result
 
 
-def _weight(file, name, words, scales, biases, stated_bits, group) -> QuantizedTensor:
-    # words * 32 = K * bits and scales = K / group, so the shapes fix bits * group.
-    bits = next((bits for bits in (1, 2, 4) if words.ndim == 2 and type(group) is int
-                 and words.shape[1] * 32 == scales.shape[1] * group * bits), None)
-    if bits is None or words.shape[0] != scales.shape[0]:
-        raise ModelFileError(file.path, f"{name} packed at 1, 2 or 4 bits in groups of {reprlib.repr(group)}",
+def _weight(path: Path, name: str, shape: tuple[int, ...], stored: Tensors) -> QuantizedTensor:
+    layer = name.removesuffix(".weight")
+    words, scales, biases = stored[name], stored.get(f"{layer}.scales"), stored.get(f"{layer}.biases")
+    if scales is None or biases is None or scales.shape != biases.shape or scales.ndim != 2:
+        raise ModelFileError(path, f"scales and biases of one shape beside {name}", "them missing or unequal",
+                             DOWNLOAD_AGAIN)
+    if scales.dtype not in FLOATS or scales.dtype != biases.dtype:
+        raise ModelFileError(path, f"scales and biases of {layer} in one of BF16, FP16 and FP32",
+                             f"{scales.dtype} and {biases.dtype}", DOWNLOAD_AGAIN)
+    n, k = shape if len(shape) == 2 else (0, 0)
+    bits = next((bits for bits in (1, 2, 4) if words.ndim == 2 and words.shape[0] == n
+                 and words.shape[1] * 32 == k * bits), None)
+    if bits is None or scales.shape[0] != n or k % scales.shape[1]:
+        raise ModelFileError(path, f"{name} of shape {shape} at 1, 2 or 4 bits in whole groups",
                              f"words {tuple(words.shape)} with scales {tuple(scales.shape)}", DOWNLOAD_AGAIN)
-    if stated_bits not in (None, bits):
-        raise ModelFileError(file.path, f"{reprlib.repr(stated_bits)} bits as the configuration says",
-                             f"{bits} in the shapes of {name}", "download the whole folder again")
     codes = from_words(words)
     if bits == 2 and torch.equal(biases, -scales):
         return packed_weight(codes, scales, bits, dtype=scales.dtype)

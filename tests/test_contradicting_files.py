@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_packs import PACKS, QKV, TO_Q, UP, WEIGHTS, read, refusal, write
+from sound_files import PACKS, QKV, TO_Q, UP, WEIGHTS, load, read, refusal, write
 
-from bonsai_image.loaders import load_text_encoder, load_transformer
+from bonsai_image.loaders import load_text_encoder, load_transformer, load_vae
+from bonsai_image.ops.packed import equal, is_packed
 
 INDEX, QUANTIZATION = f"{WEIGHTS}.index.json", "quantization_config.json"
 DEEP: list = []
@@ -36,37 +37,81 @@ def test_damaged_json(name, file, text, copy):
     refusal(PACKS[name][0], path)
 
 
-CONTRADICTIONS = {
-    ("mlx", QUANTIZATION): {"bits": [1, 3, "2", 2.5, [2], -2, DEEP], "group_size": [64, 256, "128", 0, -128, 10**400,
-                                                                                 True, 128.0, DEEP]},
-    ("gemlite", QUANTIZATION): {"bits": [1, "2", DEEP], "group_size": [64, 0]},
-    ("mlx", "config.json"): {
-        "num_layers": [2, "1", DEEP, "1\n. Another line. " * 99], "num_single_layers": [20], "rope_theta": [10_000],
-        "num_attention_heads": [24], "joint_attention_dim": [7680], "in_channels": [128], "mlp_ratio": [4.0],
-        "attention_head_dim": [64], "axes_dims_rope": [[16, 56, 56]], "quantization": [{"bits": 2, "group_size": 64}]},
-    ("te-mlx", "config.json"): {
-        "num_hidden_layers": [36, "28"], "hidden_size": [2560], "vocab_size": [151_936], "head_dim": [128],
-        "rope_theta": [10_000.0], "rms_norm_eps": [1e-5],
-        "quantization": [{"bits": 8, "group_size": 64}, {"bits": 4, "group_size": 32}]},
-    ("vae", "config.json"): {"latent_channels": [16], "block_out_channels": [[128, 256]], "layers_per_block": [2]},
-    ("sharded", INDEX): {"weight_map": [None, {}, [], "a", {"x_embedder.weight": "a.safetensors"}]},
+def statements(table: dict) -> dict:
+    """(model, file) -> key -> values, flattened and named."""
+    return {f"{name}-{key}-{i}": (name, file, key, value) for (name, file), keys in table.items()
+            for key, values in keys.items() for i, value in enumerate(values)}
+
+
+def state(path: Path, file: str, key: str, value) -> None:
+    (path / file).write_text(json.dumps({**json.loads((path / file).read_text()), key: value}))
+
+
+OTHER_MODELS = {
+    ("mlx", "config.json"): {"rope_theta": [10_000, "2001"], "eps": [1e-5], "axes_dims_rope": [[16, 56, 56]]},
+    ("te-mlx", "config.json"): {"rope_theta": [10_000.0], "rms_norm_eps": [1e-5]},
+    ("sharded", INDEX): {"weight_map": [None, {}, [], "a", {"x_embedder.weight": "c.safetensors"}]},
 }
-STATEMENTS = {f"{name}-{key}-{i}": (name, file, key, value) for (name, file), table in CONTRADICTIONS.items()
-              for key, values in table.items() for i, value in enumerate(values)}
 
 
-@cases(STATEMENTS)
-def test_contradicting_json(case, copy):
+@cases(statements(OTHER_MODELS))
+def test_json_of_another_model(case, copy):
+    """What no tensor shows."""
     name, file, key, value = case
     path = copy(name)
-    if key == "quantization" and name == "mlx":
-        (path / QUANTIZATION).unlink()
-    text = json.dumps({**json.loads((path / file).read_text()), key: value})
-    (path / file).write_text(text)
+    state(path, file, key, value)
     refusal(PACKS[name][0], path)
 
 
-@pytest.mark.parametrize("shard", ["c.safetensors", "b.safetensors", "../mlx/" + WEIGHTS, "/etc/passwd", "..", ".", "",
+CONTRADICTIONS = {
+    ("mlx", QUANTIZATION): {"bits": [1, 3, "1.58", 2.5, [2], -2, DEEP], "group_size": [64, 256, 0, -128, 10**400, True,
+                                                                                     DEEP]},
+    ("gemlite", QUANTIZATION): {"bits": [1, DEEP], "group_size": [64, 0]},
+    ("mlx", "config.json"): {
+        "num_layers": [2, DEEP, "1\n. Another line. " * 99], "num_single_layers": [20], "num_attention_heads": [24],
+        "joint_attention_dim": [7680], "in_channels": [128], "mlp_ratio": [4.0], "attention_head_dim": [64],
+        "quantization": [{"bits": 4, "group_size": 64}]},
+    ("te-mlx", "config.json"): {
+        "num_hidden_layers": [36], "hidden_size": [2560], "vocab_size": [151_936], "head_dim": [128],
+        "quantization": [{"bits": 8, "group_size": 64}, {"bits": 4, "group_size": 32}]},
+    ("vae", "config.json"): {"latent_channels": [16], "block_out_channels": [[128, 256]], "layers_per_block": [2]},
+}
+
+
+@cases(statements(CONTRADICTIONS))
+def test_tensors_are_right_where_json_contradicts_them(case, copy, root, caplog):
+    name, file, key, value = case
+    path = copy(name)
+    state(path, file, key, value)
+    loaded, original = PACKS[name][0](path), load(name, root / name)
+    keys = value if isinstance(value, dict) else (key,)
+    assert loaded.warnings and any(f"{key} is " in warning for warning in loaded.warnings for key in keys)
+    assert all(len(warning) < 300 and warning.isprintable() for warning in loaded.warnings)
+    assert loaded.warnings[0] in caplog.text
+    assert loaded.tensors.keys() == original.keys()
+    assert all(equal(tensor, original[key]) if is_packed(tensor) else torch.equal(tensor, original[key])
+               for key, tensor in loaded.tensors.items())
+    if name == "vae":
+        assert loaded.config == PACKS[name][0](root / name).config
+
+
+@pytest.mark.parametrize("name", ["mlx", "gemlite"])
+@pytest.mark.parametrize(("bits", "group"), [("2", "128"), (2.0, 128.0), ("2.0", 128)])
+def test_whole_numbers_in_any_spelling(name, bits, group, copy):
+    path = copy(name)
+    (path / QUANTIZATION).write_text(json.dumps({"bits": bits, "group_size": group}))
+    assert PACKS[name][0](path).warnings == []
+
+
+def test_an_index_that_names_other_tensors(copy):
+    path = copy("sharded")
+    index = json.loads((path / INDEX).read_text())
+    index["weight_map"]["gone.weight"] = "a.safetensors"
+    (path / INDEX).write_text(json.dumps(index))
+    assert load_transformer(path).warnings == ["the index and a.safetensors differ in 1 tensors, such as gone.weight"]
+
+
+@pytest.mark.parametrize("shard", ["c.safetensors", "../mlx/" + WEIGHTS, "/etc/passwd", "..", ".", "",
                                    "config.json", "x.pt", "a" * 5000 + ".safetensors", "a\0.safetensors", 7, None, []])
 def test_index_names_another_shard(shard, copy):
     copy("mlx")
@@ -146,7 +191,8 @@ MIXTURES = {
     "te-dense-bias": ("te-dense", _added(f"{UP}.bias", (128,))),
     "te-dense-too-few-layers": ("te-dense", lambda t: [t.pop(name) for name in list(t) if ".27." in name]),
     "vae-too-few-blocks": ("vae", lambda t: [t.pop(name) for name in list(t) if ".down_blocks.1." in name]),
-    "vae-no-batch-norm": ("vae", lambda t: t.pop("bn.num_batches_tracked")),
+    "vae-no-batch-norm": ("vae", lambda t: t.pop("bn.running_var")),
+    "vae-counter-of-two": ("vae", lambda t: t.update({"bn.num_batches_tracked": torch.zeros(2)})),
 }
 
 
@@ -156,6 +202,16 @@ def test_mixed_tensors(case, copy):
     path = copy(name)
     _edit(path, name, change)
     refusal(PACKS[name][0], path)
+
+
+@cases({"bf16": torch.tensor(3.0, dtype=torch.bfloat16), "one-element": torch.tensor([7]), "missing": None})
+def test_the_batch_counter_of_a_vae_says_nothing(case, copy, root):
+    path = copy("vae")
+    _edit(path, "vae", lambda t: t.pop("bn.num_batches_tracked") if case is None else t.update(
+        {"bn.num_batches_tracked": case}))
+    tensors = load_vae(path).tensors
+    assert tensors.keys() == load_vae(root / "vae").tensors.keys()
+    assert tensors["bn.num_batches_tracked"].dtype == torch.int64 and tensors["bn.num_batches_tracked"].shape == ()
 
 
 GEMLITE_FIELDS = {f"metadata-{i}={value}": ("metadata", i, value) for i in range(12) for value in (-1, 77, 2**31 - 1)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_packs import PACKS, load, read, refusal, write
+from sound_files import PACKS, load, read, refusal, write
 
 from bonsai_image.loaders import ModelFileError, load_transformer
 from bonsai_image.ops.packed import equal, is_packed

@@ -1,0 +1,73 @@
+"""What a model is made of, counted; and which published file it is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import published
+from ..ops.packed import is_packed, packed_nbytes
+from .files import Progress
+from .repository import source
+
+_CHUNK = 1 << 22
+
+
+@dataclass
+class Counts:
+    """Packed layers and dense tensors of one model. ``packing``: (bits, group, form, scale dtype) -> layers."""
+
+    packed_layers: int
+    packed_weights: int
+    packed_bytes: int
+    dense_tensors: int
+    dense_bytes: int
+    dense_dtypes: list[str]
+    packing: dict[tuple[int, int, str, str], int]
+
+
+def count(tensors: Mapping[str, torch.Tensor]) -> Counts:
+    """Count ``tensors``."""
+    packed = [tensor for tensor in tensors.values() if is_packed(tensor)]
+    dense = [tensor for tensor in tensors.values() if not is_packed(tensor)]
+    packing = Counter((t._params.bits, t._params.group, t._params.form, _name(t._params.scale.dtype)) for t in packed)
+    return Counts(len(packed), sum(tensor.numel() for tensor in packed), sum(map(packed_nbytes, packed)), len(dense),
+                  sum(tensor.nbytes for tensor in dense), sorted({_name(tensor.dtype) for tensor in dense}),
+                  dict(sorted(packing.items())))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def publication(path: Path, sha256: str | None = None) -> str | None:
+    """Which published file the one at ``path`` is, or how it differs from the one that should lie there; None if it
+    resembles none. ``sha256`` is that of the file, if it was computed."""
+    size = path.stat().st_size
+    if (known := published.of_size(size)) is not None:
+        repository, file = known
+        where = f"{repository.id}, revision {(repository.commit or 'unknown')[:10]}"
+        if sha256 is None:
+            return f"as long as the published file of {where}; its hash was not compared"
+        if file.sha256 is None:
+            return f"as long as the published file of {where}, whose hash is not known here"
+        return f"published file of {where}" if sha256 == file.sha256 else (
+            f"not the published file of {where}, though as long: SHA-256 {sha256[:10]}, not {file.sha256[:10]}")
+    expected = published.named(source(path).split("@")[0], f"{path.parent.name}/{path.name}")
+    return None if expected is None else f"not the published file: {size:,} bytes, not {expected.size:,}"
+
+
+def sha256(path: Path, progress: Progress) -> str:
+    """The SHA-256 of a file; ``progress`` counts its bytes."""
+    state, done, size = hashlib.sha256(), 0, path.stat().st_size
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            state.update(chunk)
+            done += len(chunk)
+            progress(done, size)
+    return state.hexdigest()
