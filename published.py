@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+#: Where ``bonsai-image download`` records what it fetched, in the repository's folder.
+RECORD = "bonsai-download.json"
+
+#: A folder of this ending is a download that is not finished.
+PARTIAL = ".partial"
+
 
 class File(NamedTuple):
     """One weight file: its path in the repository, its bytes, its SHA-256 if known."""

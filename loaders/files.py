@@ -165,7 +165,7 @@ def read_pickle(path: Path, mmap: bool) -> dict[str, Any]:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except _UNPICKLING_ERRORS as error:
         raise ModelFileError(path, "a PyTorch file of plain tensors", f"one not safe to read, {_reason(error)}",
-                             "download it again from its publisher, or use the MLX pack") from error
+                             "download it again from its publisher, or use the MLX format") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ModelFileError(path, "a dict of tensors by name", f"a {type(value).__name__}", "choose another file")
     for name, item in value.items():
@@ -198,7 +198,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_stored(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """Raise ModelFileError for a tensor that no pack holds: empty, sparse, or larger than what is on file."""
+    """Raise ModelFileError for a tensor that no model holds: empty, sparse, or larger than what is on file."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     if not plain or not tensor.numel() or tensor.nbytes > tensor.untyped_storage().nbytes():
         raise ModelFileError(path, f"every number of {name} in the file",

@@ -8,16 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..published import PARTIAL, RECORD
 from .errors import DOWNLOAD_REPOSITORY, ModelFileError
 from .files import read_json
 from .kinds import part_of
 from .opening import WELL_KNOWN, files_in, folders_in, open_tensors
-
-#: Where ``bonsai-image download`` records what it fetched, in the repository's folder.
-RECORD = "bonsai-download.json"
-
-#: A folder of this ending is a download that ``bonsai-image download`` has not finished.
-PARTIAL = ".partial"
 
 #: Files of which a tokenizer needs one of these sets.
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))

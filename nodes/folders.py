@@ -14,8 +14,8 @@ import folder_paths
 
 from ..loaders import ModelFileError
 from ..loaders.opening import folders_in
-from ..loaders.repository import PARTIAL, resembles_repository
-from ..published import REPOSITORIES
+from ..loaders.repository import resembles_repository
+from ..published import PARTIAL, REPOSITORIES
 
 
 def model_choices(kind: str, more_suffixes: Collection[str] = ()) -> list[str]:

@@ -1,6 +1,6 @@
 """``bonsai-image download``: one repository of PrismML from the Hugging Face Hub, verified, into the right folder.
 
-Needs huggingface_hub only, so that any Python that has it can run it. Nothing else in the pack uses the network.
+Needs huggingface_hub only, so that any Python that has it can run it. Nothing else here uses the network.
 """
 
 from __future__ import annotations
@@ -12,26 +12,20 @@ import sys
 from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 
-_REPOSITORIES = {
-    ("ternary", "mlx"): "prism-ml/bonsai-image-ternary-4B-mlx-2bit",
-    ("binary", "mlx"): "prism-ml/bonsai-image-binary-4B-mlx-1bit",
-    ("ternary", "gemlite"): "prism-ml/bonsai-image-ternary-4B-gemlite-2bit",
-    ("binary", "gemlite"): "prism-ml/bonsai-image-binary-4B-gemlite-1bit",
-}
-#: What the library below the hub's client raises: it has changed twice, and the client's own error derives from it.
+from ..published import PARTIAL, RECORD, REPOSITORIES, Repository
+
+#: What the client's HTTP library raises, in every version: the client's own error derives from it.
 _TRANSPORT_ERRORS = (*HfHubHTTPError.__bases__, OSError)
-#: Beside the weights: where they came from.
-RECORD = "bonsai-download.json"
 _CHUNK = 1 << 22
 
 
-def default_folder(pack: Path) -> Path:
-    """``models/diffusers`` of the ComfyUI in whose ``custom_nodes`` the folder ``pack`` lies, else ``./models``."""
-    # By the letters of the path: the folder may be a link to somewhere else.
-    if pack.parent.name == "custom_nodes":
-        return pack.parent.parent / "models" / "diffusers"
+def default_folder(package: Path) -> Path:
+    """``models/diffusers`` of the ComfyUI in whose ``custom_nodes`` the folder ``package`` lies, else ``./models``."""
+    # Lexically, without resolving links: the folder may be a link to somewhere else.
+    if package.parent.name == "custom_nodes":
+        return package.parent.parent / "models" / "diffusers"
     return Path("models")
 
 
@@ -53,50 +47,66 @@ def _matches(file: Path, entry) -> bool:
 
 
 def _inside(name: str) -> str:
-    path = PureWindowsPath(name)  # which knows both kinds of slashes
+    path = PureWindowsPath(name)  # treats / and \ as separators
     if path.anchor or ".." in path.parts:
         raise ValueError(f"The hub names a file outside of the repository ({name}); nothing was downloaded.")
     return name
 
 
 def _leftovers(folder: Path, names: set[str]) -> list[Path]:
-    """Files that another revision had, from a download that was interrupted; the client's own notes stay."""
+    """Files of another revision, from an interrupted download of it; the client's own records stay."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return [path for name, path in files.items() if name not in names and not name.startswith(".cache/")]
 
 
-def download(repository: str, revision: str, folder: Path) -> Path:
-    """Fetch ``repository`` at ``revision`` into a new folder of its own name under ``folder``, and return that.
+def _refuse_changed(repository: Repository, commit: str, entries: list) -> None:
+    """Raise ValueError where the hub lists a weight file with another size or hash than the one known at ``commit``."""
+    listed = {entry.rfilename: entry for entry in entries}
+    for file in repository.files if commit == repository.commit else ():
+        entry = listed.get(file.path)
+        found = None if entry is None else (entry.size, entry.lfs and entry.lfs.sha256)
+        if found is None or found[0] != file.size or file.sha256 not in (None, found[1]):
+            raise ValueError(f"{file.path} of {repository.id} at {commit} is not the published file of {file.size:,} "
+                             "bytes; nothing was downloaded.")
 
-    A broken connection is taken up again where it stopped. After an interruption the files that are whole stay in
-    ``<name>.partial`` and are not fetched again; the client library begins the others anew. Raises ValueError in one
-    sentence where the target exists, the hub does not answer, or a file is not what the hub says it is.
+
+def download(repository: Repository, revision: str | None, folder: Path) -> Path:
+    """Fetch ``repository`` at ``revision`` (None: the one known here) into a new folder of its own name under ``folder``,
+    and return that.
+
+    A broken connection is resumed where it stopped. After an interruption, whole files stay in ``<name>.partial`` and
+    are not fetched again; the client library starts the others over. Raises ValueError, one sentence, where the target
+    exists, the hub does not answer, or a file is not what the hub or :mod:`..published` says it is.
     """
+    revision = revision or repository.commit or "main"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder} is no folder to write to ({error.strerror}); choose another with --to.") from error
-    target = folder / repository.split("/")[1]
-    partial = target.with_name(f"{target.name}.partial")
+        raise ValueError(f"{folder} is not a writable folder ({error.strerror}); choose another with --to.") from error
+    target = folder / repository.name
+    partial = target.with_name(f"{target.name}{PARTIAL}")
     if target.exists():
-        raise ValueError(f"{target} exists and is left as it is; remove it or choose another folder with --to.")
+        raise ValueError(f"{target} already exists; remove it, or choose another folder with --to.")
     try:
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True, token=False)
+        info = HfApi().model_info(repository.id, revision=revision, files_metadata=True, token=False)
         names = {_inside(entry.rfilename) for entry in info.siblings}
-        snapshot_download(repository, revision=info.sha, local_dir=partial, token=False)
+        _refuse_changed(repository, info.sha, info.siblings)
+        snapshot_download(repository.id, revision=info.sha, local_dir=partial, token=False)
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{repository.id} has no revision {revision}; use --revision main for the newest.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, *_TRANSPORT_ERRORS) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"Downloading {repository} stopped ({reason}); whole files are kept, so run the same "
-                         "command again to go on.") from error
+        raise ValueError(f"Downloading {repository.id} stopped ({reason}); whole files are kept, so run the same "
+                         "command again to continue.") from error
     damaged = [entry.rfilename for entry in info.siblings if not _matches(partial / entry.rfilename, entry)]
     if damaged:
         for name in damaged:
             (partial / name).unlink(missing_ok=True)
-        raise ValueError(f"{', '.join(damaged)} arrived damaged and was removed; run the same command again to fetch "
-                         "it anew.")
+        raise ValueError(f"{', '.join(damaged)} arrived damaged and was removed; run the same command again to "
+                         "download it again.")
     for leftover in _leftovers(partial, names):
         leftover.unlink()
-    record = {"repository": repository, "revision": revision, "commit": info.sha}
+    record = {"repository": repository.id, "revision": revision, "commit": info.sha}
     (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial.rename(target)
     return target
@@ -105,15 +115,17 @@ def download(repository: str, revision: str, folder: Path) -> Path:
 def main(argv: list[str]) -> int:
     """Run the command; 0 on success, 2 with one sentence on stderr."""
     folder = default_folder(Path(__file__).absolute().parent.parent)
-    parser = argparse.ArgumentParser(prog="bonsai-image download", description="Download a Bonsai Image 4B pack.")
+    parser = argparse.ArgumentParser(prog="bonsai-image download",
+                                     description="Download a repository of Bonsai Image 4B from the Hugging Face Hub.")
     parser.add_argument("--variant", choices=("ternary", "binary"), required=True)
     parser.add_argument("--format", choices=("mlx", "gemlite"), default="mlx",
                         help="mlx (default) is safetensors and loads on every system; gemlite is a pickle")
     parser.add_argument("--to", type=Path, default=folder, help=f"folder to put it in (default: {folder})")
-    parser.add_argument("--revision", default="main", help="branch, tag or commit of the repository (default: main)")
+    parser.add_argument("--revision", help="branch, tag or commit (default: the one this version was made for; main is "
+                        "the newest)")
     args = parser.parse_args(argv)
     try:
-        print(download(_REPOSITORIES[args.variant, args.format], args.revision, args.to))
+        print(download(REPOSITORIES[args.variant, args.format], args.revision, args.to))
     except ValueError as error:
         print(f"bonsai-image: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -84,8 +85,11 @@ def vae_module(path: Path, device: torch.device, dtype: torch.dtype) -> Autoenco
     if not loaded.config:
         raise ModelFileError(path / "config.json", "the VAE's configuration", "no such file",
                              "download the folder again")
+    # Published files hold keys that this class does not know, and would warn about in the middle of the progress bar.
+    known = inspect.signature(AutoencoderKLFlux2.__init__).parameters
+    config = {key: value for key, value in loaded.config.items() if key in known}
     with init_empty_weights():
-        module = AutoencoderKLFlux2.from_config(loaded.config)
+        module = AutoencoderKLFlux2.from_config(config)
     try:
         _assign(module, loaded.tensors, dtype)
     except RuntimeError as error:

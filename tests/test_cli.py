@@ -11,6 +11,7 @@ import pytest
 import torch
 from command_line import BINARY, MINIATURE, SMALL, run
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bonsai_image.__main__ import main
@@ -136,8 +137,16 @@ def test_inspect_finds_a_code_that_is_not_ternary(repository, tmp_path, capsys):
     tensors = load_file(tmp_path / "a.safetensors")
     tensors["single_blocks.0.linear1.weight"][0, 0] |= 3
     save_file(tensors, tmp_path / "b.safetensors")
+    capsys.readouterr()
     assert run("inspect", tmp_path / "b.safetensors") == 0
-    assert "not ternary (first: single_blocks.0.linear1.weight)" in capsys.readouterr().out
+    assert "comfy format, ternary" in capsys.readouterr().out, "no code is read without --verify"
+    assert run("inspect", tmp_path / "b.safetensors", "--verify") == 0
+    printed = capsys.readouterr()
+    assert "not ternary (first: single_blocks.0.linear1.weight)" in printed.out
+    assert "comfy format, 2-bit symmetric" in printed.out and "hashing b.safetensors" in printed.err
+    assert run("convert", tmp_path / "b.safetensors", tmp_path / "c.safetensors", "--to", "comfy") == 0
+    with safe_open(tmp_path / "c.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.title"] == "Bonsai Image 4B 2-bit symmetric"
 
 
 def test_output_that_cannot_show_a_name_does_not_fail(repository, tmp_path):

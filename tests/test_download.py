@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from bonsai_image.published import REPOSITORIES
+
 ROOT = Path(__file__).parent.parent
 NAME = "bonsai-image-ternary-4B-mlx-2bit"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -46,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.paths.append(self.path)
         self.server.tokens.append(self.headers.get("Authorization"))
         path = self.path.split("?")[0]
+        if path.startswith(f"/api/models/prism-ml/{NAME}/revision/") and path.split("/")[-1] not in ("main", COMMIT):
+            return self.answer(b"{}", {"X-Error-Code": "RevisionNotFound"}, 404)
         if path.startswith(f"/api/models/prism-ml/{NAME}/revision/"):
             return self.answer(json.dumps(self.description()).encode(), {"Content-Type": "application/json"})
         if path.startswith(f"/api/models/prism-ml/{NAME}/tree/"):
@@ -103,10 +107,24 @@ def hub():
     server.server_close()
 
 
-def run(hub: Hub, *words: str, home: Path, command: tuple[str, ...] = ("-m", "bonsai_image")):
+#: Runs the command as if COMMIT, with one file of FILES as it should be or not, were the published one.
+PUBLISHED = f"""
+import sys
+from bonsai_image import published
+from bonsai_image.__main__ import main
+size, sha256 = sys.argv[-2:]
+files = (published.File({LARGE!r}, int(size), sha256),)
+published.REPOSITORIES["ternary", "mlx"] = published.Repository({NAME!r}, {COMMIT!r}, files)
+del sys.argv[-2:]
+sys.exit(main())
+"""
+
+
+def run(hub: Hub, *words: str, home: Path, command: tuple[str, ...] = ("-m", "bonsai_image"), revision="main"):
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": "hf_secret",
-                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
-    return subprocess.run([sys.executable, *command, "download", "--variant", "ternary", *words], cwd=home,
+                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
+    return subprocess.run([sys.executable, *command, "download", "--variant", "ternary",
+                           *(["--revision", revision] if revision else []), *words], cwd=home,
                           capture_output=True, text=True, env=environment, timeout=240)
 
 
@@ -124,6 +142,25 @@ def test_a_pack_arrives_whole_without_an_account(hub, tmp_path):
     assert not any(hub.tokens), "no token is sent even where one is set"
     assert "%" in done.stderr, "a progress bar"
     assert [path.name for path in (tmp_path / "models").iterdir()] == [NAME]
+
+
+def test_by_default_it_takes_the_published_revision(hub, tmp_path):
+    done = run(hub, home=tmp_path, revision=None)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert f"has no revision {REPOSITORIES['ternary', 'mlx'].commit}; use --revision main" in done.stderr
+    sha256 = hashlib.sha256(FILES[LARGE]).hexdigest()
+    done = run(hub, "16000000", sha256, home=tmp_path, command=("-c", PUBLISHED), revision=None)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "models" / NAME / "bonsai-download.json").read_text())
+    assert record["revision"] == record["commit"] == COMMIT
+
+
+@pytest.mark.parametrize(("size", "sha256"), [("16000001", None), ("16000000", "0" * 64)], ids=["size", "hash"])
+def test_another_file_than_the_published_one_is_not_fetched(hub, tmp_path, size, sha256):
+    sha256 = sha256 or hashlib.sha256(FILES[LARGE]).hexdigest()
+    done = run(hub, size, sha256, home=tmp_path, command=("-c", PUBLISHED), revision=None)
+    assert done.returncode == 2 and f"{LARGE} of prism-ml/{NAME} at {COMMIT} is not the published file" in done.stderr
+    assert not hub.fetched
 
 
 def test_an_existing_folder_is_left_alone(hub, tmp_path):

@@ -1,12 +1,12 @@
-"""GemLite packs: a pickle (``state_dict.pt``) of tensors, per packed layer
+"""GemLite files: a pickle (``state_dict.pt``) of tensors, per packed layer
 
 ``W_q``        uint8 ``(K * bits / 8, N)`` or int32 ``(K * bits / 32, N)``: packed along K, stored transposed
-``scales``     float32 ``(K / group, N)``; in published packs every value is a BF16 number
+``scales``     float32 ``(K / group, N)``; in published files every value is a BF16 number
 ``zeros``      like ``scales``, by ``W_group_mode``: 4 ``w = code * scale + zeros``; 3 ``w = (code - zeros) * scale``
 ``metadata``   int32[12], see :data:`_META`
 ``orig_shape`` (N, K)
 
-and optionally ``bias`` and ``meta_scale``. Ternary packs have ``zeros == -scales``, binary ones ``-scales / 2``.
+and optionally ``bias`` and ``meta_scale``. Ternary weights have ``zeros == -scales``, binary ones ``-scales / 2``.
 
 Source: GemLite 0.5 and 0.6, ``GemLiteLinearTriton.pack`` (``tests/test_formats.py`` loads what it writes and has it
 load what is written here).
@@ -65,7 +65,7 @@ def _weight(path: Path, layer: str, W_q, scales, zeros, metadata, orig_shape) ->
     if not integers or metadata.shape != (len(_META),) or orig_shape.shape != (2,) or W_q.ndim != 2:
         raise ModelFileError(path, f"{len(_META)} integer metadata fields and a 2-D weight in {layer}",
                              f"{metadata.numel()} of {metadata.dtype} and {W_q.ndim}-D",
-                             "use a pack made with GemLite 0.5 or newer")
+                             "use a file made with GemLite 0.5 or newer")
     meta = dict(zip(_META, metadata.tolist(), strict=True))
     (n, k), bits, group = orig_shape.tolist(), meta["W_nbits"], meta["group_size"]
     odd = [f"{key} {meta[key]}" for key, values in _ALLOWED.items() if meta[key] not in values]

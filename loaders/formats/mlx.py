@@ -1,10 +1,10 @@
-"""MLX packs: safetensors with, per packed layer, ``weight`` uint32 ``(N, K * bits / 32)`` and ``scales`` and
+"""MLX files: safetensors with, per packed layer, ``weight`` uint32 ``(N, K * bits / 32)`` and ``scales`` and
 ``biases`` ``(N, K / group)``; ``w = scale * code + bias``.
 
 The diffusion model uses group 128 at 1 or 2 bits: ternary has bias ``-scale``; binary has scale ``2 s`` and bias
 ``-s``. The text encoder (MLX affine, 4 bits, group 64) also packs its embedding.
 
-Source: the MLX quantisation documentation, and packs written with ``mlx.core.quantize`` (``tests/test_formats.py``).
+Source: the MLX quantisation documentation, and files written with ``mlx.core.quantize`` (``tests/test_formats.py``).
 """
 
 from __future__ import annotations

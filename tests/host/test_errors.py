@@ -82,7 +82,7 @@ def test_a_missing_file_says_where_to_put_it(node):
                                             (models.load_clip, "transformer-packed-mflux"), (models.load_clip, "vae"),
                                             (models.load_vae_model, "transformer-packed-mflux")])
 def test_wrong_kind_of_file(pack, load, part):
-    with pytest.raises(ModelFileError, match=r"expected the .* of .*found tensors such as .*; choose") as caught:
+    with pytest.raises(ModelFileError, match=r"expected the .* of .*found the .* of Bonsai Image; choose") as caught:
         load(str(pack / part))
     assert "\n" not in str(caught.value)
 
