@@ -71,8 +71,8 @@ def _refuse_changed(repository: Repository, commit: str, entries: list) -> None:
 
 
 def download(repository: Repository, revision: str | None, folder: Path) -> Path:
-    """Fetch ``repository`` at ``revision`` (None: the one known here) into a new folder of its own name under ``folder``,
-    and return that.
+    """Fetch ``repository`` at ``revision`` (None: the one known here) into a new folder of its name in ``folder``, and
+    return that.
 
     A broken connection is resumed where it stopped. After an interruption, whole files stay in ``<name>.partial`` and
     are not fetched again; the client library starts the others over. Raises ValueError, one sentence, where the target

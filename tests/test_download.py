@@ -122,7 +122,8 @@ sys.exit(main())
 
 def run(hub: Hub, *words: str, home: Path, command: tuple[str, ...] = ("-m", "bonsai_image"), revision="main"):
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": "hf_secret",
-                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
+                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "5",
+                   "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
     return subprocess.run([sys.executable, *command, "download", "--variant", "ternary",
                            *(["--revision", revision] if revision else []), *words], cwd=home,
                           capture_output=True, text=True, env=environment, timeout=240)
