@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..ops.packed import PackedLayout, is_packed
+from ..ops.packed import is_packed, parts
 from .errors import CHOOSE_UNMODIFIED, DOWNLOAD_AGAIN, DOWNLOAD_FOLDER, ModelFileError
 from .files import TensorFile, same_number
 
@@ -19,8 +19,11 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _RUN = 1 << 20
 
 
-def _floats(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return PackedLayout.get_plain_tensors(tensor)[1:] if is_packed(tensor) else (tensor,)
+def _floats(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What is not codes: the tensor itself, or scale and shift of a packed one."""
+    if not is_packed(tensor):
+        return [tensor]
+    return [part for part in parts(tensor)[1:3] if part is not None]
 
 
 def check_tensors(file: TensorFile, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import published
-from ..ops.packed import is_packed, packed_nbytes
+from ..ops.packed import is_packed, packed_nbytes, parts
 from .files import Progress
 from .repository import source
 
@@ -35,7 +35,7 @@ def count(tensors: Mapping[str, torch.Tensor]) -> Counts:
     """Count ``tensors``."""
     packed = [tensor for tensor in tensors.values() if is_packed(tensor)]
     dense = [tensor for tensor in tensors.values() if not is_packed(tensor)]
-    packing = Counter((t._params.bits, t._params.group, t._params.form, _name(t._params.scale.dtype)) for t in packed)
+    packing = Counter((w.bits, w.group, w.form, _name(w.scale.dtype)) for w in map(parts, packed))
     return Counts(len(packed), sum(tensor.numel() for tensor in packed), sum(map(packed_nbytes, packed)), len(dense),
                   sum(tensor.nbytes for tensor in dense), sorted({_name(tensor.dtype) for tensor in dense}),
                   dict(sorted(packing.items())))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..ops.packed import is_packed
+from ..ops.packed import is_packed, parts
 from .check import check_config, check_tensors
 from .errors import CHOOSE_MODEL, DOWNLOAD_AGAIN, ModelFileError
 from .files import TensorFile
@@ -147,7 +147,7 @@ def check_klein(file: TensorFile, tensors: Mapping[str, torch.Tensor]) -> KleinC
 
 def check_alike(path: Path, name: str, weights: list[torch.Tensor]) -> None:
     """Raise ModelFileError unless ``weights``, which ComfyUI joins into one, are packed alike or all dense."""
-    kinds = {(w._params.bits, w._params.form, w._params.group) if is_packed(w) else None for w in weights}
-    if len(kinds) > 1:
+    packings = {(parts(w).bits, parts(w).form, parts(w).group) if is_packed(w) else None for w in weights}
+    if len(packings) > 1:
         raise ModelFileError(path, f"{name} packed like the other projections of its block", "another packing",
                              DOWNLOAD_AGAIN)

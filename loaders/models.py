@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..ops.packed import is_packed
+from ..ops.packed import is_packed, parts
 from . import formats, kinds
 from .files import Progress, TensorFile, no_progress
 from .klein import KleinConfig, check_klein
@@ -73,16 +73,17 @@ def variant(tensors: dict[str, torch.Tensor], check_codes: bool = False) -> str:
     packed = [tensor for tensor in tensors.values() if is_packed(tensor)]
     if not packed:
         return "dense"
-    (bits, form), _ = Counter((weight._params.bits, weight._params.form) for weight in packed).most_common(1)[0]
+    (bits, form), _ = Counter((w.bits, w.form) for w in map(parts, packed)).most_common(1)[0]
     name = {(1, "symmetric"): "binary", (2, "symmetric"): "ternary"}.get((bits, form), f"{bits}-bit {form}")
     return f"{bits}-bit {form}" if name == "ternary" and check_codes and any(map(holds_code_3, packed)) else name
 
 
 def holds_code_3(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` is a packed weight, symmetric and of 2 bits, with a code that is not ternary."""
-    if not is_packed(tensor) or (tensor._params.bits, tensor._params.form) != (2, "symmetric"):
+    if not is_packed(tensor) or (parts(tensor).bits, parts(tensor).form) != (2, "symmetric"):
         return False
-    return bool((tensor._qdata & (tensor._qdata >> 1) & 0x55).any())
+    codes = parts(tensor).codes
+    return bool((codes & (codes >> 1) & 0x55).any())
 
 
 def _open(path: Path | str, part: str, progress: Progress, mmap: bool) -> TensorFile:

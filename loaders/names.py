@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ..ops.packed import is_packed, packed_weight
-from .errors import ModelFileError
+from ..ops.packed import is_packed, parts, rewrap
+from .errors import CHOOSE_UNMODIFIED, ModelFileError
 
 _TOP = {
     "img_in": "x_embedder",
@@ -64,8 +64,8 @@ def name_map(double: int, single: int) -> dict[str, tuple[str, ...]]:
     pairs: list[tuple[str, str | tuple[str, ...]]] = list(_TOP.items())
     for i in range(double):
         for ours, theirs in _DOUBLE.items():
-            parts = (theirs,) if isinstance(theirs, str) else theirs
-            pairs.append((f"double_blocks.{i}.{ours}", tuple(f"transformer_blocks.{i}.{part}" for part in parts)))
+            names = (theirs,) if isinstance(theirs, str) else theirs
+            pairs.append((f"double_blocks.{i}.{ours}", tuple(f"transformer_blocks.{i}.{name}" for name in names)))
     for i in range(single):
         pairs.extend((f"single_blocks.{i}.{ours}", f"single_transformer_blocks.{i}.{theirs}")
                      for ours, theirs in _SINGLE.items())
@@ -98,37 +98,29 @@ def normalise(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
     result = {re.sub(r"_norm\.scale$", "_norm.weight", name.removeprefix(nested)): tensor
               for name, tensor in tensors.items()}
     if len(result) < len(tensors):
-        raise ModelFileError(path, "one tensor of a name", "some twice, under an older name or a prefix",
-                             "choose an unmodified file")
+        raise ModelFileError(path, "each tensor once", "duplicates after removing the prefix", CHOOSE_UNMODIFIED)
     return result
 
 
 def cat_rows(weights: list[torch.Tensor]) -> torch.Tensor:
     """Concatenate weights, all packed alike or all dense, along their rows."""
-    if not any(is_packed(weight) for weight in weights):
+    packed = [parts(weight) for weight in weights if is_packed(weight)]
+    if not packed:
         return torch.cat(weights)
-    params = [weight._params for weight in weights if is_packed(weight)]
-    if len(params) < len(weights) or len({(p.bits, p.form, p.group) for p in params}) > 1:
+    if len(packed) < len(weights) or len({(p.bits, p.form, p.group) for p in packed}) > 1:
         raise ValueError("q, k and v of one block are not packed alike")
-    first = params[0]
-    return packed_weight(
-        torch.cat([weight._qdata for weight in weights]),
-        torch.cat([p.scale for p in params]),
-        first.bits,
-        first.form,
-        None if first.shift is None else torch.cat([p.shift for p in params]),
-        first.orig_dtype,
-    )
+    shifts = [p.shift for p in packed if p.shift is not None]
+    joined = packed[0]._replace(codes=torch.cat([p.codes for p in packed]), scale=torch.cat([p.scale for p in packed]),
+                                shift=torch.cat(shifts) if shifts else None)
+    return rewrap(joined, weights[0].dtype)
 
 
-def split_rows(weight: torch.Tensor, parts: int) -> list[torch.Tensor]:
-    """Cut a packed or dense weight into ``parts`` equal runs of rows (views)."""
+def split_rows(weight: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Cut a packed or dense weight into ``count`` equal runs of rows (views)."""
     if not is_packed(weight):
-        return list(weight.chunk(parts))
-    params = weight._params
-    shifts = [None] * parts if params.shift is None else params.shift.chunk(parts)
-    return [packed_weight(codes, scale, params.bits, params.form, shift, params.orig_dtype) for codes, scale, shift
-            in zip(weight._qdata.chunk(parts), params.scale.chunk(parts), shifts, strict=True)]
+        return list(weight.chunk(count))
+    rows = weight.shape[0] // count
+    return [rewrap(parts(weight).rows(slice(i * rows, (i + 1) * rows)), weight.dtype) for i in range(count)]
 
 
 def _swap_halves(weight: torch.Tensor) -> torch.Tensor:
@@ -142,8 +134,7 @@ def to_comfyui(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return tensors
     result = {}
     for name, sources in name_map(*count_blocks(tensors)).items():
-        parts = [tensors[source] for source in sources]
-        result[name] = parts[0] if len(parts) == 1 else cat_rows(parts)
+        result[name] = tensors[sources[0]] if len(sources) == 1 else cat_rows([tensors[source] for source in sources])
     result[_SWAPPED] = _swap_halves(result[_SWAPPED])
     return result
 
@@ -155,6 +146,5 @@ def to_diffusers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     result = {}
     for name, targets in name_map(*count_blocks(tensors)).items():
         tensor = _swap_halves(tensors[name]) if name == _SWAPPED else tensors[name]
-        parts = [tensor] if len(targets) == 1 else split_rows(tensor, len(targets))
-        result.update(zip(targets, parts, strict=True))
+        result.update(zip(targets, split_rows(tensor, len(targets)) if len(targets) > 1 else [tensor], strict=True))
     return result

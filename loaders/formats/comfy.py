@@ -21,7 +21,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ...ops.packed import FORMAT_NAME, Form, packed_weight, tag, unpack_codes
+from ...ops.packed import FORMAT_NAME, Form, packed_weight, parts, tag, unpack_codes
 from .. import names
 from ..errors import DOWNLOAD_AGAIN, ModelFileError
 from ..files import SAFETENSORS_SUFFIXES, TensorFile
@@ -44,12 +44,12 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
     result = {}
     for layer in file.each(name.removesuffix(_TAG) for name in stored if name.endswith(_TAG)):
         conf = _conf(file.path, layer, stored.pop(f"{layer}{_TAG}"))
-        parts = [stored.pop(f"{layer}.weight{suffix}", None) for suffix in ("", "_scale", "_shift")]
-        if parts[0] is None or parts[1] is None:
+        codes, scale, shift = (stored.pop(f"{layer}.weight{suffix}", None) for suffix in ("", "_scale", "_shift"))
+        if codes is None or scale is None:
             raise ModelFileError(file.path, f"weight and weight_scale of {layer}", "one of them missing",
                                  DOWNLOAD_AGAIN)
         try:
-            result[f"{layer}.weight"] = _weight(file, layer, conf, *parts)
+            result[f"{layer}.weight"] = _weight(file, layer, conf, codes, scale, shift)
         except ValueError as error:
             raise ModelFileError(file.path, f"{layer} packed as its tag says", str(error), DOWNLOAD_AGAIN) from error
     return result | stored
@@ -81,8 +81,8 @@ def _weight(file: TensorFile, layer: str, conf: dict, codes, scale, shift) -> Qu
             raise ValueError(f"base 3 for {bits}-bit {form} weights, or outside a single safetensors file")
         codes = from_base3(_read_once(file, layer, codes), scale.shape[1] * group)
     weight = packed_weight(codes, scale, bits, form, shift, dtype=scale.dtype)
-    if weight._params.group != group:
-        raise ValueError(f"groups of {weight._params.group}")
+    if parts(weight).group != group:
+        raise ValueError(f"groups of {parts(weight).group}")
     return weight
 
 
@@ -97,13 +97,13 @@ def _read_once(file: TensorFile, layer: str, codes: torch.Tensor) -> torch.Tenso
 def encode(tensors: Tensors, base3: bool = False) -> Tensors:
     """ComfyUI-named canonical tensors -> those of our file. Raises ValueError where base 3 does not apply."""
     def one(layer: str, weight: QuantizedTensor) -> Tensors:
-        params = weight._params
-        if base3 and (params.bits != 2 or params.form != "symmetric"):
-            raise ValueError(f"base 3 stores ternary weights, not {params.bits}-bit {params.form} ones")
-        result = {f"{layer}.weight": to_base3(weight._qdata) if base3 else weight._qdata.contiguous(),
-                  f"{layer}.weight_scale": params.scale.contiguous(),
+        packed = parts(weight).contiguous()
+        if base3 and (packed.bits, packed.form) != (2, "symmetric"):
+            raise ValueError(f"base 3 stores ternary weights, not {packed.bits}-bit {packed.form} ones")
+        result = {f"{layer}.weight": to_base3(packed.codes) if base3 else packed.codes,
+                  f"{layer}.weight_scale": packed.scale,
                   f"{layer}{_TAG}": tag(weight, **({"storage": "base3"} if base3 else {}))}
-        return result if params.shift is None else result | {f"{layer}.weight_shift": params.shift.contiguous()}
+        return result if packed.shift is None else result | {f"{layer}.weight_shift": packed.shift}
 
     return encode_layers(tensors, one)
 

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from ...ops.packed import is_packed, pack_codes, packed_weight
+from ...ops.packed import dequantize, is_packed, pack_codes, packed_weight, parts
 from .. import names
 from ..check import FLOATS
 from ..errors import ModelFileError
@@ -68,9 +68,10 @@ def expand(tensor: torch.Tensor) -> torch.Tensor:
     """
     if not is_packed(tensor):
         return tensor.contiguous()
-    if tensor._params.form != "symmetric" or tensor._params.bits > 2:
-        raise ValueError(f"{tensor._params.bits}-bit {tensor._params.form} weights cannot be expanded without rounding")
-    return tensor.to(dtype=tensor._params.scale.dtype).dequantize()
+    packed = parts(tensor)
+    if packed.form != "symmetric" or packed.bits > 2:
+        raise ValueError(f"{packed.bits}-bit {packed.form} weights cannot be expanded without rounding")
+    return dequantize(packed, packed.scale.dtype)
 
 
 def from_dense(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +101,7 @@ def write(path: Path, tensors: Tensors, config: KleinConfig, about: About) -> No
     """A folder in diffusers' layout. One shard is expanded at a time: the whole dense model never exists in memory."""
     make_folder(path, config)
     tensors = names.to_diffusers(tensors)
-    outlines = {name: torch.empty(tensor.shape, dtype=tensor._params.scale.dtype if is_packed(tensor) else tensor.dtype,
+    outlines = {name: torch.empty(tensor.shape, dtype=parts(tensor).scale.dtype if is_packed(tensor) else tensor.dtype,
                                   device="meta") for name, tensor in tensors.items()}
     split = split_torch_state_dict_into_shards(outlines, filename_pattern=f"{_WEIGHTS}{{suffix}}.safetensors",
                                                max_shard_size=_SHARD_SIZE)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ...ops.packed import packed_weight
+from ...ops.packed import packed_weight, parts
 from ..check import FLOATS
 from ..errors import DOWNLOAD_AGAIN, ModelFileError
 from ..files import TensorFile, write_json
@@ -48,14 +48,14 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
     stored = file.take_pickle()
     result = {}
     for layer in file.each(name.removesuffix(".W_q") for name in stored if name.endswith(".W_q")):
-        parts = {part: stored.pop(f"{layer}.{part}", None) for part in _PARTS}
-        missing = [part for part, tensor in parts.items() if tensor is None]
+        tables = {part: stored.pop(f"{layer}.{part}", None) for part in _PARTS}
+        missing = [part for part, tensor in tables.items() if tensor is None]
         if missing:
             raise ModelFileError(file.path, f"{layer}.{missing[0]}", "none", DOWNLOAD_AGAIN)
         for part in _OPTIONAL:
             stored.pop(f"{layer}.{part}", None)
-        weight = _weight(file.path, layer, **parts)
-        file.compare_packing(weight._params.bits, weight._params.group)
+        weight = _weight(file.path, layer, **tables)
+        file.compare_packing(parts(weight).bits, parts(weight).group)
         result[f"{layer}.weight"] = weight
     return result | stored
 
@@ -115,23 +115,23 @@ def encode(tensors: Tensors) -> Tensors:
 
 
 def _encode(layer: str, weight: QuantizedTensor) -> Tensors:
-    params = weight._params
-    if params.form == "symmetric" and params.bits <= 2:
-        zeros = -params.scale.float()
-        scales = -zeros * (2 if params.bits == 1 else 1)
-    elif params.form == "symmetric":
-        raise ValueError(f"symmetric {params.bits}-bit weights have no GemLite form")
+    packed = parts(weight)
+    if packed.shift is not None:
+        scales, zeros = packed.scale.float(), packed.shift.float()
+    elif packed.bits <= 2:
+        zeros = -packed.scale.float()
+        scales = -zeros * (2 if packed.bits == 1 else 1)
     else:
-        scales, zeros = params.scale.float(), params.shift.float()
-    mode = {"symmetric": 4, "affine": 4, "zeropoint": 3}[params.form]
-    metadata = (0, params.bits, params.group, 2**params.bits - 1, 8 // params.bits, _FP16, _FP16, _FP32, _FP32, 0,
+        raise ValueError(f"symmetric {packed.bits}-bit weights have no GemLite form")
+    mode = {"symmetric": 4, "affine": 4, "zeropoint": 3}[packed.form]
+    metadata = (0, packed.bits, packed.group, 2**packed.bits - 1, 8 // packed.bits, _FP16, _FP16, _FP32, _FP32, 0,
                 mode, 1)
     return {
-        f"{layer}.W_q": weight._qdata.t().contiguous(),
+        f"{layer}.W_q": packed.codes.t().contiguous(),
         f"{layer}.scales": scales.t().contiguous(),
         f"{layer}.zeros": zeros.t().contiguous(),
         f"{layer}.metadata": torch.tensor(metadata, dtype=torch.int32),
-        f"{layer}.orig_shape": torch.tensor(params.orig_shape, dtype=torch.int32),
+        f"{layer}.orig_shape": torch.tensor((packed.n, packed.k), dtype=torch.int32),
     }
 
 

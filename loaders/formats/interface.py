@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ...ops.packed import is_packed
+from ...ops.packed import is_packed, parts
 from ..files import TensorFile, write_json
 from ..klein import KleinConfig
 
@@ -81,8 +81,8 @@ def encode_layers(tensors: Tensors, encode: Callable[[str, QuantizedTensor], Ten
 
 def packing(tensors: Tensors) -> dict[str, Any]:
     """``bits`` and ``group_size`` of the first packed weight, as the folders' JSON files state them."""
-    params = next(tensor._params for tensor in tensors.values() if is_packed(tensor))
-    return {"bits": params.bits, "group_size": params.group}
+    packed = next(parts(tensor) for tensor in tensors.values() if is_packed(tensor))
+    return {"bits": packed.bits, "group_size": packed.group}
 
 
 def make_folder(path: Path, config: KleinConfig, quantization: dict[str, Any] | None = None) -> None:

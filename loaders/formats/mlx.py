@@ -15,7 +15,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from safetensors.torch import save_file
 
-from ...ops.packed import packed_weight
+from ...ops.packed import packed_weight, parts
 from .. import klein, qwen3
 from ..check import FLOATS
 from ..errors import DOWNLOAD_AGAIN, ModelFileError
@@ -47,8 +47,7 @@ def decode(file: TensorFile) -> Tensors:
             result[name] = stored[name]
             if layer in packed and name in shapes:
                 result[name] = _weight(file.path, name, shapes[name], stored)
-                params = result[name]._params
-                file.compare_packing(params.bits, params.group)
+                file.compare_packing(parts(result[name]).bits, parts(result[name]).group)
         elif layer not in packed:
             raise ModelFileError(file.path, f"a packed weight beside {name}", "none", DOWNLOAD_AGAIN)
     return result
@@ -98,14 +97,14 @@ def encode(tensors: Tensors) -> Tensors:
 
 
 def _encode(layer: str, weight: QuantizedTensor) -> Tensors:
-    params = weight._params
-    if params.form == "affine":
-        scales, biases = params.scale, params.shift
-    elif params.form == "symmetric" and params.bits <= 2:
-        scales, biases = params.scale * (2 if params.bits == 1 else 1), -params.scale
+    packed = parts(weight)
+    if packed.form == "affine" and packed.shift is not None:
+        scales, biases = packed.scale, packed.shift
+    elif packed.form == "symmetric" and packed.bits <= 2:
+        scales, biases = packed.scale * (2 if packed.bits == 1 else 1), -packed.scale
     else:
-        raise ValueError(f"MLX cannot hold {params.bits}-bit {params.form} weights without rounding")
-    return {f"{layer}.weight": to_words(weight._qdata), f"{layer}.scales": scales.contiguous(),
+        raise ValueError(f"MLX cannot hold {packed.bits}-bit {packed.form} weights without rounding")
+    return {f"{layer}.weight": to_words(packed.codes), f"{layer}.scales": scales.contiguous(),
             f"{layer}.biases": biases.contiguous()}
 
 
