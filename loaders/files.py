@@ -38,6 +38,10 @@ _CHUNK = 1 << 20
 Progress = Callable[[int, int], None]
 
 
+#: (path, mmap) -> tensors by name, metadata. With ``mmap`` tensors may stay on disk until they are touched.
+Reader = Callable[[Path, bool], tuple[dict[str, Any], dict[str, str]]]
+
+
 def no_progress(done: int, total: int) -> None:
     """A :data:`Progress` that does nothing."""
 

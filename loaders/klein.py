@@ -104,8 +104,8 @@ def read_config(path: Path, tensors: Mapping[str, torch.Tensor]) -> KleinConfig:
     """
     names = ("img_in", "txt_in", "final_layer.linear") if is_comfyui(tensors) else (
         "x_embedder", "context_embedder", "proj_out")
-    outer = [tensors.get(f"{name}.weight") for name in names]
-    if not all(isinstance(tensor, torch.Tensor) and tensor.ndim == 2 for tensor in outer):
+    outer = [tensor for name in names if (tensor := tensors.get(f"{name}.weight")) is not None and tensor.ndim == 2]
+    if len(outer) < len(names):
         raise ModelFileError(path, f"the tensors {', '.join(names)} of FLUX.2 Klein",
                              "one of them missing or not a matrix", CHOOSE_MODEL)
     (hidden, in_channels), (_, text_width), (out_channels, _) = (tuple(tensor.shape) for tensor in outer)

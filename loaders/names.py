@@ -143,7 +143,7 @@ def to_diffusers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The inverse of :func:`to_comfyui`."""
     if not is_comfyui(tensors):
         return tensors
-    result = {}
+    result: dict[str, torch.Tensor] = {}
     for name, targets in name_map(*count_blocks(tensors)).items():
         tensor = _swap_halves(tensors[name]) if name == _SWAPPED else tensors[name]
         result.update(zip(targets, split_rows(tensor, len(targets)) if len(targets) > 1 else [tensor], strict=True))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from . import formats
 from .errors import DOWNLOAD_AGAIN, DOWNLOAD_FOLDER, ModelFileError
@@ -14,6 +13,7 @@ from .files import (
     PICKLE_SUFFIXES,
     SAFETENSORS_SUFFIXES,
     Progress,
+    Reader,
     TensorFile,
     no_progress,
     read_json,
@@ -21,9 +21,6 @@ from .files import (
     read_safetensors,
     refuse_stand_in,
 )
-
-#: (path, mmap) -> tensors by name, metadata.
-Reader = Callable[[Path, bool], tuple[dict[str, Any], dict[str, str]]]
 
 #: The names of weight files in published folders. The first of them that a folder holds is the model, whatever else
 #: lies there; safetensors come first.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import reprlib
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
@@ -80,7 +80,7 @@ def _weight(file: TensorFile, layer: str, conf: dict, codes, scale, shift) -> Qu
         if bits != 2 or form != "symmetric" or file.path.suffix.lower() not in SAFETENSORS_SUFFIXES:
             raise ValueError(f"base 3 for {bits}-bit {form} weights, or outside a single safetensors file")
         codes = from_base3(_read_once(file, layer, codes), scale.shape[1] * group)
-    weight = packed_weight(codes, scale, bits, form, shift, dtype=scale.dtype)
+    weight = packed_weight(codes, scale, bits, cast(Form, form), shift, dtype=scale.dtype)
     if parts(weight).group != group:
         raise ValueError(f"groups of {parts(weight).group}")
     return weight

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ...ops.packed import packed_weight, parts
+from ...ops.packed import Form, packed_weight, parts
 from ..check import FLOATS
 from ..errors import DOWNLOAD_AGAIN, ModelFileError
 from ..files import TensorFile, write_json
@@ -31,7 +31,7 @@ from .interface import About, Format, Tensors, Writer, encode_layers, make_folde
 _META = ("scaled_activations", "W_nbits", "group_size", "unpack_mask", "elements_per_sample", "input_dtype",
          "output_dtype", "acc_dtype", "meta_dtype", "channel_scale_mode", "W_group_mode", "data_contiguous")
 _FP32, _FP16, _BF16 = 0, 1, 2
-_FORMS = {4: "affine", 3: "zeropoint"}
+_FORMS: dict[int, Form] = {4: "affine", 3: "zeropoint"}
 #: What these fields may hold: group scales and zeros, with activations that are not quantised.
 _ALLOWED = {"W_nbits": (1, 2, 4), "W_group_mode": tuple(_FORMS), "scaled_activations": (0,), "channel_scale_mode": (0,),
             "data_contiguous": (0, 1), **dict.fromkeys(("input_dtype", "output_dtype", "acc_dtype", "meta_dtype"),

@@ -12,16 +12,20 @@ Source: hqq 0.2.8 ``save_quantized`` (``tests/test_formats.py`` loads what it wr
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...ops.packed import packed_weight
 from ..check import FLOATS
-from ..errors import DOWNLOAD_AGAIN, ModelFileError
+from ..errors import CHOOSE_TEXT_ENCODER, CHOOSE_UNMODIFIED, DOWNLOAD_AGAIN, ModelFileError
 from ..files import TensorFile, check_stored
 from .interface import Format
 
 _EXPECTED = {"nbits": 4, "packing": "4bit_u8", "axis": 1}
+_TABLES = ("W_q", "scale", "zero")
 _FLAGS = ("quant_zero", "quant_scale", "view_as_float")
 
 
@@ -42,11 +46,11 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
         for key, value in flat.items():
             if isinstance(value, torch.Tensor):
                 check_stored(file.path, f"{module}.{key}", value)
-                if key not in ("W_q", "scale", "zero") if "W_q" in flat else key != "weight":
+                if key not in (_TABLES if "W_q" in flat else ("weight",)):
                     raise ModelFileError(file.path, "only the tensors of the model", f"{key} in {module}",
-                                         "choose an unmodified file")
+                                         CHOOSE_UNMODIFIED)
         if "W_q" in flat:
-            result[f"{module}.weight"] = _weight(file, module, flat)
+            result[f"{module}.weight"] = _weight(file.path, module, flat)
         elif isinstance(flat.get("weight"), torch.Tensor):
             result[f"{module}.weight"] = flat["weight"]
         else:
@@ -54,32 +58,35 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
     return result
 
 
-def _weight(file: TensorFile, module: str, entry: dict) -> QuantizedTensor:
-    # Exact types first: what an unpickled entry holds may be anything, and only numbers and names can be shown.
+def _weight(path: Path, module: str, entry: dict[str, Any]) -> QuantizedTensor:
+    """The canonical weight of one quantised entry, which is what was unpickled: of any types. Raises ModelFileError."""
     for key, value in _EXPECTED.items():
+        # Exact types first: what is not a number or a name cannot be compared, or shown.
         if type(entry.get(key)) is not type(value) or entry[key] != value:
-            raise ModelFileError(file.path, f"{module} as 4-bit 4bit_u8 along axis 1", f"another {key}",
-                                 "choose a Bonsai text encoder")
+            raise ModelFileError(path, f"{module} as 4-bit 4bit_u8 along axis 1", f"another {key}", CHOOSE_TEXT_ENCODER)
     if any(entry.get(flag) not in (None, False) for flag in _FLAGS):
-        raise ModelFileError(file.path, f"{module} with plain scales and zeros", "quantised ones",
-                             "choose a Bonsai text encoder")
-    w_q, scale, zero = (entry.get(name) for name in ("W_q", "scale", "zero"))
-    if not all(isinstance(part, torch.Tensor) for part in (w_q, scale, zero)):
-        raise ModelFileError(file.path, f"W_q, scale and zero in {module}", "not all of them", DOWNLOAD_AGAIN)
+        raise ModelFileError(path, f"{module} with plain scales and zeros", "quantised ones", CHOOSE_TEXT_ENCODER)
+    tables = [part for name in _TABLES if isinstance(part := entry.get(name), torch.Tensor)]
+    if len(tables) < len(_TABLES):
+        raise ModelFileError(path, f"W_q, scale and zero in {module}", "not all of them", DOWNLOAD_AGAIN)
     shape, group = entry.get("shape"), entry.get("group_size")
     sizes = (*shape, group) if isinstance(shape, (tuple, list)) and len(shape) == 2 else ()
     if not sizes or not all(type(size) is int and 0 < size < 2**31 for size in sizes):
-        raise ModelFileError(file.path, f"shape and group_size of {module} as positive integers", "something else",
+        raise ModelFileError(path, f"shape and group_size of {module} as positive integers", "something else",
                              DOWNLOAD_AGAIN)
-    n, k = shape
+    return _packed(path, module, *sizes, *tables)
+
+
+def _packed(path: Path, module: str, n: int, k: int, group: int, w_q: torch.Tensor, scale: torch.Tensor,
+            zero: torch.Tensor) -> QuantizedTensor:
     groups = n * k // group
     if (k % group or group % 2 or groups % 2 or w_q.dtype != torch.uint8 or tuple(w_q.shape) != (groups // 2, group)
             or tuple(scale.shape) != (groups, 1) or scale.shape != zero.shape):
-        raise ModelFileError(file.path, f"{module} of {n} x {k} in groups of {group}",
+        raise ModelFileError(path, f"{module} of {n} x {k} in groups of {group}",
                              f"W_q {tuple(w_q.shape)}, scale {tuple(scale.shape)} and zero {tuple(zero.shape)}",
                              DOWNLOAD_AGAIN)
     if scale.dtype not in FLOATS or scale.dtype != zero.dtype:
-        raise ModelFileError(file.path, f"scale and zero of {module} in one of BF16, FP16 and FP32",
+        raise ModelFileError(path, f"scale and zero of {module} in one of BF16, FP16 and FP32",
                              f"{scale.dtype} and {zero.dtype}", DOWNLOAD_AGAIN)
     scale, zero = (part.reshape(n, k // group) for part in (scale, zero))
     return packed_weight(from_4bit_u8(w_q, n, k), scale, 4, "zeropoint", zero, dtype=scale.dtype)

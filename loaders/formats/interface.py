@@ -15,7 +15,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...ops.packed import is_packed, parts
-from ..files import TensorFile, write_json
+from ..files import Reader, TensorFile, write_json
 from ..klein import KleinConfig
 
 Tensors = dict[str, torch.Tensor]
@@ -56,8 +56,8 @@ class Format:
     decode: Callable[[TensorFile], Tensors]
     #: By the name under which ``convert --to`` offers them.
     writers: Mapping[str, Writer] = field(default_factory=dict)
-    #: Suffix (lower case) -> how to read a container other than safetensors and pickles: tensors by name, metadata.
-    readers: Mapping[str, Callable[[Path], tuple[dict[str, Any], dict[str, str]]]] = field(default_factory=dict)
+    #: Suffix (lower case) -> how to read a container other than safetensors and pickles.
+    readers: Mapping[str, Reader] = field(default_factory=dict)
     #: False where entries of a file may be something other than tensors, which ``decode`` then checks.
     only_tensors: bool = True
 
