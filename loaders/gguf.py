@@ -190,10 +190,11 @@ def read_header(path: Path) -> Contents:
     return contents
 
 
-def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a file, mapped, and its texts. Tensors in blocks are uint8, the bytes of a row last."""
+def read(path: Path, mmap: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a file, mapped or in memory, and its texts. Tensors in blocks are uint8, the bytes of a row last."""
     contents = read_header(path)
     data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)[contents.start :]
+    data = data if mmap else data.clone()
     tensors = {name: data[entry.offset :][: entry.size].view(*entry.shape[:-1], entry.row).view(entry.type.dtype)
                for name, entry in contents.entries.items()}
     return tensors, {key: value for key, value in contents.metadata.items() if isinstance(value, str)}
