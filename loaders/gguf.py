@@ -191,7 +191,7 @@ def read_header(path: Path) -> Contents:
 
 
 def read(path: Path, mmap: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a file, mapped or in memory, and its texts. Tensors in blocks are uint8, the bytes of a row last."""
+    """The tensors of a file, mapped or in memory, its texts. Tensors in blocks are uint8: the bytes of a row last."""
     contents = read_header(path)
     data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)[contents.start :]
     data = data if mmap else data.clone()

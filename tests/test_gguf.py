@@ -13,8 +13,8 @@ import numpy as np
 import packs
 import pytest
 import torch
-from bad_packs import refusal
 from ggml import Ggml
+from sound_files import refusal
 
 from bonsai_image.loaders import gguf, load_transformer, save_transformer
 from bonsai_image.loaders.names import to_comfyui, to_diffusers
