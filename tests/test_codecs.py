@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sound_files import to_4bit_u8
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import dense64
+from sound_files import to_4bit_u8
 
 from bonsai_image.loaders.formats import comfy, dense, gemlite, hqq, mlx
 from bonsai_image.ops.packed import pack_codes, packed_weight, unpack_codes
