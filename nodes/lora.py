@@ -35,7 +35,7 @@ def attach(patcher, loading: bool = False) -> None:
             patches = (*patcher.patches.get(key, ()), *hook_patches.get(key, ()))
             # Called several times per prompt; skip unchanged layers.
             if layer.adapters is None or not layer.adapters.made_for(device, patches):
-                layer.adapters = Adapters(device, patches, side_paths(patches, key, layer.weight.shape, device,
+                layer.adapters = Adapters(device, patches, side_paths(patches, key, layer.loaded_weight().shape, device,
                                                                       lookup=isinstance(layer, HostEmbedding)))
             # Under dynamic VRAM, ComfyUI has also left the patch here, to merge it into the weight.
             layer.weight_lowvram_function = None
