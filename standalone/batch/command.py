@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,13 @@ class Report:
 
     def __post_init__(self) -> None:
         self.failed = self.made = 0
+        self._stdout = sys.stdout
         self._start = time.monotonic()
         self._bar = tqdm(total=self.total, unit="image", disable=self.json, smoothing=0.05)
 
     def event(self, event: str, **facts: Any) -> None:
         if self.json:
-            print(json.dumps({"event": event} | facts), flush=True)
+            print(json.dumps({"event": event} | facts), file=self._stdout, flush=True)
 
     def image(self, row: dict[str, Any]) -> None:
         self.made += 1
@@ -110,14 +112,14 @@ def run(args: argparse.Namespace, device_named: DeviceNamed) -> int:
         tensor_files(args.transformer)
     found = list(_sources(args))
     device, dtype, pools = _compute(args, device_named)
-    batch = args.per_device_batch
     common = {"model": rows.model_digest(args.checkpoint, args.transformer), "dtype": str(dtype).split(".")[1],
-              "precision": args.precision, "batch": batch}
+              "precision": args.precision, "batch": args.per_device_batch}
     wanted = rows.named((row for row in found if isinstance(row, rows.Row)), common)
     if args.shards is not None:
         number, count = args.shards
         wanted = dict(list(wanted.items())[number - 1::count])
     _prepare(args.out, args.shards is not None)
+    _remove_partial(args.out, wanted)
     manifest = Manifest(args.out, common)
     done = manifest.done(set(wanted))
     todo = {name: row for name, row in wanted.items() if name not in done}
@@ -126,22 +128,30 @@ def run(args: argparse.Namespace, device_named: DeviceNamed) -> int:
     for error in (row for row in found if isinstance(row, ValueError)):
         report.failure(*str(error).split(": ", 1))
     work = Work(args.checkpoint.absolute(), args.transformer and args.transformer.absolute(), args.out.absolute(),
-                device, dtype, Setting(args.backend, args.precision), batch, pools.threads)
-    tasks = rows.tasks(todo, args.rows_per_task or batch)
-    try:
-        for row in _made(tasks, work, pools, args) if todo else ():
-            if "error" in row:
-                report.failure(row["id"] or f"{row['prompt'][:60]!r}, seed {row['seed']}", row["error"])
-            else:
-                manifest.add(row)
-                report.image(row)
-    finally:
-        if problem := manifest.flush():
-            report.failure(str(args.out), problem)
-        report.end()
+                device, dtype, Setting(args.backend, args.precision), args.per_device_batch, pools.threads)
+    if todo:
+        _make(rows.tasks(todo, args.rows_per_task or args.per_device_batch), work, pools, args, manifest, report)
+    _remove_partial(args.out, wanted)
+    report.end()
     if not args.json:
         print(f"{args.out}: {report.made} images made, {len(done)} were there, {report.failed} failed")
     return 1 if report.failed else 0
+
+
+def _make(tasks: Iterator[pipeline.Rows], work: Work, pools: pipeline.Pools, args: argparse.Namespace,
+          manifest: Manifest, report: Report) -> None:
+    """Run the tasks, and record and report what comes of them, also when the run is cancelled."""
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints on stdout which workers died
+        try:
+            for row in _made(tasks, work, pools, args):
+                if "error" in row:
+                    report.failure(row["id"] or f"{row['prompt'][:60]!r}, seed {row['seed']}", row["error"])
+                else:
+                    manifest.add(row)
+                    report.image(row)
+        finally:
+            if problem := manifest.flush():
+                report.failure(str(args.out), problem)
 
 
 def _made(tasks: Iterator[pipeline.Rows], work: Work, pools: pipeline.Pools, args: argparse.Namespace,
@@ -154,14 +164,18 @@ def _made(tasks: Iterator[pipeline.Rows], work: Work, pools: pipeline.Pools, arg
 
 
 def _prepare(out: Path, shared: bool) -> None:
-    """The output folder, without what a run left that was killed. Other processes may be at work in a shared one."""
+    """The output folder, without the marks of a run that was killed. A shared one may have other processes at work."""
     try:
         (out / STARTED).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ModelFileError(out, "a writable folder", error.strerror or str(error), "choose another") from error
-    for path in out.glob(".*.tmp"):
-        if time.time() - path.stat().st_mtime > _STALE:
-            path.unlink(missing_ok=True)
     if not shared:  # these workers died with their driver, not of a row
         for mark in (out / STARTED).iterdir():
             mark.unlink(missing_ok=True)
+
+
+def _remove_partial(out: Path, names: Container[str]) -> None:
+    """Remove what writers left that were killed: of ``names``, which nobody writes now, or old."""
+    for path in (*out.glob(".*.tmp"), *out.glob("manifest/.*.tmp")):
+        if path.name.split(".")[1] in names or time.time() - path.stat().st_mtime > _STALE:
+            path.unlink(missing_ok=True)
