@@ -82,6 +82,9 @@ def start(address: str | None, pools: Pools) -> int:
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # workers that die are this program's to report
+    if not address:
+        # What Ray does on Windows and macOS: its servers listen on 127.0.0.1, elsewhere on every interface.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
     import ray.data
 
@@ -92,7 +95,7 @@ def start(address: str | None, pools: Pools) -> int:
             ray.init(address, log_to_driver=False, logging_level="error")
         else:
             ray.init("local", num_cpus=pools.cpus(), num_gpus=pools.gpus, include_dashboard=False, log_to_driver=False,
-                     logging_level="error", object_store_memory=2 * pools.store_bytes(), _node_ip_address="127.0.0.1")
+                     logging_level="error", object_store_memory=2 * pools.store_bytes())
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ValueError(f"no Ray at {address or 'this machine'}: {error}") from error
     return int(ray.cluster_resources().get("GPU", 0))

@@ -48,6 +48,9 @@ def settings(path: Path) -> dict[str, Any]:
     if found.nodes("LoadImage"):
         found.one("ReferenceLatent")
         result["reference"] = found.value("LoadImage", "image")
+    if found.value("EmptyFlux2LatentImage", "batch_size") != 1:
+        # The images of a batch share a seed: no single image has the noise of the second.
+        raise found.refuse("one image per seed", f"{found.value('EmptyFlux2LatentImage', 'batch_size')} in a batch")
     result |= {side: found.value("EmptyFlux2LatentImage", side) for side in ("width", "height")}
     if found.nodes("LoraLoaderModelOnly"):
         result |= {"lora": found.value("LoraLoaderModelOnly", "lora_name"),
