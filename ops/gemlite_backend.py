@@ -1,15 +1,16 @@
 """GemLite's kernels on the canonical packed form, without a converted copy.
 
 GemLite stores ``W_q`` ``(K * bits / 8, N)`` and tables ``(K / group, N)``: the transposes of the canonical tensors.
-Its kernels take strides, so transposed *views* will do. The host's copy of a weight, wherever it keeps it, stays the
-only one. (How fast its kernels are with these strides is not measured.)
+Its kernels take strides, so they read transposed views, and the host's copy of a weight stays the only one. (How fast
+its kernels are with these strides is not measured.)
 
 The activations keep their dtype; products are accumulated in FP32. GemLite reads its launch configurations from a
-process-wide table and otherwise measures candidates for minutes. Ours are entered for the shapes that we multiply, and
-never replace an entry. They do not split K: a split is added up in the output dtype.
+process-wide table; for a shape that is not in it, it measures candidates for minutes. We enter one configuration for
+each shape that we multiply, and never replace an entry. Ours do not split K, because the parts of a split are added in
+the output dtype.
 
-So there is one candidate for every shape. Triton before 3.9 measures even that, with a device synchronisation, 256 MB
-of device memory and an eighth of a second for each shape; here it does not.
+Triton before 3.9 measures even a single candidate, with a device synchronisation, 256 MB of device memory and an eighth
+of a second for each shape. :func:`_unmeasured` prevents it.
 """
 
 from __future__ import annotations
@@ -34,15 +35,17 @@ NAME = "gemlite"
 DEVICES = ("cuda", "xpu")
 REMEDY = "update gemlite (pip install --upgrade gemlite)"
 
-#: GemLite's codes of dtypes.
+#: The fields of GemLite's ``metadata``, in order.
+METADATA = ("scaled_activations", "W_nbits", "group_size", "unpack_mask", "elements_per_sample", "input_dtype",
+            "output_dtype", "acc_dtype", "meta_dtype", "channel_scale_mode", "W_group_mode", "data_contiguous")
+#: GemLite's codes of dtypes in ``metadata``.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: GemLite's W_group_mode: ``(code - zero) * scale`` and ``code * scale + zero``.
 MINUS_ZERO, PLUS_ZERO = 3, 4
 
-#: Above so many rows GemLite uses its plain GEMM, up to there the kernel for few rows. There, a product is bound by
-#: bytes and a fused kernel reads the fewest; above, GemLite's author measured it slower than a dense product.
+#: GemLite has a kernel for up to this many rows, and a plain GEMM for more.
 SPLIT_K_ROWS = 64
-#: GemLite reads scales of whole tiles of so many out features, beyond the end of the table if need be.
+#: GemLite reads scales in tiles of this many out features, past the end of the table if need be.
 _TILE_N = 64
 #: GemLite counts the elements of activations and results in 32 bits.
 _MAX_ELEMENTS = 2**31
@@ -96,7 +99,7 @@ def _release(text: str) -> tuple[int, int]:
 
 
 def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
-    """Out features in whole tiles; few rows, or by name any number that GemLite can count."""
+    """Weights whose out features fill whole tiles; few rows, or by name any number that GemLite can count."""
     return (not fast and dtype in DTYPES and packed.group * packed.bits % 8 == 0 and packed.n % _TILE_N == 0
             and (named or rows <= tuning(device).gemlite_rows) and rows * max(packed.n, packed.k) < _MAX_ELEMENTS)
 
@@ -109,10 +112,12 @@ def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tenso
         factor, origin = LEVELS[bits]
         zeros = scale.new_full((1,), origin / factor, dtype=torch.float32)
     else:
-        # GemLite multiplies and adds in the dtype of the tables; the reference does in FP32.
+        # GemLite multiplies and adds in the dtype of the tables, the reference in FP32.
         mode = PLUS_ZERO if form == "affine" else MINUS_ZERO
         scale, zeros = scale.float(), shift.float().t()
-    metadata = [0, bits, packed.group, 2**bits - 1, 8 // bits, dtype, dtype, 0, 0, 0, mode, 1]
+    metadata = dict.fromkeys(METADATA, 0) | {
+        "W_nbits": bits, "group_size": packed.group, "unpack_mask": 2**bits - 1, "elements_per_sample": 8 // bits,
+        "input_dtype": dtype, "output_dtype": dtype, "W_group_mode": mode, "data_contiguous": 1}
     kernel = "GEMM_SPLITK" if x.shape[0] <= SPLIT_K_ROWS else "GEMM"
     with _LOCK, current(x.device):
         core, utils = _gemlite()
@@ -122,21 +127,22 @@ def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tenso
         core.GEMLITE_TRITON_CONFIG_CACHE.setdefault(kernel, {}).setdefault(key, dict(_CONFIGS[kernel]))
         # kernel[0] is the variant for integer codes.
         with _unmeasured(core.GEMLITE_TRITON_MAPPING[kernel].kernel[0]):
-            out = torch.ops.gemlite.forward_functional(x.contiguous(), None, [codes.t(), scale.t(), zeros], metadata,
+            out = torch.ops.gemlite.forward_functional(x.contiguous(), None, [codes.t(), scale.t(), zeros],
+                                                       list(metadata.values()),
                                                        core.GEMLITE_MATMUL_TYPES_MAPPING[kernel])
     return out if factor == 1 else out.mul_(factor)
 
 
 def _gemlite():
-    """GemLite, imported in a context of its own: the Triton allocator it sets is not seen outside."""
+    """GemLite's modules, imported in a context of their own: the Triton allocator that GemLite sets stays inside."""
     contextvars.copy_context().run(importlib.import_module, "gemlite")
     return importlib.import_module("gemlite.core"), importlib.import_module("gemlite.triton_kernels.utils")
 
 
 @contextmanager
 def _unmeasured(tuner: Any) -> Iterator[None]:
-    """Have a kernel's ``triton.runtime.Autotuner`` take its one candidate as it is."""
-    # A cached property: the object has the attribute only once somebody has asked for it.
+    """Makes the ``triton.runtime.Autotuner`` of a kernel accept its only candidate without measuring it."""
+    # A cached property, so the object has the attribute only after its first use.
     measure = vars(tuner).get("do_bench")
     tuner.do_bench = lambda _call, **_options: 0.0
     try:

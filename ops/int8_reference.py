@@ -1,5 +1,4 @@
-"""Int8 activations in plain torch: the definition of what a backend computes with ``fast``, and the way to measure its
-error on any device. Not fast itself.
+"""Int8 activations in plain torch: the definition of what a backend computes with ``fast``, slow but on any device.
 
 For a symmetric weight ``W[n, k] = scale[n, k // group] * level[n, k]`` and activations ``x``::
 

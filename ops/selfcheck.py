@@ -25,7 +25,7 @@ _ROWS = (5, 80)
 
 
 class Kind(NamedTuple):
-    """What the verdict holds for: weights and activations that the same kernels multiply."""
+    """The weights and activations that one verdict covers."""
 
     bits: int
     form: Form
@@ -62,9 +62,9 @@ def _passes(backend: Backend, device: torch.device, kind: Kind, fast: bool) -> b
 def worst_error(backend: Backend, device: torch.device, kind: Kind, fast: bool) -> float:
     """The error of ``backend`` on one small layer, in units of the tolerance.
 
-    The tolerance is one rounding of the dtype relative to the norm of the result, and not less than one of TF32, in
-    which a GPU may be set to multiply FP32; more where it is set to add up in FP16. The layer is made of fixed
-    numbers: the random state of the process is not touched.
+    The tolerance is one rounding of the dtype relative to the norm of the result, but at least one of TF32, in which a
+    GPU may be set to multiply FP32, and more where FP16 is set to accumulate in FP16. The layer is made of fixed
+    numbers, so the random state of the process is not touched.
     """
     bits, form, group, dtype, scale_dtype = kind
     n, k = 256, 8 * group

@@ -1,8 +1,7 @@
 """The torch backend: dequantise in row blocks that stay in cache, multiply each in the activation dtype.
 
-It runs on every device that torch has. On a CPU, expanding a whole weight first writes and reads it through main
-memory; a block of :data:`CPU_BLOCK_ELEMENTS` elements stays in the cache between the two steps
-(``benchmarks/linear.py``).
+It runs on every device that torch has. On a CPU, a weight that is expanded whole travels to main memory and back; a
+block of :data:`CPU_BLOCK_ELEMENTS` elements stays in the cache between the two steps (``benchmarks/linear.py``).
 """
 
 from __future__ import annotations

@@ -322,6 +322,17 @@ def test_every_setting_multiplies_on_a_cpu(name, precision):
     assert relative(linear(x, weight, None, Setting(name, precision)), x.double() @ dense64(weight).T) < 0.02
 
 
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_every_backend_compiles_to_one_graph_and_has_a_gradient(name):
+    layer, x = PackedLinear(256, 64, bias=False), torch.randn(3, 256, requires_grad=True)
+    layer.load_state_dict({"weight": random_weight(2, "symmetric", 64, 256, 128)})
+    layer.setting = Setting(name)
+    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    out.sum().backward()
+    assert torch.equal(out, layer(x))
+    assert relative(x.grad, dense64(layer.weight).sum(0).expand(3, -1)) < 1e-6
+
+
 def test_no_rows():
     weight = random_weight(2, "symmetric", 64, 256, 128)
     assert linear(torch.empty(2, 0, 256), weight, None, Setting("mlx")).shape == (2, 0, 64)

@@ -1,6 +1,6 @@
 """The MLX backend: ``mx.quantized_matmul`` on the packed words, for Apple silicon.
 
-The canonical codes are MLX's words, so nothing is repacked. This file says when MLX is used; importing it does not
+The canonical codes are MLX's words, so nothing is repacked. This file decides when MLX is used; importing it does not
 import MLX. What runs in MLX is in ``ops/mlx/arrays.py`` (one product) and ``ops/mlx/klein.py`` (the whole
 transformer).
 
@@ -60,8 +60,8 @@ def _first_line(failure: Exception) -> str:
 
 
 def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
-    """Weights whose form is exactly MLX's, on Apple silicon. By name also on a CPU, in float32 (there MLX adds half
-    types up in half precision)."""
+    """Weights whose form is exactly MLX's, on Apple silicon. By name also on a CPU, in float32 (there MLX accumulates
+    half types in half precision)."""
     here = is_apple_silicon(device) or (named and dtype == torch.float32)
     return here and not fast and dtype in DTYPES and takes(packed)
 

@@ -21,7 +21,7 @@ from .arrays import PackedArrays, product
 Weights = dict[str, PackedArrays | mx.array]
 
 _NORM_EPS = 1e-6
-#: The timestep goes into 256 sinusoids with periods from 1 to 10,000, in thousandths (BFL's flux2, ``model.py``).
+#: The timestep, in thousandths, becomes 256 sinusoids with periods from 1 to 10,000 (BFL's flux2, ``model.py``).
 _TIME_CHANNELS, _TIME_PERIOD, _TIME_FACTOR = 256, 10000, 1000.0
 ROPE_AXES, ROPE_THETA = (32, 32, 32, 32), 2000
 _FP16_MAX = 65504.0
