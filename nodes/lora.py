@@ -52,9 +52,12 @@ def detach(patcher, unpatch_all: bool) -> None:
 
 
 def count(patcher) -> None:
-    """Count the factors of ``patcher``'s adapters, which :func:`attach` copies to the device, in its size in bytes."""
-    adapters = sum(tensor.nbytes for patches in patcher.patches.values() for _, value, *_ in patches
-                   for tensor in factors(value))
+    """Count the factors of ``patcher``'s adapters, which :func:`attach` copies to the device, in its size in bytes.
+
+    Those of hooks all count, though not all of them need be in force at once.
+    """
+    adapters = sum(tensor.nbytes for by_key in (patcher.patches, *patcher.hook_patches.values())
+                   for patches in by_key.values() for _, value, *_ in patches for tensor in factors(value))
     patcher.size = comfy.model_management.module_size(patcher.model) + adapters
 
 

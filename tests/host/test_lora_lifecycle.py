@@ -196,14 +196,28 @@ def test_factors_are_copied_to_the_device_by_the_load(packed_model, tensors, kin
     assert len(paths) == len(LAYERS) and {tensor.device.type for tensor in tensors_in(tuple(paths))} == {"meta"}
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
-def test_factors_are_counted_before_the_model_is_loaded(packed_model, tensors, kind, monkeypatch):
-    file = Maker(tensors).file(kind)
-    sizes, load = [], comfy.model_management.load_models_gpu
+@pytest.fixture
+def sizes(monkeypatch):
+    """The size of the first model of every load, as ComfyUI asks for it to make room."""
+    seen, load = [], comfy.model_management.load_models_gpu
     monkeypatch.setattr(comfy.model_management, "load_models_gpu",
-                        lambda models, **options: sizes.append(models[0].model_size()) or load(models, **options))
+                        lambda models, **options: seen.append(models[0].model_size()) or load(models, **options))
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+def test_factors_are_counted_before_the_model_is_loaded(packed_model, tensors, kind, sizes):
+    file = Maker(tensors).file(kind)
     for model in (packed_model, with_lora(packed_model, file, 0.2), packed_model):
         sample(model, steps=1)
+    assert sizes == [sizes[0], sizes[0] + bytes_of(file), sizes[0]]
+
+
+def test_factors_of_hooks_are_counted(packed_model, tensors, sizes):
+    file = Maker(tensors).file("lora")
+    hooked = comfy.hooks.set_hooks_for_conditioning(conditioning(), comfy.hooks.create_hook_lora(file, 0.2, 0.0))
+    for positive in (None, hooked, None):
+        sample(packed_model, positive, steps=1)
     assert sizes == [sizes[0], sizes[0] + bytes_of(file), sizes[0]]
 
 
