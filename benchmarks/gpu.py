@@ -25,6 +25,8 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import gpu_kernels
+import roofline
 import torch
 
 from bonsai_image.loaders.klein import KleinConfig
@@ -128,25 +130,21 @@ def environment(device: str) -> dict:
     return found
 
 
-def kernel_lines(kernels: dict) -> list[str]:
-    """Milliseconds of every way beside dense, one line for each layer and number of rows."""
-    ways = ("dense", "torch", "triton", "gemlite", "int8")
-    lines = [f"{'bits':>4} {'N x K':>13} {'rows':>5}" + "".join(f"{way + ' ms':>12}" for way in ways)]
-    cells: dict[tuple, dict[str, float]] = {}
-    for row in kernels["rows"]:
-        cells.setdefault((row["bits"], row["n"], row["k"], row["rows"]), {})[row["way"]] = row["ms"]
-    for (bits, n, k, rows), ms in cells.items():
-        lines.append(f"{bits:>4} {f'{n} x {k}':>13} {rows:>5}" + "".join(
-            f"{ms[way]:>12.3f}" if way in ms else f"{'-':>12}" for way in ways))
-    return lines
-
-
 #: The head of the table that :func:`image_lines` makes.
-IMAGE_HEAD = (f"{'host':<9}{'mode':<9}{'model':<15}{'size':>5}{'step s':>9}{'ratio':>7}{'image s':>9}{'ratio':>7}"
-              f"{'first s':>9}{'load s':>8}{'new':>6}{'peak MB: encode':>16}{'denoise':>9}{'decode':>8}{'latent':>8}")
+IMAGE_HEAD = (f"{'host':<9}{'mode':<9}{'model':<15}{'size':>5}{'step s':>9}{'ratio':>7}{'model':>7}{'image s':>9}"
+              f"{'ratio':>7}{'first s':>9}{'load s':>8}{'new':>6}{'peak MB: encode':>16}{'denoise':>9}{'decode':>8}"
+              f"{'latent':>8}")
 
 
-def image_lines(case: dict, result: dict, dense: dict | None) -> list[str]:
+def modelled(device: str, case: dict, size: str) -> str:
+    """The ratio of a step that ``roofline.py`` expects on ``device``."""
+    times = roofline.expected(device, int(size), 1 if case["variant"] == "binary" else 2)
+    if times is None or case["variant"] == "dense":
+        return f"{'-':>7}"
+    return f"{times['dense'] / times[case['precision']]:>7.2f}"
+
+
+def image_lines(case: dict, result: dict, dense: dict | None, device: str) -> list[str]:
     """One line for each size. Ratios are the time of ``dense``, the result of the dense model in the same host and
     mode, over this time: above 1 is faster."""
     head = f"{case['kind']:<9}{case['mode']:<9}{case['variant'] + ' ' + case['precision']:<15}"
@@ -159,7 +157,8 @@ def image_lines(case: dict, result: dict, dense: dict | None) -> list[str]:
                   for key in ("step_seconds", "image_seconds")]
         latent = figures["latent_difference"]
         lines.append(
-            f"{head}{size:>5}{figures['step_seconds']:>9.4f}{ratios[0]}{figures['image_seconds']:>9.3f}{ratios[1]}"
+            f"{head}{size:>5}{figures['step_seconds']:>9.4f}{ratios[0]}"
+            f"{modelled(device, case, size)}{figures['image_seconds']:>9.3f}{ratios[1]}"
             f"{result['first_image_seconds']:>9.2f}{result['load_seconds']:>8.1f}"
             f"{new['first_seconds'] / new['warm_seconds']:>6.2f}{peak['encode']:>16.0f}{peak['denoise']:>9.0f}"
             f"{peak['decode']:>8.0f}{'-' if latent is None else f'{latent:.4f}':>8}")
@@ -171,10 +170,8 @@ def measure_kernels(report: dict, device: str, tiny: bool, seconds: float) -> li
     kernels = report["kernels"] = run({"kind": "kernels", "device": device, "tiny": tiny}, seconds)
     if "failed" in kernels:
         return [f"kernels: {kernels['failed']}"]
-    print("\n".join(kernel_lines(kernels)))
-    print(f"rows up to which gemlite is fastest on every layer: {kernels['gemlite_rows']}\n", flush=True)
-    return [f"{r['way']} {r['n']} x {r['k']} rows {r['rows']}: error {r['error']:.2e}"
-            for r in kernels["rows"] if not r["error"] <= r["tolerance"]]
+    print("\n".join(gpu_kernels.lines(kernels)), flush=True)
+    return gpu_kernels.wrong(kernels)
 
 
 def measure_image(case: dict, latents: Path, report: dict, dense: dict, seconds: float) -> list[str]:
@@ -187,7 +184,8 @@ def measure_image(case: dict, latents: Path, report: dict, dense: dict, seconds:
     report["images"].append({**case, **result})
     if case["variant"] == "dense":
         dense[case["kind"], case["mode"]] = result
-    print("\n".join(image_lines(case, result, dense.get((case["kind"], case["mode"])))), flush=True)
+    print("\n".join(image_lines(case, result, dense.get((case["kind"], case["mode"])),
+                                report["environment"].get("device", ""))), flush=True)
     return wrong + ([f"{case['name']}: {result['failed']}"] if "failed" in result else [])
 
 
