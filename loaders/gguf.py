@@ -26,7 +26,7 @@ from .errors import DOWNLOAD_AGAIN, ModelFileError
 class Type:
     """A ggml type: a row is stored in blocks of ``weights`` elements and ``size`` bytes.
 
-    Blocks are uint8 here. Those of a packed type, with ``bits``, are an FP16 scale and canonical codes.
+    Blocks are uint8 here. Those of a packed type, with ``bits`` above 0, are an FP16 scale and canonical codes.
     """
 
     id: int
@@ -34,7 +34,7 @@ class Type:
     weights: int
     size: int
     dtype: torch.dtype = torch.uint8
-    bits: int | None = None
+    bits: int = 0
 
 
 F32 = Type(0, "F32", 1, 4, torch.float32)
@@ -221,8 +221,9 @@ def write(path: Path, entries: Mapping[str, Entry], data: Iterable[torch.Tensor]
 def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str | int]) -> Iterator[bytes]:
     yield _MAGIC + struct.pack("<IQQ", _VERSIONS[-1], len(entries), len(metadata))
     for key, value in metadata.items():
-        text = isinstance(value, str)
-        yield _text(key) + (struct.pack("<I", _STRING) + _text(value) if text else struct.pack("<II", _UINT32, value))
+        yield _text(key)
+        yield (struct.pack("<II", _UINT32, value) if isinstance(value, int)
+               else struct.pack("<I", _STRING) + _text(value))
     for name, entry in entries.items():
         shape = entry.shape[::-1]
         yield _text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, entry.type.id, entry.offset)

@@ -10,11 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from ..ops.packed import is_packed, parts, rewrap
 from .errors import CHOOSE_UNMODIFIED, ModelFileError
+
+Value = TypeVar("Value")
 
 _TOP = {
     "img_in": "x_embedder",
@@ -89,8 +92,9 @@ def prefix(names: Mapping[str, object]) -> str:
     return next((prefix for prefix in _PREFIXES if f"{prefix}img_in.weight" in names), "")
 
 
-def normalise(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Strip a checkpoint prefix, and bring the norm names of older ComfyUI files (``.scale``) to ``.weight``.
+def normalise(path: Path, tensors: Mapping[str, Value]) -> dict[str, Value]:
+    """Strip a checkpoint prefix, and bring the norm names of older ComfyUI files (``.scale``) to ``.weight``. What the
+    names stand for does not matter.
 
     Raises ModelFileError where that makes two tensors one.
     """
