@@ -45,7 +45,9 @@ def _move_rows(operator: Callable, position: int) -> Callable:
         moved = [operator(list(column) if weights is first else column[0], *rest, **kwargs) for column in columns]
 
         def wrap(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None) -> QuantizedTensor:
-            return packed_weight(codes, scale, packed.bits, packed.form, shift, dtype)
+            # Torch wants a view of a tensor made outside of inference mode to be like it.
+            with torch.inference_mode(weights[0].is_inference()):
+                return packed_weight(codes, scale, packed.bits, packed.form, shift, dtype)
 
         if isinstance(moved[0], torch.Tensor):
             return wrap(*moved)

@@ -28,7 +28,7 @@ import torch
 
 from . import triton_backend
 from .devices import AMPERE, current, gpu
-from .packed import LEVELS, Packed
+from .packed import LEVELS, Form, Packed
 from .tuning import tuning
 
 NAME = "gemlite"
@@ -40,8 +40,8 @@ METADATA = ("scaled_activations", "W_nbits", "group_size", "unpack_mask", "eleme
             "output_dtype", "acc_dtype", "meta_dtype", "channel_scale_mode", "W_group_mode", "data_contiguous")
 #: GemLite's codes of dtypes in ``metadata``.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-#: GemLite's W_group_mode: ``(code - zero) * scale`` and ``code * scale + zero``.
-MINUS_ZERO, PLUS_ZERO = 3, 4
+#: Our forms -> GemLite's ``W_group_mode``.
+MODES: dict[Form, int] = {"zeropoint": 3, "affine": 4}
 
 #: GemLite has a kernel for up to this many rows, and a plain GEMM for more.
 SPLIT_K_ROWS = 64
@@ -104,31 +104,38 @@ def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, 
             and (named or rows <= tuning(device).gemlite_rows) and rows * max(packed.n, packed.k) < _MAX_ELEMENTS)
 
 
+def metadata_fields(packed: Packed, mode: int, dtype: torch.dtype) -> list[int]:
+    """The fields of :data:`METADATA` for a weight of GemLite's ``mode`` and activations of ``dtype``, accumulated in
+    FP32."""
+    fields = dict.fromkeys(METADATA, 0) | {
+        "W_nbits": packed.bits, "group_size": packed.group, "unpack_mask": 2**packed.bits - 1,
+        "elements_per_sample": 8 // packed.bits, "input_dtype": DTYPES[dtype], "output_dtype": DTYPES[dtype],
+        "acc_dtype": DTYPES[torch.float32], "meta_dtype": DTYPES[torch.float32], "W_group_mode": mode,
+        "data_contiguous": 1}
+    return list(fields.values())
+
+
 def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tensor:
     """``x @ W.T`` for ``x`` ``(M, K)``, M at least 1; ``(M, N)`` in the dtype of ``x``."""
     codes, scale, shift, bits, form = packed.contiguous()
-    dtype, mode, factor = DTYPES[x.dtype], MINUS_ZERO, 1
+    mode, factor = MODES["zeropoint"], 1
     if shift is None:
         factor, origin = LEVELS[bits]
         zeros = scale.new_full((1,), origin / factor, dtype=torch.float32)
     else:
         # GemLite multiplies and adds in the dtype of the tables, the reference in FP32.
-        mode = PLUS_ZERO if form == "affine" else MINUS_ZERO
-        scale, zeros = scale.float(), shift.float().t()
-    metadata = dict.fromkeys(METADATA, 0) | {
-        "W_nbits": bits, "group_size": packed.group, "unpack_mask": 2**bits - 1, "elements_per_sample": 8 // bits,
-        "input_dtype": dtype, "output_dtype": dtype, "W_group_mode": mode, "data_contiguous": 1}
+        mode, scale, zeros = MODES[form], scale.float(), shift.float().t()
     kernel = "GEMM_SPLITK" if x.shape[0] <= SPLIT_K_ROWS else "GEMM"
     with _LOCK, current(x.device):
         core, utils = _gemlite()
         # FP16 and BF16 share configurations in GemLite's table.
-        kind = DTYPES[torch.float16] if x.dtype == torch.bfloat16 else dtype
+        kind = DTYPES[torch.float16 if x.dtype == torch.bfloat16 else x.dtype]
         key = str((utils.get_closest_m(x.shape[0]), packed.n, packed.k, packed.group, 8 // bits, kind * 100 + bits))
         core.GEMLITE_TRITON_CONFIG_CACHE.setdefault(kernel, {}).setdefault(key, dict(_CONFIGS[kernel]))
         # kernel[0] is the variant for integer codes.
         with _unmeasured(core.GEMLITE_TRITON_MAPPING[kernel].kernel[0]):
             out = torch.ops.gemlite.forward_functional(x.contiguous(), None, [codes.t(), scale.t(), zeros],
-                                                       list(metadata.values()),
+                                                       metadata_fields(packed, mode, x.dtype),
                                                        core.GEMLITE_MATMUL_TYPES_MAPPING[kernel])
     return out if factor == 1 else out.mul_(factor)
 

@@ -148,6 +148,15 @@ def test_rows_stay_packed(name, bits, form):
         assert torch.equal(dense64(result), rows)
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_a_weight_made_elsewhere_stay_packed(name):
+    """In inference mode, of a weight that was made outside; and the other way round."""
+    for inside in (False, True):
+        with torch.inference_mode(inside):
+            weight = random_weight(2, "symmetric", 12, 256, 64)
+        assert all(map(is_packed, ROWS[name](weight)))
+
+
 def test_slices_are_views():
     weight = held()
     assert parts(weight[2:]).codes.data_ptr() == parts(weight).codes[2:].data_ptr()

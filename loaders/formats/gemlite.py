@@ -3,7 +3,7 @@
 ``W_q``        uint8 ``(K * bits / 8, N)`` or int32 ``(K * bits / 32, N)``: packed along K, stored transposed
 ``scales``     float32 ``(K / group, N)``; in published files every value is a BF16 number
 ``zeros``      like ``scales``, by ``W_group_mode``: 4 ``w = code * scale + zeros``; 3 ``w = (code - zeros) * scale``
-``metadata``   int32[12], see :data:`_META`
+``metadata``   int32[12], see ``ops/gemlite_backend.py``
 ``orig_shape`` (N, K)
 
 and optionally ``bias`` and ``meta_scale``. Ternary weights have ``zeros == -scales``, binary ones ``-scales / 2``.
@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ...ops.packed import Form, packed_weight, parts
+from ...ops.gemlite_backend import DTYPES, METADATA, MODES, metadata_fields
+from ...ops.packed import packed_weight, parts
 from ..check import FLOATS
 from ..errors import DOWNLOAD_AGAIN, ModelFileError
 from ..files import TensorFile, write_json
@@ -27,15 +28,11 @@ from ..klein import KleinConfig
 from ..names import to_diffusers
 from .interface import About, Format, Tensors, Writer, encode_layers, make_folder, packing
 
-#: Fields of ``metadata`` in order.
-_META = ("scaled_activations", "W_nbits", "group_size", "unpack_mask", "elements_per_sample", "input_dtype",
-         "output_dtype", "acc_dtype", "meta_dtype", "channel_scale_mode", "W_group_mode", "data_contiguous")
-_FP32, _FP16, _BF16 = 0, 1, 2
-_FORMS: dict[int, Form] = {4: "affine", 3: "zeropoint"}
+_FORMS = {mode: form for form, mode in MODES.items()}
 #: What these fields may hold: group scales and zeros, with activations that are not quantised.
 _ALLOWED = {"W_nbits": (1, 2, 4), "W_group_mode": tuple(_FORMS), "scaled_activations": (0,), "channel_scale_mode": (0,),
             "data_contiguous": (0, 1), **dict.fromkeys(("input_dtype", "output_dtype", "acc_dtype", "meta_dtype"),
-                                                       (_FP32, _FP16, _BF16))}
+                                                       tuple(DTYPES.values()))}
 _PARTS = ("W_q", "scales", "zeros", "metadata", "orig_shape")
 _OPTIONAL = ("meta_scale",)
 
@@ -62,11 +59,11 @@ def decode(file: TensorFile) -> dict[str, torch.Tensor]:
 
 def _weight(path: Path, layer: str, W_q, scales, zeros, metadata, orig_shape) -> QuantizedTensor:
     integers = all(part.dtype in (torch.int32, torch.int64) for part in (metadata, orig_shape))
-    if not integers or metadata.shape != (len(_META),) or orig_shape.shape != (2,) or W_q.ndim != 2:
-        raise ModelFileError(path, f"{len(_META)} integer metadata fields and a 2-D weight in {layer}",
+    if not integers or metadata.shape != (len(METADATA),) or orig_shape.shape != (2,) or W_q.ndim != 2:
+        raise ModelFileError(path, f"{len(METADATA)} integer metadata fields and a 2-D weight in {layer}",
                              f"{metadata.numel()} of {metadata.dtype} and {W_q.ndim}-D",
                              "use a file made with GemLite 0.5 or newer")
-    meta = dict(zip(_META, metadata.tolist(), strict=True))
+    meta = dict(zip(METADATA, metadata.tolist(), strict=True))
     (n, k), bits, group = orig_shape.tolist(), meta["W_nbits"], meta["group_size"]
     odd = [f"{key} {meta[key]}" for key, values in _ALLOWED.items() if meta[key] not in values]
     if odd:
@@ -123,14 +120,12 @@ def _encode(layer: str, weight: QuantizedTensor) -> Tensors:
         scales = -zeros * (2 if packed.bits == 1 else 1)
     else:
         raise ValueError(f"symmetric {packed.bits}-bit weights have no GemLite form")
-    mode = {"symmetric": 4, "affine": 4, "zeropoint": 3}[packed.form]
-    metadata = (0, packed.bits, packed.group, 2**packed.bits - 1, 8 // packed.bits, _FP16, _FP16, _FP32, _FP32, 0,
-                mode, 1)
+    form = "affine" if packed.form == "symmetric" else packed.form
     return {
         f"{layer}.W_q": packed.codes.t().contiguous(),
         f"{layer}.scales": scales.t().contiguous(),
         f"{layer}.zeros": zeros.t().contiguous(),
-        f"{layer}.metadata": torch.tensor(metadata, dtype=torch.int32),
+        f"{layer}.metadata": torch.tensor(metadata_fields(packed, MODES[form], torch.float16), dtype=torch.int32),
         f"{layer}.orig_shape": torch.tensor((packed.n, packed.k), dtype=torch.int32),
     }
 
