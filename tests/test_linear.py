@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import dense64, random_weight, relative
 
-from bonsai_image.ops import backends, torch_backend
+from bonsai_image.ops import Setting, backends, torch_backend
 from bonsai_image.ops.layers import PackedEmbedding, PackedLinear
 from bonsai_image.ops.linear import linear
 from bonsai_image.ops.packed import PackedLayout, packed_nbytes, parts
@@ -19,12 +19,13 @@ CASES = [(1, "symmetric", 128), (2, "symmetric", 128), (2, "symmetric", 32), (4,
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float64: 1e-14}
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize(("case", "dtype"), list(itertools.product(CASES, TOLERANCE)), ids=str)
-def test_agrees_with_the_reference(case, dtype):
+def test_agrees_with_the_reference(case, dtype, backend):
     bits, form, group = case
     weight = random_weight(bits, form, 40, 256, group)
     x = torch.randn(7, 256, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-    result = linear(x, weight)
+    result = linear(x, weight, None, Setting(backend))
     assert result.dtype == dtype
     assert relative(result, x.double() @ dense64(weight).T) < TOLERANCE[dtype]
 
@@ -32,9 +33,12 @@ def test_agrees_with_the_reference(case, dtype):
 def test_several_blocks_agree_with_one(monkeypatch):
     weight = random_weight(2, "symmetric", 100, 256, 128)
     x = torch.randn(5, 256)
-    whole = linear(x, weight)
+    whole = linear(x, weight, None, Setting("torch"))
+    sizes, original = [], torch_backend.dequantize
+    monkeypatch.setattr(torch_backend, "dequantize", lambda part, dtype: sizes.append(part.n) or original(part, dtype))
     monkeypatch.setattr(torch_backend, "CPU_BLOCK_ELEMENTS", 7 * 256)
-    assert relative(linear(x, weight), whole) < 1e-6
+    assert relative(linear(x, weight, None, Setting("torch")), whole) < 1e-6
+    assert sizes == [7] * 14 + [2]
 
 
 @pytest.mark.parametrize("shape", [(256,), (1, 256), (2, 3, 256), (2, 0, 256), (0, 256), (1, 2, 3, 256)], ids=str)

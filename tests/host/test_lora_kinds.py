@@ -11,7 +11,7 @@ from reference import relative
 from sampling import host_forward
 
 from bonsai_image.nodes.side_paths import Difference, Kronecker, side_paths
-from bonsai_image.ops import torch_backend
+from bonsai_image.ops import backends
 from bonsai_image.ops.packed import PackedLayout, is_packed
 
 
@@ -79,8 +79,8 @@ def test_split_names_reach_their_rows(packed_model, dense_model, tensors, inputs
 
 def test_side_paths_count_one_kernel_call_per_layer(packed_model, tensors, inputs, monkeypatch):
     calls = []
-    original = torch_backend.multiply
-    monkeypatch.setattr(torch_backend, "multiply", lambda *args: calls.append(1) or original(*args))
+    original = backends.multiply
+    monkeypatch.setattr(backends, "multiply", lambda *args: calls.append(1) or original(*args))
     host_forward(with_lora(packed_model, Maker(tensors).file("lora")), inputs)
     assert len(calls) == sum(is_packed(p) for p in packed_model.model.diffusion_model.parameters())
 

@@ -17,7 +17,7 @@ from bonsai_image.loaders import ModelFileError, load_transformer
 from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.nodes import folders as node_folders
 from bonsai_image.nodes import info, models, save
-from bonsai_image.ops import torch_backend
+from bonsai_image.ops import backends
 from bonsai_image.ops.packed import PackedLayout, equal, is_packed, packed_nbytes
 
 
@@ -90,7 +90,8 @@ def test_info_counts_bytes_and_names_the_parts(transformer, shown):
     assert shown == [text]
     packed = [p for p in model.model.diffusion_model.parameters() if is_packed(p)]
     assert f"{sum(map(packed_nbytes, packed)):,} packed" in text
-    for part in ("ternary", "mlx", "bfloat16", f"{len(packed)} linears of 2 bits in groups of 128, backend torch",
+    backend = backends.resolve(backends.AUTO, model.load_device, torch.bfloat16).backend
+    for part in ("ternary", "mlx", "bfloat16", f"{len(packed)} linears of 2 bits in groups of 128, backend {backend}",
                  "bonsai-mini-ternary"):
         assert part in text
 
@@ -107,8 +108,8 @@ def test_host_counts_codes_and_scales(transformer):
 def test_sampling_runs_the_packed_kernel_for_every_linear(transformer, inputs, monkeypatch):
     model = models.load_model(str(transformer), "fp32")
     calls = []
-    original = torch_backend.multiply
-    monkeypatch.setattr(torch_backend, "multiply", lambda *args: calls.append(1) or original(*args))
+    original = backends.multiply
+    monkeypatch.setattr(backends, "multiply", lambda *args: calls.append(1) or original(*args))
     monkeypatch.setattr(PackedLayout, "dequantize", None)
     host_forward(model, inputs)
     assert len(calls) == sum(is_packed(p) for p in model.model.diffusion_model.parameters())
