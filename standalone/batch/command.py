@@ -81,8 +81,11 @@ def _sources(args: argparse.Namespace) -> Iterator[rows.Row | ValueError]:
         settings[column] = str(Path(value).absolute()) if column in ("reference", "lora") else value
     if args.prompts is None and "prompt" not in settings:
         raise ValueError("give a file of prompts, --workflow, or --set prompt=...")
-    defaults = rows.make({"prompt": "none"} | settings, rows.Row(""), folder)
-    found = [defaults] if args.prompts is None else rows.read(args.prompts, defaults)
+    defaults = rows.make({"prompt": "of each row"} | settings, rows.Row(""), folder)
+    if args.prompts is None:
+        found = [defaults]
+    else:
+        found = rows.read(args.prompts, replace(defaults, prompt=settings.get("prompt", "")))
     for row in found:
         yield from [row] if isinstance(row, ValueError) else rows.with_seeds(row, args.seeds)
 
@@ -100,7 +103,8 @@ def _compute(args: argparse.Namespace, device_named: DeviceNamed) -> tuple[str, 
         dtype = DTYPES[args.dtype]
     else:
         dtype = pipeline.remotely(default_dtype, device, pools) if args.address else default_dtype(device)
-    return str(device), dtype, pools
+    # Ray shows a worker its GPU as the only one.
+    return device.type if args.shards is None else str(device), dtype, pools
 
 
 def run(args: argparse.Namespace, device_named: DeviceNamed) -> int:

@@ -105,6 +105,7 @@ def make(record: dict[str, Any], defaults: Row, folder: Path) -> Row:
             given[name] = _KINDS[COLUMNS[name]](value)
             if (isinstance(value, float) and given[name] != value) or isinstance(value, bool):
                 raise ValueError
+            str(given[name]).encode()  # half a character cannot be recorded
         except (ValueError, TypeError, OverflowError):
             raise ValueError(f"{name} cannot be {value!r}") from None
     row = replace(defaults, **given)

@@ -25,7 +25,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from ...loaders import load_transformer
+from ...loaders import ModelFileError, load_transformer
 from ...ops.backends import Setting
 from .. import lora, models
 from ..generate import Compute, complete_repository, decode, denoise, encode, image_pipeline, text_pipeline
@@ -92,7 +92,8 @@ class Stage:
                     self._run([row], data, parts)
             else:
                 lines = str(error).strip().splitlines()
-                group[0]["error"] = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+                kind = "" if isinstance(error, ModelFileError) else f"{type(error).__name__}: "
+                group[0]["error"] = f"{kind}{lines[0] if lines else 'no message'}"[:300]
             return
         seconds = (time.perf_counter() - start) / len(group)
         for row, result in zip(group, results, strict=True):
