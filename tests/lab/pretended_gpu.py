@@ -9,22 +9,26 @@ tensors, so that what happens inside is seen too. PyTorch must be built for CUDA
 
 from __future__ import annotations
 
-import itertools
-import sys
-import weakref
-from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
+from pretended_streams import (
+    DEVICES,
+    Stream,
+    allocated,
+    current_device,
+    current_stream,
+    indexed,
+    on_device,
+    record,
+    set_device,
+    stack,
+    synchronize,
+    touch,
+)
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 aten = torch.ops.aten
-DEVICES = (torch.device("cuda", 0), torch.device("cuda", 1))
-#: torch's allocator for CUDA rounds up to it.
-_ROUNDING = 512
 _TO = (aten._to_copy.default, aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.to.other)
 #: Operators that take operands on two devices.
 _MIXED = (*_TO, aten.copy_.default, aten.index.Tensor, aten.index_put_.default)
@@ -33,118 +37,8 @@ _WAITING = (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero
 _new_parameter = torch.nn.Parameter.__new__
 _compatible = torch._has_compatible_shallow_copy_type
 
-#: Frames of a call, innermost first, without torch's and those of the pretended device: (file, function).
-Stack = tuple[tuple[str, str], ...]
-
-
-def _stack() -> Stack:
-    frames, frame = [], sys._getframe(1)
-    while frame is not None and len(frames) < 40:
-        name = frame.f_code.co_filename
-        if "/torch/" not in name and "pretended_" not in name and "comfy_kitchen" not in name:
-            frames.append((name, frame.f_code.co_name))
-        frame = frame.f_back
-    return tuple(frames)
-
-
-@dataclass
-class Record:
-    """What happened since :meth:`clear`. ``uploads`` holds (bytes, whether from registered memory, stack)."""
-
-    races: list[tuple[str, str, Stack]] = field(default_factory=list)
-    waits: list[tuple[str, Stack]] = field(default_factory=list)
-    uploads: list[tuple[int, bool, Stack]] = field(default_factory=list)
-    #: Start -> end of CPU memory that is registered with the driver (page-locked).
-    registered: dict[int, int] = field(default_factory=dict)
-    live: Counter[int] = field(default_factory=Counter)
-    peak: Counter[int] = field(default_factory=Counter)
-
-    def clear(self) -> None:
-        self.races.clear()
-        self.waits.clear()
-        self.uploads.clear()
-        self.peak = Counter(self.live)
-
-    def allocate(self, device: torch.device, size: int) -> None:
-        """``size`` bytes more (or, negative, fewer) are in use on ``device``."""
-        self.live[device.index] += size
-        self.peak[device.index] = max(self.peak[device.index], self.live[device.index])
-
-
-record = Record()
 #: Called with the operands of each of the project's own operators, before it runs.
 before_operator: list = []
-
-
-class Stream:
-    """A stream with a vector clock: how far it has waited for every other."""
-
-    _numbers = itertools.count()
-    every: list[Stream] = []
-
-    def __init__(self, device=None, priority=0):
-        self.device = torch.device(device or DEVICES[0])
-        self.cuda_stream = next(self._numbers)
-        self.clock: Counter[int] = Counter()
-        self.every.append(self)
-
-    def wait_stream(self, other: Stream) -> None:
-        self.clock |= other.clock
-
-    def synchronize(self) -> None:
-        synchronize()
-
-    def __enter__(self):
-        _active[self.device].append(self)
-
-    def __exit__(self, *_):
-        _active[self.device].pop()
-
-
-_active: dict[torch.device, list[Stream]] = {device: [Stream(device)] for device in DEVICES}
-_current = [DEVICES[0]]
-
-
-@contextmanager
-def _device(device):
-    _current.append(torch.device("cuda", device) if isinstance(device, int) else torch.device(device))
-    yield
-    _current.pop()
-
-
-def synchronize(*_) -> None:
-    """The CPU waits for everything."""
-    record.waits.append(("synchronize", _stack()))
-    for one, other in itertools.permutations(Stream.every, 2):
-        one.wait_stream(other)
-
-
-class _Touches(dict):
-    """What one stream did to a storage: (first byte, end, whether written) -> (time, operator)."""
-
-    latest = 0
-
-
-#: Storage -> stream -> its touches.
-_touched: dict[int, dict[int, _Touches]] = {}
-
-
-def _touch(tensor: torch.Tensor, stream: Stream, written: bool, name: str) -> None:
-    if tensor.numel() == 0:
-        return
-    start, streams = tensor.data_ptr(), _touched.setdefault(tensor.untyped_storage().data_ptr(), {})
-    end = start + tensor.element_size() * (
-        1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)))
-    for other, touches in streams.items():
-        # Nothing of a stream can race that this one has waited for.
-        if other == stream.cuda_stream or touches.latest <= stream.clock[other]:
-            continue
-        for (low, high, wrote), (time, operator) in touches.items():
-            if (wrote or written) and low < end and start < high and stream.clock[other] < time:
-                record.races.append((operator, name, _stack()))
-    touches = streams.setdefault(stream.cuda_stream, _Touches())
-    touches.latest = stream.clock[stream.cuda_stream]
-    touches[start, end, written] = touches.latest, name
 
 
 class DeviceTensor(torch.Tensor):
@@ -176,26 +70,13 @@ class _Mode(TorchDispatchMode):
         return _run(func, types, args, kwargs or {})
 
 
-def _indexed(device: torch.device) -> torch.device:
-    return _current[-1] if device.type == "cuda" and device.index is None else device
-
-
-def _allocated(held: torch.Tensor, device: torch.device) -> None:
-    """Count a new storage until it dies."""
-    storage = held.untyped_storage()
-    _touched.pop(storage.data_ptr(), None)
-    size = -(-storage.nbytes() // _ROUNDING) * _ROUNDING
-    record.allocate(device, size)
-    weakref.finalize(storage, record.allocate, device, -size).atexit = False
-
-
 def _run(func, types, args, kwargs):
     if any(issubclass(kind, QuantizedTensor) for kind in types):
         return NotImplemented
     leaves = _leaves(args, kwargs)
     operands = [leaf for leaf in leaves if isinstance(leaf, DeviceTensor)]
     asked = kwargs.get("device") or next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
-    asked = None if asked is None else _indexed(torch.device(asked))
+    asked = None if asked is None else indexed(torch.device(asked))
     if not operands and (asked is None or asked.type != "cuda"):
         return func(*args, **kwargs)
     others = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DeviceTensor)]
@@ -209,7 +90,7 @@ def _run(func, types, args, kwargs):
                 hook(*args)
             return body._init_fn(*args, **kwargs)
     if func in _WAITING:
-        record.waits.append((str(func), _stack()))
+        record.waits.append((str(func), stack()))
     source = args[1] if func is aten.copy_.default else args[0] if args else None
     target = args[0].device if func is aten.copy_.default else asked or (
         args[1].device if func is aten.to.other else operands[0].device)
@@ -225,11 +106,11 @@ def _transfer(func, source, target, args, kwargs):
     blocking = not (kwargs.get("non_blocking") or any(each is True for each in args))
     if source.device.type == "cpu":
         pinned = any(low <= source.data_ptr() < high for low, high in record.registered.items())
-        record.uploads.append((source.nbytes, pinned, _stack()))
+        record.uploads.append((source.nbytes, pinned, stack()))
     if blocking:
-        record.waits.append((str(func), _stack()))
+        record.waits.append((str(func), stack()))
     devices = [device for device in (source.device, target) if device.type == "cuda"]
-    streams = [_active[device][-1] for device in devices]
+    streams = [current_stream(device) for device in devices]
     for stream in streams:
         stream.clock[stream.cuda_stream] += 1
     if len(streams) == 2:  # torch makes each wait for the other
@@ -246,11 +127,11 @@ def _transfer(func, source, target, args, kwargs):
             result = torch.empty_like(held, dtype=dtype)
             _copy(result, held)
         if target.type == "cuda":
-            _allocated(result, target)
+            allocated(result, target)
     if isinstance(source, DeviceTensor):
-        _touch(held, streams[0], False, str(func))
+        touch(held, streams[0], False, str(func))
     if target.type == "cuda":
-        _touch(result, streams[-1], True, str(func))
+        touch(result, streams[-1], True, str(func))
     if func is aten.copy_.default:
         return args[0]
     return result if target.type == "cpu" else DeviceTensor(result, target)
@@ -278,7 +159,7 @@ def _held(operands):
 
 
 def _compute(func, args, kwargs, operands, device):
-    stream, name, schema = _active[device][-1], str(func), func._schema
+    stream, name, schema = current_stream(device), str(func), func._schema
     stream.clock[stream.cuda_stream] += 1
     plain_args, plain_kwargs = _held(args), _held(kwargs)
     if "device" in plain_kwargs:
@@ -289,7 +170,7 @@ def _compute(func, args, kwargs, operands, device):
     for key, value in named.items():
         for leaf in _leaves(value):
             if isinstance(leaf, DeviceTensor) and not view:
-                _touch(leaf.held, stream, key in written, name)
+                touch(leaf.held, stream, key in written, name)
     with _disable_current_modes():
         result = _evaluate(func, plain_args, plain_kwargs, bool(written), view)
     if written:
@@ -300,8 +181,8 @@ def _compute(func, args, kwargs, operands, device):
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if leaf.untyped_storage().data_ptr() not in known:
-            _allocated(leaf, device)
-            _touch(leaf, stream, True, name)
+            allocated(leaf, device)
+            touch(leaf, stream, True, name)
         # A view of a normal tensor is a normal tensor, in inference mode too.
         with torch.inference_mode(torch.is_inference_mode_enabled() and not (view and not operands[0].is_inference())):
             return DeviceTensor(leaf, device)
@@ -394,15 +275,15 @@ def install() -> None:
     cuda._lazy_init = lambda: None
     cuda.is_available = lambda: True
     cuda.device_count = lambda: len(DEVICES)
-    cuda.Stream, cuda.stream, cuda.device = Stream, lambda stream: stream, _device
-    cuda.current_stream = lambda device=None: _active[_indexed(torch.device(device or "cuda"))][-1]
+    cuda.Stream, cuda.stream, cuda.device = Stream, lambda stream: stream, on_device
+    cuda.current_stream = lambda device=None: current_stream(indexed(torch.device(device or "cuda")))
     cuda.synchronize, cuda.cudart = synchronize, _Driver
-    cuda.current_device = lambda: _current[-1].index
-    cuda.set_device = lambda device: _current.__setitem__(-1, torch.device(device))
+    cuda.current_device = lambda: current_device().index
+    cuda.set_device = set_device
     cuda.get_device_name = lambda _device=None: "pretended GPU"
     cuda.get_device_capability = lambda _device=None: (8, 9)
     cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda.empty_cache = cuda.ipc_collect = lambda: None
     cuda.reset_peak_memory_stats = lambda device=None: record.clear()
-    cuda.max_memory_allocated = lambda device=None: record.peak[_indexed(torch.device(device or "cuda")).index]
+    cuda.max_memory_allocated = lambda device=None: record.peak[indexed(torch.device(device or "cuda")).index]
     _Mode().__enter__()
