@@ -39,7 +39,8 @@ def attach(patcher, loading: bool = False) -> None:
                                                                       lookup=isinstance(layer, HostEmbedding)))
             # Under dynamic VRAM, ComfyUI has also left the patch here, to merge it into the weight.
             layer.weight_lowvram_function = None
-    count(patcher)
+    if loading:
+        count(patcher)
 
 
 def detach(patcher, unpatch_all: bool) -> None:

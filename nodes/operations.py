@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import comfy.ops
 import torch
@@ -23,6 +24,8 @@ class HostLayer(PackedModule, comfy.ops.CastWeightBiasOp):
 
     comfy_cast_weights = True
     adapters: Adapters | None = None
+    bias: torch.Tensor | None
+    weight_lowvram_function: Any
 
     @contextmanager
     def cast(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -98,15 +101,5 @@ class HostEmbedding(HostLayer, PackedEmbedding):
 def packed_operations(setting: Setting = AUTO, compute_dtype: torch.dtype | None = None) -> type:
     """An ``operations`` class for ``model_options["custom_operations"]``, of its own for each model."""
 
-    class Linear(HostLinear):
-        pass
-
-    Linear.setting = setting
-    Linear.compute_dtype = compute_dtype
-
-    class PackedOperations(comfy.ops.manual_cast):
-        pass
-
-    PackedOperations.Linear = Linear
-    PackedOperations.Embedding = HostEmbedding
-    return PackedOperations
+    layer = type("Linear", (HostLinear,), {"setting": setting, "compute_dtype": compute_dtype})
+    return type("PackedOperations", (comfy.ops.manual_cast,), {"Linear": layer, "Embedding": HostEmbedding})
