@@ -90,8 +90,12 @@ def multiply(x: torch.Tensor, packed: Packed, setting: Setting) -> torch.Tensor:
 
 
 def multiplies(name: str, setting: Setting, device: torch.device, packed: Packed, dtype: torch.dtype) -> bool:
-    """Whether the backend ``name`` is the one that multiplies an image's activations with ``packed``."""
-    return name == choose(setting, device, IMAGE_ROWS, packed, dtype)[0].NAME
+    """Whether the backend ``name`` is the one that multiplies an image's activations with ``packed``.
+
+    No self-check runs where another backend comes first.
+    """
+    return (name == resolve(setting, device, dtype).backend
+            and name == choose(setting, device, IMAGE_ROWS, packed, dtype)[0].NAME)
 
 
 def choose(setting: Setting, device: torch.device, rows: int, packed: Packed,

@@ -93,11 +93,6 @@ class PackedParams(BaseLayoutParams):
     form: Form
     shift: torch.Tensor | None = None
 
-    @property
-    def group(self) -> int:
-        """See :attr:`Packed.group`."""
-        return self.orig_shape[1] // self.scale.shape[1]
-
     def _tensor_fields(self) -> list[str]:
         return ["scale"] if self.shift is None else ["scale", "shift"]
 

@@ -17,7 +17,7 @@ from bonsai_image.loaders.formats import comfy, dense, gemlite, mlx
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.loaders.qwen3 import Qwen3Config
-from bonsai_image.ops.packed import is_packed, unpack_codes
+from bonsai_image.ops.packed import is_packed, parts, unpack_codes
 
 KLEIN = KleinConfig(hidden=128, text_width=384, in_channels=32, out_channels=32, double_blocks=1, single_blocks=1)
 TEXT = Qwen3Config(vocab=256, hidden=128, layers=28, heads=2, kv_heads=1, head_dim=64, mlp=128)
@@ -57,9 +57,9 @@ def hqq_entries(tensors: dict) -> dict:
         if not is_packed(tensor):
             result[name.removesuffix(".weight")] = {"weight": tensor.half()}
             continue
-        scale = tensor._params.scale.half().view(-1, 1)
+        scale = parts(tensor).scale.half().view(-1, 1)
         result[name.removesuffix(".weight")] = {
-            "W_q": to_4bit_u8(tensor._qdata, 64), "scale": scale, "zero": torch.full_like(scale, 7.5), "nbits": 4,
+            "W_q": to_4bit_u8(parts(tensor).codes, 64), "scale": scale, "zero": torch.full_like(scale, 7.5), "nbits": 4,
             "group_size": 64, "shape": torch.Size(tensor.shape), "axis": 1, "packing": "4bit_u8",
             "compute_dtype": torch.float16, "quant_zero": False, "quant_scale": False, "view_as_float": False}
     return result

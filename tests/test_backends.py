@@ -308,6 +308,13 @@ def test_running_out_of_memory_refuses_nothing(register, error):
     assert toy.calls[-1] == (3, 256)
 
 
+def test_asking_for_one_backend_does_not_check_the_others(register):
+    toy = register(Toy())
+    assert not backends.multiplies("torch", AUTO, CPU, TERNARY, torch.float32) and not toy.calls
+    assert backends.multiplies("toy", AUTO, CPU, TERNARY, torch.float32) and len(toy.calls) == 2
+    assert not backends.multiplies("toy", AUTO, CPU, AFFINE, torch.float32)
+
+
 def test_a_missing_backend_is_named_to_who_asks_for_it(register):
     register(Toy(missing="the toy is broken"))
     assert backends.problem("toy") == "the toy is broken"

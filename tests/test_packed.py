@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,7 +58,14 @@ def test_shape_group_and_bytes():
     packed = parts(weight)
     assert (packed.n, packed.k, packed.group) == (6, 256, 64)
     assert packed_nbytes(weight) == 6 * 128 + 2 * 6 * 4 * 2
-    assert weight.params.group == 64
+
+
+@pytest.mark.parametrize("room", ["loaders", "nodes", "ops", "standalone"])
+def test_one_file_reads_comfy_kitchens_private_fields(room):
+    root = Path(__file__).parent.parent
+    readers = {path.relative_to(root).as_posix() for path in (root / room).rglob("*.py")
+               if re.search(r"\._(qdata|params|layout_cls)\b", path.read_text(encoding="utf-8"))}
+    assert readers == ({"ops/packed.py"} if room == "ops" else set())
 
 
 def test_only_our_layout_is_packed():

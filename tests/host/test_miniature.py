@@ -20,7 +20,7 @@ from scenes import COLOURS, Scene, draw
 
 from bonsai_image.loaders import load_transformer
 from bonsai_image.nodes import models as host_models
-from bonsai_image.ops import Setting
+from bonsai_image.ops import Setting, is_packed, parts
 from bonsai_image.standalone import demo, models
 
 LORA = demo.MINIATURE / "blue_pot_lora.safetensors"
@@ -89,8 +89,8 @@ def test_a_reference_latent_is_edited(ends, ternary):
 
 def test_a_lora_changes_one_thing(ends, ternary):
     """Every pot turns blue; leaves and background stay; strength 0 and the MODEL itself are as before."""
-    codes = {name: tensor._qdata.clone() for name, tensor in ternary.model.diffusion_model.named_parameters()
-             if hasattr(tensor, "_qdata")}
+    codes = {name: parts(tensor).codes.clone() for name, tensor in ternary.model.diffusion_model.named_parameters()
+             if is_packed(tensor)}
     scenes = [Scene("bonsai", colour, background, leaves=leaves) for colour, background, leaves in (
         ("red", "white", "green"), ("yellow", "grey", "pink"), ("green", "cream", "orange"),
         ("orange", "black", "green"), ("purple", "white", "red"), ("brown", "cream", "pink"))]
@@ -103,5 +103,5 @@ def test_a_lora_changes_one_thing(ends, ternary):
     for name in ("leaves", "background", "shape"):
         assert sum(a[name] == b[name] for a, b in zip(before, after, strict=True)) >= 5
     for name, tensor in ternary.model.diffusion_model.named_parameters():
-        assert name not in codes or torch.equal(tensor._qdata, codes[name])
+        assert name not in codes or torch.equal(parts(tensor).codes, codes[name])
     keep("lora.png", [plain, blue])
