@@ -26,7 +26,7 @@ from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_tcfg import TCFG
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 from reference import relative
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sampling import HEIGHT, WIDTH, random, sample
 
 CFG = 4.0
@@ -163,3 +163,18 @@ def test_select_model_device_cpu(pair):
 @pytest.mark.parametrize("backend", ["inductor"])
 def test_torch_compile(pair, backend):
     assert relative(sample(TorchCompileModel.execute(pair[0], backend).args[0]), sample(pair[1])) < 1e-4
+
+
+@torch.inference_mode()
+def test_tiled_vae(pack):
+    """The tiled nodes give with our loader's VAE what they give with ComfyUI's own."""
+    import nodes as host_nodes
+    from bonsai_image.nodes import models
+
+    ours = models.load_vae_model(str(pack / "vae"))
+    stock = comfy.sd.VAE(sd=load_file(pack / "vae" / "diffusion_pytorch_model.safetensors"))
+    image = random(1, 192, 160, 3, seed=6).mul(0.2).add(0.5).clamp(0, 1)
+    latents = [host_nodes.VAEEncodeTiled().encode(vae, image, 128, 32)[0] for vae in (ours, stock)]
+    images = [host_nodes.VAEDecodeTiled().decode(vae, latents[0], 128, 32)[0] for vae in (ours, stock)]
+    assert torch.equal(latents[0]["samples"], latents[1]["samples"]) and torch.equal(*images)
+    assert images[0].shape == image.shape

@@ -1,0 +1,157 @@
+"""What a bug report needs, and what will be slow: versions, devices, backends and why, memory, models found."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from .. import __version__
+from ..loaders import ModelFileError, find_repository
+from ..loaders.description import publication
+from ..loaders.opening import tensor_files
+from ..loaders.repository import resembles_repository
+from ..ops import backends
+from ..ops.backends import Setting
+from ..ops.devices import cpu_has_fast_bfloat16, default_dtype
+from ..ops.packed import Packed
+
+#: What the nodes need, then what makes them faster or adds a command.
+_LIBRARIES = ("torch", "comfy-kitchen", "safetensors", "triton", "triton-windows", "gemlite", "llvmlite", "mlx", "gguf",
+              "diffusers", "transformers", "ray")
+#: One layer of each kind of Bonsai Image: bits, group, form, scale dtype.
+_KINDS = {"ternary": (2, 128, "symmetric", torch.bfloat16), "binary": (1, 128, "symmetric", torch.bfloat16),
+          "text encoder": (4, 64, "affine", torch.bfloat16)}
+_COLUMNS = 3072
+
+
+def diagnose(program: Path) -> dict[str, Any]:
+    """Everything about this machine and the installation in the folder ``program``. Runs the self-checks."""
+    comfyui = _comfyui(program)
+    devices = [_device(device) for device in _devices()]
+    return {
+        "versions": {"bonsai-image": __version__, "python": platform.python_version(),
+                     "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+                     "ComfyUI": _comfyui_version(comfyui), **{name: _version(name) for name in _LIBRARIES}},
+        "devices": devices,
+        "memory": {"total": psutil.virtual_memory().total, "free": psutil.virtual_memory().available},
+        "models": list(_models(comfyui)) if comfyui else [],
+        "advice": list(dict.fromkeys(text for device in devices for text in _advice(device))),
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _comfyui(program: Path) -> Path | None:
+    """The ComfyUI in whose ``custom_nodes`` this is installed. Lexically: the folder may be a link."""
+    return program.parent.parent if program.parent.name == "custom_nodes" else None
+
+
+def _comfyui_version(comfyui: Path | None) -> str | None:
+    # Read, not imported: importing ComfyUI starts it.
+    file = comfyui / "comfyui_version.py" if comfyui else None
+    match = re.search(r'__version__ = "(.+)"', file.read_text(encoding="utf-8")) if file and file.is_file() else None
+    return match and match[1]
+
+
+def _devices() -> Iterator[torch.device]:
+    yield torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        yield from (torch.device(accelerator.type, i) for i in range(torch.accelerator.device_count()))
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    dtype = default_dtype(device)
+    found: dict[str, Any] = {"device": str(device), "name": _name(device), "dtype": str(dtype).removeprefix("torch.")}
+    if device.type in ("cuda", "xpu"):
+        found["free"], found["total"] = torch.get_device_module(device).mem_get_info(device)
+    found["backends"] = {}
+    for precision in backends.PRECISIONS:
+        setting = Setting("auto", precision)
+        found["backends"][precision] = {name: _chosen(setting, device, kind, dtype) for name, kind in _KINDS.items()}
+    found["not used"] = {backend.NAME: problem for backend in backends.BACKENDS
+                         if not backend.DEVICES or device.type in backend.DEVICES
+                         if (problem := backend.problem(device)) is not None}
+    return found
+
+
+def _name(device: torch.device) -> str:
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).get_device_name(device)
+    if Path("/proc/cpuinfo").exists() and device.type == "cpu":
+        match = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return f"{match[1] if match else platform.machine()}, {torch.get_num_threads()} threads"
+    return platform.processor() or platform.machine()
+
+
+def _chosen(setting: Setting, device: torch.device, kind: tuple, dtype: torch.dtype) -> str:
+    bits, group, form, scale_dtype = kind
+    scale = torch.empty(_COLUMNS, _COLUMNS // group, dtype=scale_dtype, device="meta")
+    codes = torch.empty(_COLUMNS, _COLUMNS * bits // 8, dtype=torch.uint8, device="meta")
+    packed = Packed(codes, scale, None if form == "symmetric" else scale, bits, form)
+    backend, fast = backends.choose(setting, device, backends.IMAGE_ROWS, packed, dtype)
+    return f"{backend.NAME} with int8 activations" if fast else backend.NAME
+
+
+def _models(comfyui: Path) -> Iterator[dict[str, Any]]:
+    """The repositories and single files in ComfyUI's own model folders."""
+    for folder in sorted((comfyui / "models" / "diffusers").glob("*")):
+        if resembles_repository(folder):
+            try:
+                repository = find_repository(folder)
+            except ModelFileError as error:
+                yield {"path": str(folder), "problem": str(error)}
+                continue
+            for part in (repository.transformer, repository.text_encoder, repository.vae):
+                yield from (_file(file) for file in (tensor_files(part) if part else ()))
+    for kind in ("diffusion_models", "text_encoders"):
+        for file in sorted((comfyui / "models" / kind).rglob("*")):
+            if "bonsai" in str(file.relative_to(comfyui)).lower() and file in tensor_files(file.parent):
+                yield _file(file)
+
+
+def _file(path: Path) -> dict[str, Any]:
+    return {"path": str(path), "bytes": path.stat().st_size, "published": publication(path)}
+
+
+def _advice(device: dict[str, Any]) -> Iterator[str]:
+    """What makes ``device`` slower than it has to be."""
+    if device["device"] == "cpu":
+        if not cpu_has_fast_bfloat16():
+            yield "this CPU has no BF16 instructions, so activations are FP32 and about four times slower"
+        if "cpu" in device["not used"]:
+            yield f"CPU: {device['not used']['cpu']}"
+    elif "triton" in device["not used"]:
+        yield f"{device['name']}: {device['not used']['triton']}"
+    if device.get("total", 1 << 40) < 3 << 30:
+        yield f"{device['name']} has less than 3 GB; start ComfyUI with --novram, or draw on the CPU"
+
+
+def report(found: dict[str, Any]) -> str:
+    """``found`` as one page of text."""
+    lines = [", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)]
+    missing = [name for name, version in found["versions"].items() if version is None]
+    lines += [f"not installed: {', '.join(missing)}",
+              f"memory: {found['memory']['free'] / 1e9:.1f} of {found['memory']['total'] / 1e9:.1f} GB free"]
+    for device in found["devices"]:
+        free = f", {device['free'] / 1e9:.1f} of {device['total'] / 1e9:.1f} GB free" if "free" in device else ""
+        lines.append(f"{device['device']}: {device['name']}, {device['dtype']}{free}")
+        for precision, chosen in device["backends"].items():
+            lines.append(f"  {precision}: " + ", ".join(f"{kind} by {name}" for kind, name in chosen.items()))
+        lines += [f"  not {name}: {problem}" for name, problem in device["not used"].items()]
+    for model in found["models"]:
+        lines.append(f"{model['path']}: {model.get('problem') or model['published'] or 'not a published file'}")
+    lines += [] if found["models"] else ["no Bonsai Image model found in ComfyUI's model folders"]
+    return "\n".join([*lines, *(f"slow: {text}" for text in found["advice"])])
