@@ -1,4 +1,4 @@
-"""The command line: generate, batch, sheet, demo, inspect, convert."""
+"""The command line: generate, batch, sheet, demo, inspect, convert, doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .. import __version__
 from ..loaders import ModelFileError, load_transformer, save_transformer, targets
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
+from . import doctor
 from .batch import options
 from .inspect import inspect, progress_bar, report
 
@@ -66,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("target", type=Path)
     command.add_argument("--to", choices=targets(), required=True, dest="format",
                          help="comfy-base3 is comfy with five ternary weights a byte")
+
+    command = commands.add_parser("doctor", help="versions, devices, backends and models, for a bug report")
+    command.add_argument("--json", action="store_true")
 
     # Listed for --help; __main__ runs it without importing this module, which imports torch.
     commands.add_parser("download", help="download a repository from the Hugging Face Hub", add_help=False)
@@ -182,6 +186,9 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "inspect":
             parts = inspect(args.path, progress_bar if args.verify else None)
             print(json.dumps(parts, indent=2) if args.json else "\n".join(map(report, parts)))
+        elif args.command == "doctor":
+            found = doctor.diagnose(Path(__file__).absolute().parents[1])
+            print(json.dumps(found, indent=2) if args.json else doctor.report(found))
         else:
             save_transformer(load_transformer(args.source), args.target, args.format)
             print(args.target)

@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from ..loaders import ModelFileError, find_repository
 from ..loaders.description import publication
-from ..loaders.opening import tensor_files
+from ..loaders.opening import files_in, folders_in, tensor_files
 from ..loaders.repository import resembles_repository
 from ..ops import backends
 from ..ops.backends import Setting
@@ -117,9 +117,9 @@ def _models(comfyui: Path) -> Iterator[dict[str, Any]]:
             for part in (repository.transformer, repository.text_encoder, repository.vae):
                 yield from (_file(file) for file in (tensor_files(part) if part else ()))
     for kind in ("diffusion_models", "text_encoders"):
-        for file in sorted((comfyui / "models" / kind).rglob("*")):
-            if "bonsai" in str(file.relative_to(comfyui)).lower() and file in tensor_files(file.parent):
-                yield _file(file)
+        root = comfyui / "models" / kind
+        for folder in (root, *folders_in(root)) if root.is_dir() else ():
+            yield from (_file(file) for file in files_in(folder) if "bonsai" in str(file.relative_to(root)).lower())
 
 
 def _file(path: Path) -> dict[str, Any]:

@@ -1,0 +1,67 @@
+"""``bonsai-image doctor``: one page that a bug report needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from bonsai_image.ops import backends
+from bonsai_image.standalone import cli, demo, doctor
+
+
+@pytest.fixture
+def program(tmp_path) -> Path:
+    """Where the nodes lie in a ComfyUI that has the miniature, a repository cut short and a file of ours."""
+    diffusers = tmp_path / "models" / "diffusers"
+    shutil.copytree(demo.MINIATURE / "ternary", diffusers / "bonsai-mini")
+    (diffusers / "broken" / "transformer").mkdir(parents=True)
+    (diffusers / "broken" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
+    (tmp_path / "models" / "diffusion_models").mkdir()
+    shutil.copy(demo.MINIATURE / "binary.safetensors", tmp_path / "models" / "diffusion_models" / "bonsai.safetensors")
+    (tmp_path / "models" / "diffusion_models" / "other.safetensors").touch()
+    (tmp_path / "comfyui_version.py").write_text('__version__ = "0.29.0"\n')
+    return tmp_path / "custom_nodes" / "bonsai-image"
+
+
+def test_it_finds_comfyui_its_version_and_the_models(program):
+    found = doctor.diagnose(program)
+    assert found["versions"]["ComfyUI"] == "0.29.0" and found["versions"]["torch"] == torch.__version__
+    models = {Path(model["path"]).relative_to(program.parent.parent / "models").as_posix(): model
+              for model in found["models"]}
+    assert "diffusion_models/bonsai.safetensors" in models and "diffusion_models/other.safetensors" not in models
+    assert models["diffusers/bonsai-mini/vae/diffusion_pytorch_model.safetensors"]["published"] is None
+    assert "problem" in models["diffusers/broken"]
+    page = doctor.report(found)
+    assert "ComfyUI 0.29.0" in page and models["diffusers/broken"]["problem"] in page
+
+
+def test_backends_are_the_ones_that_are_used(program):
+    cpu = doctor.diagnose(program)["devices"][0]
+    assert cpu["device"] == "cpu"
+    named = backends.resolve(backends.AUTO, torch.device("cpu")).backend
+    assert cpu["backends"]["exact"]["ternary"] == named
+
+
+def test_a_backend_that_is_missing_is_named_with_what_to_do(program, monkeypatch):
+    why = "llvmlite is not installed (pip install llvmlite)"
+    missing = next(backend for backend in backends.BACKENDS if backend.NAME == "cpu")
+    monkeypatch.setattr(missing, "problem", lambda device, fast=False: why)
+    backends._problem.cache_clear()
+    try:
+        found = doctor.diagnose(program)
+    finally:
+        backends._problem.cache_clear()
+    assert found["devices"][0]["backends"]["exact"]["ternary"] == "torch"
+    assert "slow: CPU: llvmlite is not installed (pip install llvmlite)" in doctor.report(found)
+
+
+def test_the_command(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["bonsai-image"] and found["models"] == []
+    assert cli.main(["doctor"]) == 0
+    assert "no Bonsai Image model found" in capsys.readouterr().out
