@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import packs
 import pytest
 import sound_files
+import torch
 from random_model import write_repository
 
 from bonsai_image.loaders.names import to_comfyui
@@ -24,20 +27,38 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("tests/host not run: set COMFYUI_PATH to a ComfyUI checkout to run it")
 
 
+@dataclass
+class Small:
+    """A small dense diffusers ``model`` whose block weights take ``bits``, and the paths of its files by format."""
+
+    bits: int
+    model: torch.nn.Module
+    diffusers: Path
+    sharded: Path
+    comfyui: Path
+    mlx: Path
+    root: Path
+
+    @functools.cached_property
+    def gemlite(self) -> Path:
+        """Written when first asked for: GemLite exists for Linux only."""
+        if importlib.util.find_spec("gemlite") is None:
+            pytest.skip("GemLite is not installed here")
+        return packs.write_gemlite(self.model, self.root / "bonsai-gemlite" / "transformer-gemlite", self.bits)
+
+
 @pytest.fixture(scope="session", params=[2, 1], ids=["ternary", "binary"])
-def small(request, tmp_path_factory) -> SimpleNamespace:
-    """``model`` (dense diffusers), ``bits``, and paths: diffusers, sharded, comfyui, gemlite, mlx."""
+def small(request, tmp_path_factory) -> Small:
     bits = request.param
     root: Path = tmp_path_factory.mktemp(f"packs{bits}")
     model = packs.dense_model(bits)
-    return SimpleNamespace(
-        bits=bits,
-        model=model,
+    return Small(
+        bits, model,
         diffusers=packs.write_diffusers(model, root / "unpacked" / "transformer"),
         sharded=packs.write_diffusers(model, root / "sharded" / "transformer", shard="2MB"),
         comfyui=packs.write_comfyui_single(to_comfyui(dict(model.state_dict())), root / "klein.safetensors"),
-        gemlite=packs.write_gemlite(model, root / "bonsai-gemlite" / "transformer-gemlite", bits),
         mlx=packs.write_mlx(model, root / "bonsai-mlx" / "transformer-packed-mflux", bits),
+        root=root,
     )
 
 
