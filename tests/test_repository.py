@@ -3,10 +3,14 @@ found, or refused with one sentence that says what to do."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
+import published_files
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -243,3 +247,50 @@ def test_names_of_variants_are_true(root, tmp_path):
     save_transformer(model, tmp_path / "gemlite", "gemlite")
     assert (tmp_path / "gemlite" / "gemlite_autotune.json").read_text() == "{}"
     assert '"packing_bitwidth": 8' in (tmp_path / "gemlite" / "quantization_config.json").read_text()
+
+
+# Details of the published files.
+
+def test_gemlite_layout(root, tmp_path):
+    """No scheduler, the tokenizer inside the text encoder, an OrderedDict with ``_metadata`` from a GPU."""
+    path = tmp_path / "bonsai-image-ternary-4B-gemlite-2bit"
+    state = OrderedDict(torch.load(root / "gemlite" / "state_dict.pt", weights_only=True))
+    state._metadata = OrderedDict({"": {"version": 1}})
+    folder = path / "transformer-gemlite-int2"
+    published_files.save_as_cuda(state, folder / "state_dict.pt")
+    with zipfile.ZipFile(folder / "state_dict.pt") as archive:
+        assert b"cuda:0" in archive.read("state_dict/data.pkl")
+    known = {key: value for key, value in published_files.TRANSFORMER_JSON.items() if key.startswith(("musubi", "_"))}
+    published_files.write_json(folder / "config.json", {**known, "out_channels": None, "rope_theta": 2000})
+    published_files.write_json(folder / "gemlite_autotune.json", {})
+    shutil.copytree(root / "te-hqq", path / "text_encoder-hqq-4bit")
+    published_files.tokenizer(path / "text_encoder-hqq-4bit" / "tokenizer")
+    shutil.copytree(root / "vae", path / "vae")
+    assert found(path) == {"transformer": folder.name, "text_encoder": "text_encoder-hqq-4bit", "vae": "vae",
+                           "tokenizer": "tokenizer", "scheduler": None}
+    loaded, original = load_transformer(path), load_transformer(root / "gemlite")
+    assert not loaded.warnings and all(
+        equal(tensor, original.tensors[name]) if is_packed(tensor) else torch.equal(tensor, original.tensors[name])
+        for name, tensor in loaded.tensors.items())
+    assert load_text_encoder(path).warnings == []
+
+
+def test_mlx_layout(mlx):
+    """No ``__metadata__`` in the transformer, an index beside the one file of the text encoder."""
+    save_file(load_file(mlx / TRANSFORMER / WEIGHTS), mlx / TRANSFORMER / WEIGHTS)
+    names = load_file(mlx / ENCODER / "model.safetensors")
+    published_files.write_json(mlx / ENCODER / "model.safetensors.index.json", {
+        "metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model.safetensors")})
+    assert load_transformer(mlx).metadata == {} and load_transformer(mlx).warnings == []
+    assert load_text_encoder(mlx).warnings == []
+
+
+def test_published_vae_configuration_is_built_without_a_word(mlx, capfd, caplog):
+    from bonsai_image.standalone.models import vae_module
+
+    config = json.loads((mlx / "vae" / "config.json").read_text())
+    published_files.write_json(mlx / "vae" / "config.json", {
+        **config, "force_upcast": True, "_name_or_path": "black-forest-labs/FLUX.2-dev",
+        "decoder_block_out_channels": None})
+    vae_module(mlx / "vae", torch.device("cpu"), torch.float32)
+    assert not caplog.records and "force_upcast" not in capfd.readouterr().err

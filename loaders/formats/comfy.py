@@ -36,10 +36,12 @@ _BLOCK_ROWS = 512
 
 
 def matches(file: TensorFile) -> bool:
+    """The host's tags of quantised layers."""
     return any(name.endswith(_TAG) for name in file.tensors)
 
 
-def decode(file: TensorFile) -> dict[str, torch.Tensor]:
+def decode(file: TensorFile) -> Tensors:
+    """The canonical tensors, as their tags describe them. Raises ModelFileError."""
     stored = names.normalise(file.path, file.tensors)
     result = {}
     for layer in file.each(name.removesuffix(_TAG) for name in stored if name.endswith(_TAG)):

@@ -26,11 +26,13 @@ _WEIGHTS = "diffusion_pytorch_model"
 
 
 def matches(file: TensorFile) -> bool:
+    """Nothing but floating-point tensors."""
     return bool(file.tensors) and all(
         isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATS for tensor in file.tensors.values())
 
 
-def decode(file: TensorFile) -> dict[str, torch.Tensor]:
+def decode(file: TensorFile) -> Tensors:
+    """The tensors, those inside the blocks of a diffusion model packed. Raises ModelFileError where they do not fit."""
     tensors = names.normalise(file.path, file.tensors)
     if not is_klein(tensors):
         return tensors

@@ -22,7 +22,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ...ops.gemlite_backend import DTYPES, METADATA, MODES, metadata_fields
 from ...ops.packed import packed_weight, parts
 from ..check import FLOATS
-from ..errors import DOWNLOAD_AGAIN, ModelFileError
+from ..errors import CHOOSE_MODEL, DOWNLOAD_AGAIN, ModelFileError
 from ..files import TensorFile, write_json
 from ..klein import KleinConfig
 from ..names import to_diffusers
@@ -38,10 +38,12 @@ _OPTIONAL = ("meta_scale",)
 
 
 def matches(file: TensorFile) -> bool:
+    """Tensors called ``W_q``."""
     return any(name.endswith(".W_q") and isinstance(value, torch.Tensor) for name, value in file.tensors.items())
 
 
-def decode(file: TensorFile) -> dict[str, torch.Tensor]:
+def decode(file: TensorFile) -> Tensors:
+    """The canonical tensors; the metadata of each layer says how it is packed. Raises ModelFileError."""
     stored = file.take_pickle()
     result = {}
     for layer in file.each(name.removesuffix(".W_q") for name in stored if name.endswith(".W_q")):
@@ -68,7 +70,7 @@ def _weight(path: Path, layer: str, W_q, scales, zeros, metadata, orig_shape) ->
     odd = [f"{key} {meta[key]}" for key, values in _ALLOWED.items() if meta[key] not in values]
     if odd:
         raise ModelFileError(path, f"{layer} packed at 1, 2 or 4 bits with group scales and zeros", ", ".join(odd),
-                             "choose a Bonsai Image file")
+                             CHOOSE_MODEL)
     form = _FORMS[meta["W_group_mode"]]
     width = {torch.uint8: 8, torch.int32: 32}.get(W_q.dtype)
     words = None if width is None else (k * bits // width, n)

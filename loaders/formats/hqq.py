@@ -22,7 +22,7 @@ from ...ops.packed import packed_weight
 from ..check import FLOATS
 from ..errors import CHOOSE_TEXT_ENCODER, CHOOSE_UNMODIFIED, DOWNLOAD_AGAIN, ModelFileError
 from ..files import TensorFile, check_stored
-from .interface import Format
+from .interface import Format, Tensors
 
 _EXPECTED = {"nbits": 4, "packing": "4bit_u8", "axis": 1}
 _TABLES = ("W_q", "scale", "zero")
@@ -30,10 +30,12 @@ _FLAGS = ("quant_zero", "quant_scale", "view_as_float")
 
 
 def matches(file: TensorFile) -> bool:
+    """Dicts that hold ``W_q``."""
     return any(isinstance(value, dict) and "W_q" in value for value in file.tensors.values())
 
 
-def decode(file: TensorFile) -> dict[str, torch.Tensor]:
+def decode(file: TensorFile) -> Tensors:
+    """The canonical tensors, without the language-model head, which shares the embedding. Raises ModelFileError."""
     stored = file.take_pickle()
     result = {}
     for module in file.each(stored):

@@ -1,0 +1,209 @@
+"""The published repositories with their names, shapes, dtypes and JSON files, at full size, but with zeros for weights.
+
+Safetensors files are sparse: they take no room on disk. Pickles are written in full.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLFlux2
+
+from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
+from bonsai_image.loaders.names import is_packable
+from bonsai_image.loaders.qwen3 import Qwen3Config, qwen3_shapes
+
+KLEIN = KleinConfig(hidden=3072, text_width=7680, in_channels=128, out_channels=128, double_blocks=5, single_blocks=20)
+TEXT = Qwen3Config(vocab=151936, hidden=2560, layers=36, heads=32, kv_heads=8, head_dim=128, mlp=9728)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+_NAMES = {BF16: "BF16", torch.int64: "I64", torch.uint32: "U32"}
+
+INDEX = {"_class_name": "Flux2KleinPipeline", "_diffusers_version": "0.37.0.dev0"}
+TRANSFORMER_JSON = {
+    "_class_name": "Flux2Transformer2DModel", "_diffusers_version": "0.37.1",
+    "_name_or_path": "black-forest-labs/FLUX.2-klein-4B", "attention_head_dim": 128, "axes_dims_rope": [32, 32, 32, 32],
+    "enable_time_sign_embed": False, "eps": 1e-06, "guidance_embeds": False, "in_channels": 128,
+    "joint_attention_dim": 7680, "mlp_ratio": 3.0, "musubi_block_swap_device": "cpu", "musubi_blocks_to_swap": 0,
+    "num_attention_heads": 24, "num_layers": 5, "num_single_layers": 20, "out_channels": None, "patch_size": 1,
+    "rope_theta": 2000, "timestep_guidance_channels": 256}
+VAE_JSON = {
+    "_class_name": "AutoencoderKLFlux2", "_diffusers_version": "0.37.1",
+    "_name_or_path": "black-forest-labs/FLUX.2-klein-base-4B", "act_fn": "silu", "batch_norm_eps": 0.0001,
+    "batch_norm_momentum": 0.1, "block_out_channels": [128, 256, 512, 512], "decoder_block_out_channels": None,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "force_upcast": True, "in_channels": 3, "latent_channels": 32,
+    "layers_per_block": 2, "mid_block_add_attention": True, "norm_num_groups": 32, "out_channels": 3,
+    "patch_size": [2, 2], "sample_size": 1024, "up_block_types": ["UpDecoderBlock2D"] * 4, "use_post_quant_conv": True,
+    "use_quant_conv": True}
+_QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"], "head_dim": 128, "hidden_act": "silu", "hidden_size": 2560,
+    "intermediate_size": 9728, "model_type": "qwen3", "num_attention_heads": 32, "num_hidden_layers": 36,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
+    "tie_word_embeddings": True, "vocab_size": 151936}
+MLX_TEXT_JSON = {**_QWEN3, "quantization": {"group_size": 64, "bits": 4},
+                 "quantization_config": {"group_size": 64, "bits": 4}, "torch_dtype": "bfloat16"}
+HQQ_TEXT_JSON = {**_QWEN3, "dtype": "float16", "layer_types": ["full_attention"] * 36}
+
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2))
+
+
+def write_sparse(path: Path, shapes: Shapes, size: int | None = None, metadata: dict | None = None,
+                 order=None) -> None:
+    """A safetensors file of zeros, in the safetensors library's order; with ``size``, the header is padded with spaces
+    to make it so long."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header: dict = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: order(item[1]) if order else (
+            -item[1][0].itemsize, item[0])):
+        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8 if size is None else size - 8 - len(text) - end)
+    assert size is None or 8 + len(text) + end == size, f"{path} cannot be made {size} bytes long"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def mlx(shapes: dict[str, tuple[int, ...]], bits: int, group: int, is_packed) -> Shapes:
+    """What MLX stores for a model of these shapes."""
+    result: Shapes = {}
+    for name, shape in sorted(shapes.items()):
+        if not is_packed(name, shape):
+            result[name] = (BF16, shape)
+            continue
+        layer, (n, k) = name.removesuffix(".weight"), shape
+        result[name] = (torch.uint32, (n, k * bits // 32))
+        result |= {f"{layer}.{part}": (BF16, (n, k // group)) for part in ("scales", "biases")}
+    return result
+
+
+def gemlite(bits: int) -> OrderedDict[str, torch.Tensor]:
+    """The state dict of a GemLite model, zeros."""
+    result: OrderedDict[str, torch.Tensor] = OrderedDict()
+    for name, shape in diffusers_shapes(KLEIN).items():
+        if not is_packable(name):
+            result[name] = torch.zeros(shape, dtype=BF16)
+            continue
+        layer, (n, k) = name.removesuffix(".weight"), shape
+        metadata = [0, bits, 128, 2**bits - 1, 8 // bits, 1, 1, 0, 0, 0, 4, 1]
+        result |= {
+            f"{layer}.W_q": torch.zeros(k * bits // 8, n, dtype=torch.uint8),
+            f"{layer}.scales": torch.zeros(k // 128, n), f"{layer}.zeros": torch.zeros(k // 128, n),
+            f"{layer}.metadata": torch.tensor(metadata, dtype=torch.int32),
+            f"{layer}.orig_shape": torch.tensor((n, k), dtype=torch.int32)}
+    result._metadata = OrderedDict({"": {"version": 1}})
+    return result
+
+
+def hqq() -> dict[str, dict]:
+    """What hqq saves of the text encoder, zeros; the language-model head is the embedding."""
+    result: dict[str, dict] = {}
+    for name, shape in qwen3_shapes(TEXT).items():
+        module = name.removesuffix(".weight")
+        if len(shape) == 1 or "embed_tokens" in name:
+            result[module] = {"weight": torch.zeros(shape, dtype=FP16)}
+            continue
+        groups = shape[0] * shape[1] // 64
+        result[module] = {
+            "W_q": torch.zeros(groups // 2, 64, dtype=torch.uint8), "nbits": 4, "group_size": 64,
+            "shape": torch.Size(shape), "scale": torch.zeros(groups, 1, dtype=FP16),
+            "zero": torch.zeros(groups, 1, dtype=FP16), "axis": 1, "packing": "4bit_u8", "compute_dtype": FP16,
+            "quant_zero": False, "quant_scale": False, "view_as_float": False, "unpack_view_dtype": torch.uint8,
+            "stores_quant_config": True, "encoded_state_dict": True, "offload_meta": False}
+    result["lm_head"] = {"weight": result["model.embed_tokens"]["weight"]}
+    return result
+
+
+def save_as_cuda(value, path: Path) -> None:
+    """``torch.save`` with storages that say they come from the first GPU."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    registry = torch.serialization._package_registry
+    torch.serialization.register_package(0, lambda storage: "cuda:0", lambda storage, location: None)
+    try:
+        torch.save(value, path)
+    finally:
+        registry[:] = [entry for entry in registry if entry[0] != 0]
+
+
+def vae_shapes() -> Shapes:
+    with init_empty_weights():
+        model = AutoencoderKLFlux2(**{key: value for key, value in VAE_JSON.items() if not key.startswith("_")
+                                      and key not in ("force_upcast", "decoder_block_out_channels")})
+    return {name: (BF16 if tensor.is_floating_point() else torch.int64, tuple(tensor.shape))
+            for name, tensor in sorted(model.state_dict().items())}
+
+
+def tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json"):
+        write_json(folder / name, {})
+
+
+def write_mlx(path: Path, bits: int) -> Path:
+    """A repository in the layout of the MLX releases."""
+    write_json(path / "model_index.json", INDEX)
+    write_json(path / "scheduler" / "scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    write_json(path / "transformer-packed-mflux" / "config.json", TRANSFORMER_JSON)
+    write_json(path / "transformer-packed-mflux" / "quantization_config.json", {
+        "bits": bits, "group_size": 128, "format": "mlx-packed-affine", "skip_patterns": ["norm"]})
+    shapes = mlx(diffusers_shapes(KLEIN), bits, 128, lambda name, _: is_packable(name))
+    write_sparse(path / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors", shapes,
+                 {2: 1425271472, 1: 965208136}[bits])
+    encoder = path / "text_encoder-mlx-4bit"
+    shapes = mlx(qwen3_shapes(TEXT), 4, 64, lambda _, shape: len(shape) == 2)
+    write_json(encoder / "config.json", MLX_TEXT_JSON)
+    write_json(encoder / "model.safetensors.index.json", {"metadata": {"total_size": 2262920192}, "weight_map": {
+        name: "model.safetensors" for name in shapes}})
+    # MLX writes tensors in an order of its own; small ones first make the shortest header.
+    write_sparse(encoder / "model.safetensors", shapes, 2263022529, {"format": "mlx"},
+                 order=lambda entry: entry[0].itemsize * torch.Size(entry[1]).numel())
+    for folder in (encoder, path / "tokenizer"):
+        tokenizer(folder)
+    return _with_vae(path, {key: value for key, value in VAE_JSON.items() if key != "decoder_block_out_channels"})
+
+
+def write_gemlite(path: Path, bits: int) -> Path:
+    """A repository in the layout of the GemLite releases: no scheduler, a tokenizer inside the text encoder."""
+    write_json(path / "model_index.json", INDEX)
+    folder = path / f"transformer-gemlite-int{bits}"
+    write_json(folder / "config.json", TRANSFORMER_JSON)
+    write_json(folder / "quantization_config.json", {
+        "bits": bits, "group_size": 128, "packing_bitwidth": 8, "quantized_count": 100, "skipped_count": 9})
+    write_json(folder / "gemlite_autotune.json", {})
+    save_as_cuda(gemlite(bits), folder / "state_dict.pt")
+    write_json(path / "text_encoder-hqq-4bit" / "config.json", HQQ_TEXT_JSON)
+    save_as_cuda(hqq(), path / "text_encoder-hqq-4bit" / "qmodel.pt")
+    tokenizer(path / "text_encoder-hqq-4bit" / "tokenizer")
+    return _with_vae(path, VAE_JSON)
+
+
+def write_unpacked(path: Path) -> Path:
+    """A repository in the layout of the unpacked releases, which is diffusers' own."""
+    write_json(path / "model_index.json", INDEX)
+    write_json(path / "transformer" / "config.json", TRANSFORMER_JSON)
+    write_sparse(path / "transformer" / "diffusion_pytorch_model.safetensors", {
+        name: (BF16, shape) for name, shape in sorted(diffusers_shapes(KLEIN).items())}, 7751109712)
+    shapes = {name: (BF16, shape) for name, shape in qwen3_shapes(TEXT).items()}
+    names = {f"model-0000{i + 1}-of-00002.safetensors": list(shapes)[i::2] for i in range(2)}
+    for file, part in names.items():
+        write_sparse(path / "text_encoder" / file, {name: shapes[name] for name in part}, None, {"format": "pt"})
+    write_json(path / "text_encoder" / "model.safetensors.index.json", {"weight_map": {
+        name: file for file, part in names.items() for name in part}})
+    write_json(path / "text_encoder" / "config.json", HQQ_TEXT_JSON)
+    return _with_vae(path, VAE_JSON)
+
+
+def _with_vae(path: Path, config: dict) -> Path:
+    write_json(path / "vae" / "config.json", config)
+    write_sparse(path / "vae" / "diffusion_pytorch_model.safetensors", vae_shapes(), 168120878, {"format": "pt"})
+    return path

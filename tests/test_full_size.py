@@ -1,0 +1,55 @@
+"""``inspect`` over full-size replicas of the published repositories: ``pytest -m full_size -s``. Needs 8 GB of disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import published_files
+import pytest
+
+from bonsai_image.published import REPOSITORIES
+
+CODE = """
+import sys
+from pathlib import Path
+from bonsai_image.__main__ import main
+status = main()
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(line for line in lines if line.startswith("VmHWM")), file=sys.stderr)
+sys.exit(status)
+"""
+
+WRITERS = {
+    ("ternary", "mlx"): lambda path: published_files.write_mlx(path, 2),
+    ("binary", "mlx"): lambda path: published_files.write_mlx(path, 1),
+    ("ternary", "gemlite"): lambda path: published_files.write_gemlite(path, 2),
+    ("binary", "gemlite"): lambda path: published_files.write_gemlite(path, 1),
+    ("ternary", "unpacked"): published_files.write_unpacked,
+}
+
+
+@pytest.mark.full_size
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
+@pytest.mark.parametrize(("variant", "kind"), WRITERS, ids=[f"{variant}-{kind}" for variant, kind in WRITERS])
+def test_inspect_has_no_complaint(variant, kind, tmp_path):
+    repository = REPOSITORIES[variant, kind]
+    path = WRITERS[variant, kind](tmp_path / repository.name)
+    for file in repository.files:
+        # The pickles lack what the publisher's model classes leave in them: an entry of _metadata for every module.
+        assert 0 <= file.size - (path / file.path).stat().st_size <= (32_768 if file.path.endswith(".pt") else 0)
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", CODE, "inspect", path, "--json"], capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(done.stdout)
+    assert [part["kind"] for part in parts] == ["diffusion model", "text encoder", "VAE"]
+    assert not any(part["problems"] or part["warnings"] for part in parts)
+    assert parts[0]["packed_layers"] == 100 and parts[0]["packed_weights"] == 3_680_501_760
+    if kind != "unpacked":  # zeros fit both alphabets
+        assert parts[0]["variant"] == variant
+    assert all(any("as long as the published file" in text for text in part["published"])
+               for part in parts if kind == "mlx" or part["kind"] == "VAE")
+    print(f"\n{repository.name}: {seconds:.1f} s, {done.stderr.strip().splitlines()[-1]}")
