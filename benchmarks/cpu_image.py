@@ -1,0 +1,92 @@
+"""Denoising one image on this machine's CPU with the full-size transformer: dense BF16 beside exact and fast.
+
+    python benchmarks/cpu_image.py [--side 512] [--steps 4] [--modes dense exact fast]
+
+Random ternary weights of FLUX.2 Klein 4B in diffusers' module, as the command line uses it; each mode in a process of
+its own. Printed are seconds a step (the median), peak RSS while it denoises, and how far the final latent is from the
+dense one, whose weights have the same values. Text encoder and VAE are left out: all modes share them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from linear import cpu_name
+from load import FULL, peak_bytes, random_model
+
+from bonsai_image.ops.backends import Setting, resolve
+from bonsai_image.ops.packed import is_packed
+from bonsai_image.standalone.models import transformer_module
+
+CPU, TEXT_TOKENS = torch.device("cpu"), 512
+
+
+def coordinates(height: int, width: int) -> torch.Tensor:
+    """Positions (time, row, column, token) of the tokens of an image."""
+    return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width), torch.arange(1))
+
+
+def build(mode: str) -> torch.nn.Module:
+    model = random_model(FULL, 2, Path("random"))
+    if mode == "dense":
+        for name, tensor in model.tensors.items():
+            model.tensors[name] = tensor.dequantize() if is_packed(tensor) else tensor
+    setting = Setting("auto", "fast" if mode == "fast" else "exact")
+    print(f"{mode}: {'torch' if mode == 'dense' else ', '.join(map(str, resolve(setting, CPU)[:2]))}", file=sys.stderr)
+    return transformer_module(model, CPU, torch.bfloat16, setting)
+
+
+@torch.inference_mode()
+def denoise(mode: str, side: int, steps: int, out: Path) -> None:
+    """Plain Euler steps from fixed noise and a fixed random text."""
+    module, tokens = build(mode), side // 16
+    generator = torch.Generator().manual_seed(1)
+    latent = torch.randn(1, tokens**2, FULL.in_channels, generator=generator).bfloat16()
+    text = torch.randn(1, TEXT_TOKENS, FULL.text_width, generator=generator).bfloat16()
+    places = {"img_ids": coordinates(tokens, tokens)[None], "txt_ids": torch.zeros(1, TEXT_TOKENS, 4)}
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    sigmas, seconds = torch.linspace(1, 0, steps + 1), []
+    for now, then in pairwise(sigmas):
+        start = time.perf_counter()
+        flow = module(hidden_states=latent, encoder_hidden_states=text, timestep=now[None].bfloat16(), guidance=None,
+                      **places, return_dict=False)[0]
+        latent = (latent.float() + (then - now) * flow.float()).bfloat16()
+        seconds.append(time.perf_counter() - start)
+    torch.save({"latent": latent.float(), "seconds": statistics.median(seconds), "peak": peak_bytes()}, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--modes", nargs="+", choices=("dense", "exact", "fast"), default=("dense", "exact", "fast"))
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.out:
+        denoise(args.modes[0], args.side, args.steps, args.out)
+        return
+    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.side} x {args.side}, "
+          f"{args.steps} steps\n{'mode':>6}{'s/step':>9}{'of first':>9}{'peak GB':>9}{'latent error':>14}")
+    first = None
+    with tempfile.TemporaryDirectory() as folder:
+        for mode in args.modes:
+            out = Path(folder) / mode
+            subprocess.run([sys.executable, __file__, "--modes", mode, "--side", str(args.side), "--steps",
+                            str(args.steps), "--out", str(out)], check=True)
+            found = torch.load(out, weights_only=True)
+            first = first or found
+            error = (found["latent"] - first["latent"]).norm() / first["latent"].norm()
+            print(f"{mode:>6}{found['seconds']:>9.2f}{found['seconds'] / first['seconds']:>9.2f}"
+                  f"{found['peak'] / 1e9:>9.2f}{float(error):>14.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
