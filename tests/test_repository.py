@@ -99,6 +99,14 @@ def test_repository_is_found(case, mlx):
         assert loader(mlx).tensors.keys() == loader(getattr(find_repository(mlx), part)).tensors.keys()
 
 
+def test_file_that_a_mac_has_copied(root, tmp_path):
+    """Without a well-known name to tell it from the file of attributes beside it."""
+    path = Path(shutil.copytree(root / "comfy", tmp_path / "comfy"))
+    (path / "._bonsai.safetensors").write_bytes(b"\0\5\x16\7" + bytes(100))
+    assert load_transformer(path).path == path / "bonsai.safetensors"
+    assert not resembles_repository(path)
+
+
 def test_repository_in_a_folder_of_its_own(mlx, tmp_path):
     assert found(tmp_path) == PARTS
 

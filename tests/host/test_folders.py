@@ -1,0 +1,76 @@
+"""What the lists of the loaders show, and what reaches a loader from ComfyUI's command line."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import folder_paths
+import pytest
+from comfy.cli_args import args as host_args
+
+from bonsai_image import published
+from bonsai_image.loaders import find_repository
+from bonsai_image.nodes import folders, info, models
+
+TRANSFORMER = "transformer-packed-mflux"
+
+
+@pytest.fixture
+def roots(tmp_path, monkeypatch) -> Path:
+    for kind in ("diffusers", "diffusion_models"):
+        (tmp_path / kind).mkdir()
+        extensions = folder_paths.folder_names_and_paths[kind][1]
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], extensions))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return tmp_path
+
+
+def test_repositories_in_every_place(roots, pack):
+    root = roots / "diffusers"
+    for name in ("plain", "prism-ml/below", "twice/twice", "models--prism-ml--x/snapshots/abc", "x.partial"):
+        shutil.copytree(pack, root / name)
+    (root / "plain" / "._vae").touch()
+    shutil.copytree(pack, root / "nested")
+    (root / "nested" / TRANSFORMER).rename(root / "moved")
+    (root / "nested" / TRANSFORMER).mkdir()
+    (root / "moved").rename(root / "nested" / TRANSFORMER / TRANSFORMER)
+    (root / "empty").mkdir()
+    choices = folders.repository_choices()
+    assert choices == ["models--prism-ml--x", "nested", "plain", "prism-ml/below", "twice/twice"]
+    for choice in choices:
+        assert find_repository(folders.resolve("diffusers", choice)).require("text_encoder", "vae")
+
+
+def test_no_attribute_files_and_no_unfinished_downloads(roots):
+    for name in ("a.safetensors", "._a.safetensors", "x.partial/b.safetensors", ".cache/c.safetensors"):
+        path = roots / "diffusion_models" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert folders.model_choices("diffusion_models") == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_disable_mmap_reaches_every_loader(pack, monkeypatch, disabled):
+    monkeypatch.setattr(host_args, "disable_mmap", disabled)
+    seen = []
+
+    def note(path, *_, mmap):
+        seen.append(mmap)
+        raise InterruptedError
+
+    for name in ("load_transformer", "load_text_encoder", "load_vae"):
+        monkeypatch.setattr(models, name, note)
+    for load in (models.load_model, models.load_clip, models.load_vae_model):
+        with pytest.raises(InterruptedError):
+            load(str(pack))
+    assert seen == [not disabled] * 3
+
+
+def test_info_names_the_published_file(pack, monkeypatch):
+    model = models.load_model(str(pack / TRANSFORMER))
+    file = f"{TRANSFORMER}/diffusion_pytorch_model.safetensors"
+    assert "published" not in info.describe(model)
+    monkeypatch.setattr(published, "REPOSITORIES", {("ternary", "mlx"): published.Repository(
+        "bonsai-x", "0123456789abcdef", (published.File(file, (pack / file).stat().st_size, "0" * 64),))})
+    assert "published: as long as the published file of prism-ml/bonsai-x, revision 0123456789" in info.describe(model)
