@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import subprocess
@@ -85,7 +86,8 @@ def disturbed(prompts: Path, out: Path, count: int, kills: int, driver_kills: in
                 process = driver(prompts, out, "--rows-per-task", 4, "--seeds", count // len(PROMPTS))
             elif victims := workers(process):
                 assert listening(process) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-                chance.choice(victims).kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended by itself
+                    chance.choice(victims).kill()
             else:
                 continue
             killed[due.pop(0)[1]] += 1

@@ -126,4 +126,6 @@ def on_ray(tasks: Iterable[Rows], work: Work, pools: Pools) -> Iterator[dict[str
             for task in data.iter_rows():
                 yield from json.loads(task["rows"])
         except ray.exceptions.RayError as error:
+            ray.shutdown()
             raise ValueError(f"Ray ended the run: {str(error).strip().splitlines()[-1]}") from error
+    ray.shutdown()  # prints what it still has to say, so before the caller's stdout is itself again
