@@ -17,7 +17,7 @@ def test_ray_makes_the_images_of_a_single_process_though_workers_are_killed(tmp_
     prompts = write_prompts(tmp_path)
     finished(driver(prompts, tmp_path / "a", "--shards", "1/1", "--seeds", 60))
     killed = disturbed(prompts, tmp_path / "b", 120, kills=2, driver_kills=0)
-    assert killed["workers"] >= 1, "the run ended before a worker was killed"
+    assert killed["workers"] == 2
     assert_whole(tmp_path / "b", tmp_path / "a", 120)
 
 
