@@ -103,10 +103,7 @@ def check_settings(width: int, height: int, steps: int) -> None:
 def complete_repository(folder: Path) -> Repository:
     """The parts of a repository folder that drawing needs. Raises ModelFileError where one is missing."""
     repository = find_repository(folder)
-    for part in ("text_encoder", "tokenizer", "vae"):
-        if getattr(repository, part) is None:
-            raise ModelFileError(folder, f"a folder with the {part.replace('_', ' ')}", "none",
-                                 "download the whole repository")
+    repository.require("text_encoder", "tokenizer", "vae")
     return repository
 
 

@@ -288,12 +288,17 @@ def test_the_cpu_backend_is_chosen_and_logged_once(fresh, caplog):
     assert caplog.text.count(f"compiled for {KINDS[0]}") == 1
 
 
-@pytest.mark.parametrize(("broken", "said"), [("missing", "llvmlite is not installed"), ("refusing", "no such target"),
-                                              ("wrong", "times the tolerance")])
+@pytest.mark.parametrize(("broken", "said"), [
+    ("missing", "llvmlite is not installed"), ("damaged", "llvmlite fails on this machine"),
+    ("refusing", "no such target"), ("wrong", "times the tolerance")])
 def test_without_a_working_llvmlite_torch_takes_over(fresh, caplog, monkeypatch, broken, said):
     caplog.set_level("INFO")
     if broken == "missing":
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    elif broken == "damaged":
+        def fail():
+            raise OSError("libllvmlite.so: cannot open shared object file")
+        monkeypatch.setattr(kernels, "kinds", fail)
     elif broken == "refusing":
         def refuse(*_args, **_constants):
             raise RuntimeError("no such target")

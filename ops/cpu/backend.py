@@ -53,9 +53,13 @@ def problem(device: torch.device | None, fast: bool = False) -> str | None:
     """Why the kernels cannot be compiled here, or why int8 products gain nothing if ``fast``, or None."""
     if importlib.util.find_spec("llvmlite") is None:
         return NOT_INSTALLED
-    if fast and instruction() == "portable":
-        return "int8 activations are not measured on this kind of CPU"
-    return None
+    if device is None:
+        return None
+    try:
+        kind = instruction()
+    except (ImportError, OSError, RuntimeError) as failure:
+        return f"llvmlite fails on this machine ({failure}); {REMEDY}"
+    return "int8 activations are not measured on this kind of CPU" if fast and kind == "portable" else None
 
 
 def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
@@ -93,8 +97,7 @@ def expand(packed: Packed, dtype: torch.dtype, kind: str, out: torch.Tensor) -> 
     """``packed.dequantize``, bit for bit, into ``out``: contiguous, of ``dtype`` BF16 or FP32."""
     from . import kernels
 
-    run = kernels.function(kernels.expand, kind, bits=packed.bits, form=packed.form,
-                               wide=dtype == torch.float32)
+    run = kernels.function(kernels.expand, kind, bits=packed.bits, form=packed.form, wide=dtype == torch.float32)
     # Levels of at most 2 bits times a scale of the dtype: exact.
     scale = packed.scale.to(dtype) if packed.form == "symmetric" and packed.bits <= 2 else packed.scale
     scale = scale.to(torch.float32).contiguous()
