@@ -178,6 +178,8 @@ def main() -> int:
         print(json.dumps(kernels(torch.device(case["device"]), case["tiny"])), flush=True)
         return 0
     tiny = argument == "--tiny"
+    if not tiny and not torch.cuda.is_available():
+        sys.exit("this PyTorch sees no GPU; --tiny runs the same code on the CPU")
     result = kernels(torch.device("cpu" if tiny else "cuda"), tiny)
     print("\n".join([*lines(result), *(["wrong:", *wrong(result)] if wrong(result) else ["all results are right"])]))
     return bool(wrong(result))

@@ -11,10 +11,9 @@ import argparse
 import os
 import sys
 import time
-from types import SimpleNamespace
 
 import torch
-from linear import SHAPES, random_ternary
+from linear import SHAPES, random_levels
 
 if "COMFYUI_PATH" not in os.environ:
     sys.exit("set COMFYUI_PATH to a ComfyUI checkout")
@@ -26,9 +25,9 @@ host_args.cpu = True
 from comfy.weight_adapter import LoRAAdapter  # noqa: E402
 
 from bonsai_image.nodes.side_paths import side_paths  # noqa: E402
-from bonsai_image.ops import torch_backend  # noqa: E402
+from bonsai_image.ops import backends  # noqa: E402
 from bonsai_image.ops.devices import DTYPES  # noqa: E402
-from bonsai_image.ops.packed import parts  # noqa: E402
+from bonsai_image.ops.packed import Packed, rewrap  # noqa: E402
 
 
 def patches(n: int, k: int, rank: int, count: int) -> list:
@@ -36,11 +35,11 @@ def patches(n: int, k: int, rank: int, count: int) -> list:
                                       None)), 1.0, None, None) for _ in range(count)]
 
 
-def once(x: torch.Tensor, layer: SimpleNamespace, paths: tuple) -> float:
+def once(x: torch.Tensor, packed: Packed, weight: torch.Tensor, paths: tuple) -> float:
     start = time.perf_counter()
-    y = torch_backend.multiply(x, parts(layer.weight))
+    y = backends.multiply(x, packed, backends.AUTO)
     for path in paths:
-        path.add(x, y, layer.weight)
+        path.add(x, y, weight)
     return time.perf_counter() - start
 
 
@@ -56,13 +55,14 @@ def main() -> None:
     totals = dict.fromkeys([0, *args.counts], 0.0)
     for n, k, occurrences in SHAPES:
         x = torch.randn(args.rows, k).to(DTYPES[args.dtype])
-        layer = SimpleNamespace(weight=random_ternary(n, k))
+        packed = random_levels(n, k, 2)
+        weight = rewrap(packed, x.dtype)
         paths = {count: side_paths(patches(n, k, args.rank, count), "weight", torch.Size((n, k)), x.device)
                  for count in totals}
         best = dict.fromkeys(totals, float("inf"))
         for _ in range(args.repeats):
             for count in totals:
-                best[count] = min(best[count], once(x, layer, paths[count]))
+                best[count] = min(best[count], once(x, packed, weight, paths[count]))
         for count in totals:
             totals[count] += occurrences * best[count]
     print(f"{args.rows} rows, rank {args.rank}, {args.dtype}, torch {torch.__version__}, "

@@ -115,3 +115,15 @@ def test_importing_the_package_imports_no_torch_and_no_comfyui():
     code = "import sys, bonsai_image; print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'comfy', 'mlx'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_benchmarks_import_what_the_others_have(path):
+    """They are not run here, so a name that is gone would show only when somebody measures."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (source := path.with_name(f"{node.module}.py")).exists():
+            tree = ast.parse(source.read_text(encoding="utf-8"))
+            names = {getattr(child, "name", None) for child in tree.body}
+            names |= {target.id for child in tree.body if isinstance(child, ast.Assign) for target in child.targets
+                      if isinstance(target, ast.Name)}
+            assert {alias.name for alias in node.names} <= names, source.name
