@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from load import FULL, peak_bytes, random_model
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bonsai_image.loaders import save_transformer
 
@@ -47,7 +48,7 @@ def measure(case: str, path: str, size: int, steps: int) -> dict[str, float]:
         return model
 
     before, ends = peak_bytes(), []
-    torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+    register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     latent = torch.randn(1, 128, size // 16, size // 16, generator=torch.Generator().manual_seed(0))
     text = torch.randn(1, 512, FULL.text_width, generator=torch.Generator().manual_seed(1))
     settings = {
