@@ -22,6 +22,12 @@ from bonsai_image.loaders.names import to_comfyui
 collect_ignore = [] if os.environ.get("COMFYUI_PATH") else ["host"]
 
 
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist: it and what it starts keep to one core
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
 def pytest_terminal_summary(terminalreporter):
     if collect_ignore:
         terminalreporter.write_line("tests/host not run: set COMFYUI_PATH to a ComfyUI checkout to run it")
