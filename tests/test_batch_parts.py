@@ -1,0 +1,152 @@
+"""The parts of ``bonsai-image batch`` one by one: groups of rows, what a stage remembers, what a killed run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from batch_runs import MINIATURE
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_batch import PROMPTS, batch, images, write_table
+
+from bonsai_image.ops.backends import Setting
+from bonsai_image.standalone.batch import manifest, rows, stages
+
+
+@pytest.fixture
+def work(tmp_path) -> stages.Work:
+    (tmp_path / stages.STARTED).mkdir()
+    return stages.Work(MINIATURE / "ternary", None, tmp_path, "cpu", torch.float32, Setting("auto", "exact"), 4, 1)
+
+
+class Doubles(stages.Stage):
+    """Doubles the bytes of its rows, all in one group, and fails on a group with a row named bad."""
+
+    def groups(self, rows):
+        yield rows
+
+    def run(self, rows, data):
+        if any(row["name"] == "bad" for row in rows):
+            raise RuntimeError("bad row")
+        return [part * 2 for part in data]
+
+
+def task(names, data=range(1, 5)) -> dict:
+    listed = [{"name": name, "seconds": 0.0, "span": (i, i + 1)} for i, name in enumerate(names)]
+    return {"rows": json.dumps(listed), "data": np.array(data, np.uint8)}
+
+
+def test_a_row_that_fails_in_a_group_leaves_the_others_theirs(work):
+    done = Doubles(work)(task(["a", "b", "bad", "c"]))
+    found = {row["name"]: row for row in json.loads(done["rows"])}
+    assert found["bad"]["error"] == "RuntimeError: bad row"
+    values = {name: done["data"][slice(*row["span"])].tolist() for name, row in found.items() if "error" not in row}
+    assert values == {"a": [2], "b": [4], "c": [8]}
+    assert not list((work.out / stages.STARTED).iterdir())
+
+
+def test_seeds_of_a_prompt_share_its_embeddings(work):
+    encode = stages.Encode(work)
+    listed = [{"name": str(i), "prompt": prompt, "seconds": 0.0, "span": (0, 0)}
+              for i, prompt in enumerate((PROMPTS[0], PROMPTS[0], PROMPTS[1]))]
+    done = encode({"rows": json.dumps(listed), "data": np.zeros(1, np.uint8)})
+    first, second, third = (row["span"] for row in json.loads(done["rows"]))
+    assert first == second != third and len(done["data"]) == 2 * (first[1] - first[0])
+
+
+def test_a_row_that_a_worker_died_on_is_denoised_alone(work):
+    denoise = stages.Denoise(work)
+    (work.out / stages.STARTED / "c.denoise").write_bytes(b".")
+    groups = denoise.groups([{"name": name} for name in "abcdef"])
+    assert ["".join(row["name"] for row in group) for group in groups] == ["c", "abde", "f"]
+
+
+@pytest.mark.parametrize("column", ["lora", "lora_strength", "reference", "width", "height", "steps"])
+def test_a_task_has_rows_of_one_kind(column):
+    """What a batch is denoised with is that of its first row."""
+    values = ("a", "b") if column in ("lora", "reference") else (16, 32)
+    table = {f"{seed}{value}": rows.Row("a", seed, **{column: value}) for seed in range(3) for value in values}
+    tasks = list(rows.tasks(table, 4))
+    assert [len({row[column] for row in each}) for each in tasks] == [1, 1]
+    assert sorted(row["name"] for each in tasks for row in each) == sorted(table)
+
+
+def test_every_lora_reaches_the_rows_that_name_it(tmp_path):
+    """A worker keeps one LoRA, so another one has to replace it."""
+    tensors = load_file(MINIATURE / "blue_pot_lora.safetensors")
+    for name, sign in (("a", 1), ("b", -1)):
+        signed = {key: tensor * sign if "lora_B" in key else tensor for key, tensor in tensors.items()}
+        save_file(signed, tmp_path / f"{name}.safetensors")
+    both = [{"prompt": PROMPTS[0], "lora": f"{name}.safetensors"} for name in "ab"]
+    assert batch(write_table(tmp_path / "both.jsonl", both), tmp_path / "both") == 0
+    alone = write_table(tmp_path / "alone.jsonl", [{"prompt": PROMPTS[0], "lora": "b.safetensors"}])
+    assert batch(alone, tmp_path / "alone") == 0
+    ((name, image),) = images(tmp_path / "alone").items()
+    assert len(set(images(tmp_path / "both").values())) == 2 and images(tmp_path / "both")[name] == image
+
+
+def test_a_photograph_is_turned_the_way_its_camera_was_held(tmp_path):
+    """A phone stores its pictures sideways, with the direction beside them."""
+    picture = Image.linear_gradient("L").convert("RGB").resize((64, 64))
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    picture.save(tmp_path / "upright.png")
+    turned.save(tmp_path / "sideways.png", exif=exif)
+    path = write_table(tmp_path / "a.jsonl", [{"prompt": PROMPTS[0], "reference": f"{name}.png"}
+                                              for name in ("upright", "sideways")])
+    assert batch(path, tmp_path / "out") == 0
+    made = {Image.open(tmp_path / "out" / name).tobytes() for name in images(tmp_path / "out")}
+    assert len(made) == 1 and len(images(tmp_path / "out")) == 2
+
+
+def test_a_file_is_written_whole_or_stays_what_it_was(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "a.png"
+    manifest.write_whole(path, b"older")
+    before = path.stat().st_ino
+    manifest.write_whole(path, b"old")
+    assert path.stat().st_ino != before  # a new file took the place of the old one, which nobody wrote into
+    monkeypatch.setattr(manifest.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        manifest.write_whole(path, b"newer")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_that_could_not_be_written_are_written_later(tmp_path, monkeypatch):
+    record = manifest.Manifest(tmp_path, {})
+    record.add({"name": "a"})
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write_whole", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert "No space left on device" in record.flush()
+    assert record.flush() is None and [row["name"] for row in manifest.read(tmp_path)] == ["a"]
+
+
+def test_an_image_that_two_processes_recorded_is_recorded_once(tmp_path):
+    (tmp_path / "a.png").touch()
+    for _ in range(2):
+        record = manifest.Manifest(tmp_path, {})
+        record.add({"name": "a"})
+        record.flush()
+    assert manifest.Manifest(tmp_path, {}).done({"a"}) == {"a"}
+    assert [pq.read_table(path).num_rows for path in (tmp_path / "manifest").glob("*.parquet")].count(1) == 1
+
+
+def test_only_what_nobody_writes_is_removed(tmp_path):
+    """Half a file of this run's own rows, or an old one; a new one of another name may be in the making."""
+    path = write_table(tmp_path / "a.jsonl", [{"prompt": PROMPTS[0]}])
+    out = tmp_path / "out"
+    assert batch(path, out) == 0
+    ((image, _),) = images(out).items()
+    ours, foreign, old = out / f".{image}.0.tmp", out / ".other.png.0.tmp", out / ".old.png.0.tmp"
+    for each in (ours, foreign, old):
+        each.touch()
+    os.utime(old, (0, 0))
+    assert batch(path, out) == 0 and [foreign.exists(), ours.exists(), old.exists()] == [True, False, False]
