@@ -6,44 +6,33 @@ Needs huggingface_hub only, so that any Python that has it can run it. Nothing e
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import sys
 from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..published import PARTIAL, RECORD, REPOSITORIES, Repository
 
 #: What the client's HTTP library raises, in every version: the client's own error derives from it.
 _TRANSPORT_ERRORS = (*HfHubHTTPError.__bases__, OSError)
-_CHUNK = 1 << 22
 
 
 def default_folder(package: Path) -> Path:
     """``models/diffusers`` of the ComfyUI in whose ``custom_nodes`` the folder ``package`` lies, else ``./models``."""
     # Lexically, without resolving links: the folder may be a link to somewhere else.
-    if package.parent.name == "custom_nodes":
-        return package.parent.parent / "models" / "diffusers"
-    return Path("models")
-
-
-def _digest(file: Path, algorithm: str, prefix: bytes = b"") -> str:
-    state = hashlib.new(algorithm, prefix, usedforsecurity=False)
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            state.update(chunk)
-    return state.hexdigest()
+    return package.parent.parent / "models" / "diffusers" if package.parent.name == "custom_nodes" else Path("models")
 
 
 def _matches(file: Path, entry) -> bool:
     """Whether ``file`` is what the hub says it is: SHA-256 of a large file, git's SHA-1 of a small one."""
     if not file.is_file():
         return False
-    if entry.lfs is not None:
-        return _digest(file, "sha256") == entry.lfs.sha256
-    return _digest(file, "sha1", b"blob %d\0" % file.stat().st_size) == entry.blob_id
+    with file.open("rb") as stream:
+        if entry.lfs is None:
+            return git_hash(stream.read()) == entry.blob_id
+        return sha_fileobj(stream).hex() == entry.lfs.sha256
 
 
 def _inside(name: str) -> str:
@@ -53,19 +42,12 @@ def _inside(name: str) -> str:
     return name
 
 
-def _leftovers(folder: Path, names: set[str]) -> list[Path]:
-    """Files of another revision, from an interrupted download of it; the client's own records stay."""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return [path for name, path in files.items() if name not in names and not name.startswith(".cache/")]
-
-
 def _refuse_changed(repository: Repository, commit: str, entries: list) -> None:
     """Raise ValueError where the hub lists a weight file with another size or hash than the one known at ``commit``."""
-    listed = {entry.rfilename: entry for entry in entries}
+    listed = {entry.rfilename: (entry.size, entry.lfs and entry.lfs.sha256) for entry in entries}
     for file in repository.files if commit == repository.commit else ():
-        entry = listed.get(file.path)
-        found = None if entry is None else (entry.size, entry.lfs and entry.lfs.sha256)
-        if found is None or found[0] != file.size or file.sha256 not in (None, found[1]):
+        size, sha256 = listed.get(file.path, (None, None))
+        if size != file.size or file.sha256 not in (None, sha256):
             raise ValueError(f"{file.path} of {repository.id} at {commit} is not the published file of {file.size:,} "
                              "bytes; nothing was downloaded.")
 
@@ -94,18 +76,20 @@ def download(repository: Repository, revision: str | None, folder: Path) -> Path
         snapshot_download(repository.id, revision=info.sha, local_dir=partial, token=False)
     except RevisionNotFoundError as error:
         raise ValueError(f"{repository.id} has no revision {revision}; use --revision main for the newest.") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, *_TRANSPORT_ERRORS) as error:
+    except _TRANSPORT_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"Downloading {repository.id} stopped ({reason}); whole files are kept, so run the same "
                          "command again to continue.") from error
-    damaged = [entry.rfilename for entry in info.siblings if not _matches(partial / entry.rfilename, entry)]
-    if damaged:
+    if damaged := [entry.rfilename for entry in info.siblings if not _matches(partial / entry.rfilename, entry)]:
         for name in damaged:
             (partial / name).unlink(missing_ok=True)
         raise ValueError(f"{', '.join(damaged)} arrived damaged and was removed; run the same command again to "
                          "download it again.")
-    for leftover in _leftovers(partial, names):
-        leftover.unlink()
+    # Files of another revision, from an interrupted download of it; the client's own records stay.
+    for file in list(partial.rglob("*")):
+        name = file.relative_to(partial).as_posix()
+        if file.is_file() and name not in names and not name.startswith(".cache/"):
+            file.unlink()
     record = {"repository": repository.id, "revision": revision, "commit": info.sha}
     (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial.rename(target)
@@ -127,6 +111,5 @@ def main(argv: list[str]) -> int:
     try:
         print(download(REPOSITORIES[args.variant, args.format], args.revision, args.to))
     except ValueError as error:
-        print(f"bonsai-image: {error}", file=sys.stderr)
-        return 2
+        parser.exit(2, f"bonsai-image: {error}\n")
     return 0
