@@ -28,7 +28,7 @@ from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.ops.backends import Setting
 from bonsai_image.ops.mlx import backend as mlx_backend
 from bonsai_image.ops.packed import is_packed, packed_nbytes
-from bonsai_image.standalone.generate import generate
+from bonsai_image.standalone.generate import Compute, complete_repository, generate
 from bonsai_image.standalone.models import transformer_module
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
@@ -135,8 +135,8 @@ def draw(checkpoint: Path, sizes: list[int], steps: int, tiny: bool) -> None:
     device, dtype = (torch.device("cpu"), torch.float32) if tiny else (torch.device("mps"), torch.bfloat16)
     for pixels in sizes:
         mx.reset_peak_memory()
-        stages = generate(checkpoint, ["a bonsai tree in a clay pot"], device, dtype, Setting("mlx"), pixels, pixels,
-                          steps, progress=False).stages
+        stages = generate(complete_repository(checkpoint), ["a bonsai tree in a clay pot"],
+                          Compute(device, dtype, Setting("mlx")), pixels, pixels, steps, progress=False).stages
         print(f"\nimage {pixels} x {pixels}: {sum(stage['seconds'] for stage in stages.values()):.2f} s, "
               f"MLX peak {mx.get_peak_memory() / 1e6:.0f} MB, process peak {peak_bytes() / 1e6:.0f} MB")
         for name, stage in stages.items():

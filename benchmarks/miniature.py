@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline
 
-from bonsai_image.loaders import find_repository, load_text_encoder, load_transformer
+from bonsai_image.loaders import find_repository, load_text_encoder
 from bonsai_image.ops.backends import Setting
 from bonsai_image.standalone import demo, models
 
@@ -35,11 +35,7 @@ COLUMNS = ("colour", "shape", "position", "size", "count", "background", "leaves
 
 
 def transformer(variant: str, dtype: torch.dtype, int8: bool) -> torch.nn.Module:
-    path = demo.MINIATURE / demo.VARIANTS[variant]
-    if variant == "dense":
-        return models.dense_transformer(path, CPU, dtype)
-    setting = Setting("auto", "fast" if int8 else "exact")
-    return models.transformer_module(load_transformer(path), CPU, dtype, setting)
+    return models.transformer_module(demo.load(variant), CPU, dtype, Setting("auto", "fast" if int8 else "exact"))
 
 
 def pictures(pipeline: Flux2KleinPipeline, module: torch.nn.Module, embeddings: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,8 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image, ImageOps
 
 from .. import __version__
 from ..loaders import ModelFileError, load_transformer, save_transformer, targets
@@ -18,11 +16,7 @@ from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
 from . import doctor
 from .batch import options
-from .inspect import inspect, progress_bar, report
-
-# Only generate and demo need diffusers, which ComfyUI does not install.
-if TYPE_CHECKING:
-    from .generate import Result
+from .inspect import inspect, report
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,26 +26,26 @@ def _parser() -> argparse.ArgumentParser:
 
     sampling = argparse.ArgumentParser(add_help=False)
     sampling.add_argument("--steps", type=int, default=4)
-    sampling.add_argument("--seed", type=_seed, default=0)
-    sampling.add_argument("--backend", choices=backends.NAMES, default="auto",
-                          help="what computes with the packed weights")
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--backend", choices=backends.NAMES, default="auto", help="what multiplies packed weights")
     sampling.add_argument("--precision", choices=backends.PRECISIONS, default="exact",
                           help="fast rounds activations to int8 (NVIDIA GPUs since Ampere, else the same as exact)")
     sampling.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the activations")
     sampling.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: the fastest available)")
     sampling.add_argument("--json", action="store_true", help="print settings and figures per stage as JSON")
 
-    command = commands.add_parser("generate", parents=[sampling], help="make an image from a prompt")
-    command.add_argument("--checkpoint", type=Path, required=True, help="folder of a downloaded repository")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--checkpoint", type=Path, required=True, help="folder of a downloaded repository")
+    model.add_argument("--transformer", type=Path, help="a diffusion model, used instead of the checkpoint's own")
+    model.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16")
+    model.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16")
+
+    command = commands.add_parser("generate", parents=[sampling, model], help="make an image from a prompt")
     command.add_argument("--prompt", required=True)
     command.add_argument("--image", type=Path, action="append", default=[], help="an image to edit (repeatable)")
-    command.add_argument("--transformer", type=Path,
-                         help="a diffusion model in any format, used instead of the checkpoint's own")
-    command.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16")
-    command.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16")
     command.add_argument("--out", type=_png, default="bonsai.png", help="PNG file to write; replaced if it exists")
 
-    options.add_parsers(commands, sampling)
+    options.add_parsers(commands, [sampling, model])
 
     command = commands.add_parser("demo", parents=[sampling], help="make a contact sheet with the trained miniature")
     command.add_argument("--out", type=_png, default="bonsai-demo.png", help="PNG file to write; replaced if it exists")
@@ -74,12 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     # Listed for --help; __main__ runs it without importing this module, which imports torch.
     commands.add_parser("download", help="download a repository from the Hugging Face Hub", add_help=False)
     return parser
-
-
-def _seed(text: str) -> int:
-    if not 0 <= (seed := int(text)) < 2**63:
-        raise argparse.ArgumentTypeError("a seed must be between 0 and 2**63 - 1")
-    return seed
 
 
 def _png(text: str) -> Path:
@@ -106,16 +94,14 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def _table(results: dict[str, Result]) -> str:
-    """Seconds and megabytes of every stage: two columns per result."""
-    rows = [f"{'':<22}" + "".join(f"{name:>20}" for name in results) if len(results) > 1 else "",
-            f"{'stage':<22}" + f"{'seconds':>9}{'MB in use':>11}" * len(results)]
-    stages = [result.stages for result in results.values()]
-    rows += [f"{name:<22}" + "".join(f"{each[name]['seconds']:>9.2f}{each[name]['megabytes']:>11.0f}"
+def _table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Seconds and megabytes of every stage, a column for each result."""
+    stages = list(results.values())
+    rows = [f"{'stage':<22}" + "".join(f"{name:>22}" for name in results)]
+    rows += [f"{name:<22}" + "".join(f"{each[name]['seconds']:>9.2f} s{each[name]['megabytes']:>8.0f} MB"
                                      for each in stages) for name in stages[0]]
     totals = (sum(stage["seconds"] for stage in each.values()) for each in stages)
-    rows.append(f"{'total':<22}" + "".join(f"{total:>9.2f}{'':>11}" for total in totals).rstrip())
-    return "\n".join(rows)
+    return "\n".join([*rows, (f"{'total':<22}" + "".join(f"{total:>9.2f} s{'':>11}" for total in totals)).rstrip()])
 
 
 def _run_on(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, backends.Setting]:
@@ -124,75 +110,74 @@ def _run_on(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, backen
     return device, dtype, backends.Setting(args.backend, args.precision)
 
 
-def _reference(path: Path) -> Image.Image:
-    try:
-        # Apply the EXIF orientation.
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ModelFileError(path, "an image", str(error), "pass a PNG or JPEG file to --image") from error
-
-
 def _generate(args: argparse.Namespace) -> None:
     from . import memory
-    from .generate import generate
+    from .generate import Compute, complete_repository, generate, open_image, save_png
 
-    device, dtype, setting = _run_on(args)
-    if note := memory.note(args.checkpoint, device, args.width, args.height, len(args.image), setting.precision):
+    compute, repository = Compute(*_run_on(args)), complete_repository(args.checkpoint, args.transformer)
+    if note := memory.note(repository, compute.device, args.width, args.height, len(args.image), args.precision):
         print(note, file=sys.stderr)
-    result = generate(args.checkpoint, [args.prompt], device, dtype, setting, args.width, args.height, args.steps,
-                      args.seed, progress=not args.json, images=[_reference(path) for path in args.image],
-                      transformer=args.transformer)
-    result.save(args.out)
-    if args.json:
-        print(json.dumps({"out": str(args.out), "settings": result.settings, "stages": result.stages}))
-    else:
-        print(f"\n{_table({args.out.name: result})}\n\n{args.out}: {args.width} x {args.height}, "
-              f"{result.settings['variant']}, {result.settings['dtype']} on {device}")
+    images, settings, stages = generate(repository, [args.prompt], compute, args.width, args.height, args.steps,
+                                        args.seed, [open_image(path) for path in args.image], progress=not args.json)
+    save_png(images[0], settings, args.out)
+    print(json.dumps({"out": str(args.out), "settings": settings, "stages": stages}) if args.json else
+          f"\n{_table({args.out.name: stages})}\n\n{args.out}: {args.width} x {args.height}, "
+          f"{settings['variant']}, {settings['dtype']} on {compute.device}")
 
 
 def _demo(args: argparse.Namespace) -> None:
     from . import demo
-    from .generate import save_png
+    from .generate import Compute, save_png
 
-    device, dtype, setting = _run_on(args)
-    results = demo.draw(device, dtype, setting, args.steps, args.seed, progress=not args.json)
+    compute = Compute(*_run_on(args))
+    results = demo.draw(compute, args.steps, args.seed, progress=not args.json)
     save_png(demo.sheet(results), {name: result.settings for name, result in results.items()}, args.out)
-    if args.json:
-        print(json.dumps({"out": str(args.out), "variants": {name: {
-            "settings": result.settings, "stages": result.stages, "file_bytes": demo.file_bytes(name)}
-            for name, result in results.items()}}))
-    else:
-        sizes = ", ".join(f"{name} {demo.file_bytes(name) / 1e6:.2f} MB" for name in results)
-        print(f"\n{_table(results)}\n\nweights: {sizes}\n{args.out}: {len(demo.PROMPTS)} prompts by "
-              f"{len(results)} variants of the miniature on {device}")
+    facts = {name: {"settings": result.settings, "stages": result.stages, "file_bytes": demo.file_bytes(name)}
+             for name, result in results.items()}
+    sizes = ", ".join(f"{name} {each['file_bytes'] / 1e6:.2f} MB" for name, each in facts.items())
+    table = _table({name: result.stages for name, result in results.items()})
+    print(json.dumps({"out": str(args.out), "variants": facts}) if args.json else
+          f"\n{table}\n\nweights: {sizes}\n{args.out}: {len(demo.PROMPTS)} prompts by {len(results)} variants of the "
+          f"miniature on {compute.device}")
+
+
+def _batch(args: argparse.Namespace) -> int:
+    from .batch import command
+
+    return command.run(args, _device)
+
+
+def _sheet(args: argparse.Namespace) -> None:
+    from .batch import sheet
+
+    print(*sheet.write(args.folder), sep="\n")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    parts = inspect(args.path, args.verify)
+    print(json.dumps(parts, indent=2) if args.json else "\n".join(map(report, parts)))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    save_transformer(load_transformer(args.source), args.target, args.format)
+    print(args.target)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    found = doctor.diagnose(Path(__file__).absolute().parents[1])
+    print(json.dumps(found, indent=2) if args.json else doctor.report(found))
+
+
+_COMMANDS = {"generate": _generate, "batch": _batch, "sheet": _sheet, "demo": _demo, "inspect": _inspect,
+             "convert": _convert, "doctor": _doctor}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns 0 on success, and 2 after printing one sentence to stderr if the input is unusable."""
+    """Run one command. Returns 0 on success, 1 if some images of a batch failed, and 2 after printing one sentence to
+    stderr if the input is unusable."""
     args = _parser().parse_args(argv)
     try:
-        if args.command == "generate":
-            _generate(args)
-        elif args.command == "demo":
-            _demo(args)
-        elif args.command == "batch":
-            from .batch import command
-
-            return command.run(args, _device)
-        elif args.command == "sheet":
-            from .batch import sheet
-
-            print(*sheet.write(args.folder), sep="\n")
-        elif args.command == "inspect":
-            parts = inspect(args.path, progress_bar if args.verify else None)
-            print(json.dumps(parts, indent=2) if args.json else "\n".join(map(report, parts)))
-        elif args.command == "doctor":
-            found = doctor.diagnose(Path(__file__).absolute().parents[1])
-            print(json.dumps(found, indent=2) if args.json else doctor.report(found))
-        else:
-            save_transformer(load_transformer(args.source), args.target, args.format)
-            print(args.target)
+        return _COMMANDS[args.command](args) or 0
     except (ModelFileError, ValueError, OSError) as error:
         print(f"bonsai-image: {error}", file=sys.stderr)
         return 2
-    return 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..loaders import ModelFileError
-from ..ops.backends import AUTO, Setting
-from .generate import Result, generate
+from ..loaders import ModelFileError, Transformer, load_transformer
+from ..loaders.klein import check_klein
+from ..loaders.opening import open_tensors, tensor_files
+from .generate import Compute, Result, complete_repository, generate
 
 #: The miniature in a clone of the repository (``miniature/train`` trains it).
 MINIATURE = Path(__file__).parent.parent / "miniature"
@@ -28,25 +28,28 @@ VARIANTS = {"dense": "dense", "ternary": "ternary/transformer-packed-mflux", "bi
 _MARGIN, _LABEL, _LINES = 8, 118, 66
 
 
-def draw(device: torch.device, dtype: torch.dtype, setting: Setting = AUTO, steps: int = 4, seed: int = 0,
-         progress: bool = True) -> dict[str, Result]:
+def load(variant: str) -> Transformer:
+    """A variant of the miniature. The loaders refuse the dense one, as any ordinary FLUX.2 model."""
+    path = MINIATURE / VARIANTS[variant]
+    if variant != "dense":
+        return load_transformer(path)
+    file = open_tensors(path)
+    return Transformer(file.path, "dense", file.tensors, check_klein(file, file.tensors))
+
+
+def draw(compute: Compute, steps: int = 4, seed: int = 0, progress: bool = True) -> dict[str, Result]:
     """:data:`PROMPTS` through every variant. Raises ModelFileError without the miniature."""
     if not MINIATURE.is_dir():
         raise ModelFileError(MINIATURE, "the trained miniature", "no such folder",
                              "clone the repository; the registry's archive leaves it out")
-    results = {}
-    for variant, name in VARIANTS.items():
-        model = {"dense" if variant == "dense" else "transformer": MINIATURE / name}
-        results[variant] = generate(MINIATURE / "ternary", PROMPTS, device, dtype, setting, SIDE, SIDE, steps, seed,
-                                    progress, **model)
-    return results
+    repository = complete_repository(MINIATURE / "ternary")
+    return {variant: generate(repository, PROMPTS, compute, SIDE, SIDE, steps, seed, model=load(variant),
+                              progress=progress) for variant in VARIANTS}
 
 
 def file_bytes(variant: str) -> int:
     """The bytes of a variant's weights on disk."""
-    path = MINIATURE / VARIANTS[variant]
-    files = [path] if path.is_file() else path.glob("*.safetensors")
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in tensor_files(MINIATURE / VARIANTS[variant]))
 
 
 def sheet(results: dict[str, Result]) -> Image.Image:

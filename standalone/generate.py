@@ -6,30 +6,30 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import psutil
 import torch
 from diffusers import Flux2KleinPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from ..loaders import ModelFileError, Repository, find_repository, load_text_encoder, load_transformer
+from ..loaders import ModelFileError, Repository, Transformer, find_repository, load_text_encoder, load_transformer
+from ..loaders.description import count
 from ..loaders.files import Progress, no_progress
 from ..loaders.opening import tensor_files
 from ..ops import backends
 from ..ops.mlx import backend as mlx_backend
-from ..ops.packed import is_packed, packed_nbytes
 from . import models
 
 SIZE_STEP = 16
 #: What FLUX.2 Klein pads and cuts a prompt to, where the tokenizer states no less.
 MAX_TOKENS = 512
+_BAR = "{desc}{bar:24} {elapsed}"
 
 
 class Compute(NamedTuple):
@@ -40,8 +40,7 @@ class Compute(NamedTuple):
     setting: backends.Setting = backends.AUTO
 
 
-@dataclass
-class Result:
+class Result(NamedTuple):
     """An image for each prompt, with what they took: seconds and megabytes (process memory, or device memory on CUDA)
     per stage."""
 
@@ -49,61 +48,71 @@ class Result:
     settings: dict[str, Any]
     stages: dict[str, dict[str, float]]
 
-    def save(self, path: Path) -> None:
-        """Write the first image as a PNG."""
-        save_png(self.images[0], self.settings, path)
 
-
-def save_png(image: Image.Image, settings: dict[str, Any], path: Path) -> None:
-    """Write a PNG whose ``bonsai`` text chunk holds ``settings`` as JSON."""
+def save_png(image: Image.Image, settings: dict[str, Any], file: Path | BinaryIO) -> None:
+    """Write a PNG whose ``bonsai`` text chunk holds ``settings`` as JSON; the folder of a path is made."""
     info = PngInfo()
     info.add_text("bonsai", json.dumps(settings))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, format="PNG", pnginfo=info)
+    if isinstance(file, Path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file, format="PNG", pnginfo=info)
+
+
+def open_image(path: Path) -> Image.Image:
+    """A reference image in RGB, turned as its EXIF orientation says. Raises ModelFileError."""
+    try:
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ModelFileError(path, "an image", str(error), "choose a PNG or JPEG file") from error
 
 
 class Stages:
     """Times stages: ``figures`` has the seconds of each and the megabytes in use at its end (on CUDA its peak)."""
 
-    def __init__(self, device: torch.device, progress: bool):
+    def __init__(self, device: torch.device, backend: str, progress: bool):
         self.figures: dict[str, dict[str, float]] = {}
-        self._device, self._progress = device, progress
+        self._device, self._backend, self._progress = device, backend, progress
 
     @contextmanager
-    def run(self, name: str, total: int = 1) -> Iterator[Progress]:
+    def run(self, name: str) -> Iterator[Progress]:
         """One stage, with a progress bar. Yields what moves the bar."""
         gc.collect()
         cuda = self._device.type == "cuda"
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
+        if self._backend == "mlx":
+            mlx_backend.clear_cache()
         start = time.perf_counter()
-        with tqdm(total=total, desc=f"{name:<20}", disable=not self._progress,
-                  bar_format="{desc}{bar:24} {elapsed}") as bar:
-            def advance(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            yield advance
+        with tqdm(total=1, desc=f"{name:<20}", disable=not self._progress, bar_format=_BAR) as bar:
+            yield lambda done, total: bar.update(done / (total or 1) - bar.n)
             if cuda:
                 torch.cuda.synchronize(self._device)
-            bar.update(bar.total - bar.n)
+            bar.update(1 - bar.n)
         used = torch.cuda.max_memory_allocated(self._device) if cuda else psutil.Process().memory_info().rss
         self.figures[name] = {"seconds": time.perf_counter() - start, "megabytes": used / 1e6}
 
 
-def check_settings(width: int, height: int, steps: int) -> None:
-    """Raises ValueError on a size that is not a multiple of 16 or on fewer than one step."""
+def check_settings(width: int, height: int, steps: int, seed: int) -> None:
+    """Raises ValueError on a size that is not a multiple of 16, on fewer than one step, on a seed out of range."""
     if width < SIZE_STEP or height < SIZE_STEP or width % SIZE_STEP or height % SIZE_STEP:
         raise ValueError(f"width and height must be positive multiples of {SIZE_STEP}, got {width} x {height}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"a seed must be between 0 and 2**63 - 1, got {seed}")
 
 
-def complete_repository(folder: Path) -> Repository:
-    """The parts of a repository folder that drawing needs. Raises ModelFileError where one is missing."""
+def complete_repository(folder: Path, transformer: Path | None = None) -> Repository:
+    """A folder with all that an image needs. ``transformer``, a file or folder, replaces its diffusion model.
+
+    Raises ModelFileError where a part is missing.
+    """
     repository = find_repository(folder)
     repository.require("text_encoder", "tokenizer", "vae")
+    if transformer is not None:
+        tensor_files(transformer)  # fails on a wrong path before a prompt is encoded
+        repository.transformer = transformer
     return repository
 
 
@@ -131,11 +140,10 @@ def image_pipeline(repository: Repository, transformer: torch.nn.Module, compute
 
 
 def denoise(pipeline: Flux2KleinPipeline, embeddings: torch.Tensor, seeds: Sequence[int], width: int, height: int,
-            steps: int, images: Sequence[Image.Image] = (), step_done: Callable[[int], None] = lambda done: None,
-            ) -> torch.Tensor:
+            steps: int, images: Sequence[Image.Image] = (), progress: Progress = no_progress) -> torch.Tensor:
     """Embeddings ``(N, tokens, channels)`` and as many seeds -> latents ``(N, C, height / 8, width / 8)``."""
     def advance(_pipeline, step, _timestep, tensors):
-        step_done(step + 1)
+        progress(step + 1, steps)
         return tensors
 
     # Drawn on the CPU, so that a seed means the same noise on every device; one each, so that an image does not
@@ -153,76 +161,40 @@ def decode(vae: torch.nn.Module, processor: Any, latents: torch.Tensor) -> list[
         vae.decode(latent, return_dict=False)[0].float(), output_type="pil")]
 
 
-def _encode(repository: Repository, prompts: Sequence[str], compute: Compute, stages: Stages) -> torch.Tensor:
+@torch.inference_mode()
+def generate(repository: Repository, prompts: Sequence[str], compute: Compute, width: int = 1024, height: int = 1024,
+             steps: int = 4, seed: int = 0, images: Sequence[Image.Image] = (), model: Transformer | None = None,
+             progress: bool = True) -> Result:
+    """An image for each of ``prompts`` by a complete ``repository``, all from the noise of one ``seed``.
+
+    ``images`` are the references of an edit. ``model`` replaces the diffusion model of the repository. Raises
+    ModelFileError on an unusable file, ValueError as :func:`check_settings` does.
+    """
+    check_settings(width, height, steps, seed)
+    backend = backends.resolve(compute.setting, compute.device, compute.dtype).backend
+    settings = {"prompt": prompts[0] if len(prompts) == 1 else list(prompts), "width": width, "height": height,
+                "steps": steps, "seed": seed, "dtype": str(compute.dtype).removeprefix("torch."),
+                "device": str(compute.device), "backend": backend}
+    stages = Stages(compute.device, backend, progress)
     with stages.run("load text encoder") as advance:
         pipeline = text_pipeline(repository, compute, advance)
     with stages.run("encode prompt"):
-        return encode(pipeline, prompts, compute)
-
-
-def _load(repository: Repository, transformer: Path | None, dense: Path | None, text_width: int, compute: Compute,
-          stages: Stages) -> tuple[Flux2KleinPipeline, dict[str, Any]]:
-    """The image pipeline, and what the settings say about its diffusion model."""
+        embeddings = encode(pipeline, prompts, compute)
+    del pipeline  # makes room for the diffusion model
     with stages.run("load diffusion model") as advance:
-        if dense is not None:
-            module = models.dense_transformer(dense, compute.device, compute.dtype)
-            facts = {"variant": "dense", "format": "dense", "source": dense.name, "packed_bytes": 0}
-        else:
-            loaded = load_transformer(transformer or repository.transformer, advance)
-            if loaded.config.text_width != text_width:
-                raise ModelFileError(
-                    loaded.path, f"a model for text {text_width} wide, as the text encoder's",
-                    f"one for {loaded.config.text_width}", "choose a model and a text encoder of one family")
-            packed = sum(packed_nbytes(tensor) for tensor in loaded.tensors.values() if is_packed(tensor))
-            facts = {"variant": loaded.variant, "format": loaded.format, "source": loaded.source,
-                     "packed_bytes": packed}
-            module = models.transformer_module(loaded, *compute)
-            del loaded
+        model = model or load_transformer(repository.transformer, advance)
+        if model.config.text_width != embeddings.shape[-1]:
+            raise ModelFileError(model.path, f"a model for text {embeddings.shape[-1]} wide, as the text encoder's",
+                                 f"one for {model.config.text_width}", "choose a model and a text encoder that fit")
+        settings |= {"variant": model.variant, "format": model.format, "source": model.source,
+                     "packed_bytes": count(model.tensors).packed_bytes}
+        transformer = models.transformer_module(model, *compute)
+        del model
     with stages.run("load VAE"):
-        return image_pipeline(repository, module, compute), facts
-
-
-@torch.inference_mode()
-def generate(
-    checkpoint: Path,
-    prompts: Sequence[str],
-    device: torch.device,
-    dtype: torch.dtype,
-    setting: backends.Setting = backends.AUTO,
-    width: int = 1024,
-    height: int = 1024,
-    steps: int = 4,
-    seed: int = 0,
-    progress: bool = True,
-    images: Sequence[Image.Image] = (),
-    transformer: Path | None = None,
-    dense: Path | None = None,
-) -> Result:
-    """An image for each of ``prompts`` by the repository folder ``checkpoint``, all from the noise of one ``seed``.
-
-    ``images`` are the references of an edit. ``transformer``, a file or folder, replaces the diffusion model of the
-    checkpoint; so does ``dense``, a folder of diffusers' with ordinary weights, for comparison. Raises ModelFileError
-    on an unusable file, ValueError on a size that is not a multiple of 16 or on fewer than one step.
-    """
-    check_settings(width, height, steps)
-    if transformer is not None:
-        tensor_files(transformer)  # fail on a wrong path before the prompt is encoded
-    repository = complete_repository(checkpoint)
-    compute, stages = Compute(device, dtype, setting), Stages(device, progress)
-    served = backends.resolve(setting, device, dtype).backend
-    settings = {"prompt": prompts[0] if len(prompts) == 1 else list(prompts), "width": width, "height": height,
-                "steps": steps, "seed": seed, "dtype": str(dtype).removeprefix("torch."), "device": str(device),
-                "backend": served}
-    embeddings = _encode(repository, prompts, compute, stages)
-    if served == "mlx":
-        mlx_backend.clear_cache()
-    pipeline, facts = _load(repository, transformer, dense, embeddings.shape[-1], compute, stages)
-    with stages.run("denoise", steps) as advance:
-        latents = denoise(pipeline, embeddings, [seed] * len(prompts), width, height, steps, images,
-                          lambda done: advance(done, steps))
-    pipeline.transformer = None  # makes room for decoding
-    if served == "mlx":
-        mlx_backend.clear_cache()
+        pipeline = image_pipeline(repository, transformer, compute)
+    with stages.run("denoise") as advance:
+        latents = denoise(pipeline, embeddings, [seed] * len(prompts), width, height, steps, images, advance)
+    pipeline.transformer = transformer = None  # makes room for decoding
     with stages.run("decode image"):
-        pictures = decode(pipeline.vae, pipeline.image_processor, latents)
-    return Result(pictures, settings | facts, stages.figures)
+        drawn = decode(pipeline.vae, pipeline.image_processor, latents)
+    return Result(drawn, settings, stages.figures)

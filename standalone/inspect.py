@@ -2,54 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ..loaders import (
-    TextEncoder,
-    Transformer,
-    Vae,
-    find_repository,
-    is_repository,
-    load_text_encoder,
-    load_transformer,
-    load_vae,
-)
+from ..loaders import Transformer, Vae, find_repository, is_repository, load_text_encoder, load_transformer, load_vae
 from ..loaders.description import count, publication, sha256
 from ..loaders.errors import DOWNLOAD_AGAIN
-from ..loaders.files import Progress
 from ..loaders.kinds import part_of
 from ..loaders.models import holds_code_3, variant
 from ..loaders.opening import open_tensors, tensor_files
 
-#: name -> the progress of hashing the file of that name.
-Bars = Callable[[str], Progress]
-
-_KINDS: dict[str, tuple[str, Callable[[Path], Transformer | TextEncoder | Vae]]] = {
-    "transformer": ("diffusion model", load_transformer), "text_encoder": ("text encoder", load_text_encoder),
-    "vae": ("VAE", load_vae)}
+_KINDS = {"transformer": ("diffusion model", load_transformer), "text_encoder": ("text encoder", load_text_encoder),
+          "vae": ("VAE", load_vae)}
 
 
-def inspect_part(path: Path, verify: Bars | None = None) -> dict[str, Any]:
+def inspect_part(path: Path, verify: bool = False) -> dict[str, Any]:
     """Describe one model, a file or folder. With ``verify`` every code is checked and every file hashed. Raises
     ModelFileError."""
     kind, load = _KINDS[part_of(open_tensors(path).tensors) or "transformer"]
     model = load(path)
     files = tensor_files(path)
     counts = asdict(count(model.tensors))
-    counts["packing"] = [dict(zip(("bits", "group_size", "form", "scale_dtype", "layers"), (*key, layers), strict=True))
-                         for key, layers in counts["packing"].items()]
+    counts["packing"] = [{"bits": bits, "group_size": group, "form": form, "scale_dtype": dtype, "layers": layers}
+                         for (bits, group, form, dtype), layers in counts["packing"].items()]
     part = {"kind": kind, "path": str(path), "format": getattr(model, "format", "diffusers"), **counts,
             "file_bytes": sum(file.stat().st_size for file in files),
-            "published": [text for file in files if (text := publication(
-                file, None if verify is None else sha256(file, verify(file.name))))],
+            "published": [text for file in files if (text := publication(file, _hash(file) if verify else None))],
             "warnings": model.warnings, "problems": []}
     if isinstance(model, Transformer):
-        part |= {"variant": variant(model.tensors, check_codes=verify is not None), "source": model.source}
+        part |= {"variant": variant(model.tensors, check_codes=verify), "source": model.source}
     if not isinstance(model, Vae):
         part["config"] = asdict(model.config)
     if verify and (invalid := [name for name, tensor in model.tensors.items() if holds_code_3(tensor)]):
@@ -58,7 +42,7 @@ def inspect_part(path: Path, verify: Bars | None = None) -> dict[str, Any]:
     return part
 
 
-def inspect(path: Path, verify: Bars | None = None) -> list[dict[str, Any]]:
+def inspect(path: Path, verify: bool = False) -> list[dict[str, Any]]:
     """Describe every part of a repository folder, or the one model that ``path`` is. Raises ModelFileError."""
     if not is_repository(path):
         return [inspect_part(path, verify)]
@@ -69,23 +53,16 @@ def inspect(path: Path, verify: Bars | None = None) -> list[dict[str, Any]]:
                     for part, error in repository.problems.items()]
 
 
-def progress_bar(name: str) -> Progress:
-    """A bar on stderr that counts the bytes of the file ``name``."""
-    bar = tqdm(desc=f"hashing {name}", unit="B", unit_scale=True)
-
-    def show(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-
-    return show
+def _hash(file: Path) -> str:
+    """The SHA-256 of ``file``, with a bar on stderr that counts its bytes."""
+    with tqdm(desc=f"hashing {file.name}", total=file.stat().st_size, unit="B", unit_scale=True) as bar:
+        return sha256(file, lambda done, total: bar.update(done - bar.n))
 
 
 def report(part: dict[str, Any]) -> str:
     """The description of one part as lines of text."""
-    lines = [part["path"], ", ".join((f"  {part['kind']}", *(
-        [f"{part['format']} format"] if "format" in part else []), *([part["variant"]] if "variant" in part else [])))]
+    names = part["kind"], f"{part['format']} format" if "format" in part else None, part.get("variant")
+    lines = [part["path"], f"  {', '.join(filter(None, names))}"]
     if "format" in part:
         lines += ["  {layers} layers of {bits} bits in groups of {group_size}, {form}, {scale_dtype} scales".format(
             **packing) for packing in part["packing"]]

@@ -6,11 +6,10 @@ hundred megabytes.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from ..loaders import find_repository
+from ..loaders import Repository
+from ..loaders.opening import tensor_files
 
 #: Megabytes on the device while a prompt is encoded: the 4-bit text encoder, and its activations for one prompt.
 _TEXT_ENCODER, _PROMPT = 1809, 149
@@ -33,12 +32,11 @@ def counted_peak(width: int, height: int, images: int = 1, references: int = 0, 
                _VAE + width * height * _PIXEL)
 
 
-def note(checkpoint: Path, device: torch.device, width: int, height: int, references: int,
+def note(repository: Repository, device: torch.device, width: int, height: int, references: int,
          precision: str) -> str | None:
     """What to tell a user before the models are loaded, or None where nothing is counted."""
-    encoder = find_repository(checkpoint).text_encoder
-    if device.type != "cuda" or encoder is None or sum(
-            file.stat().st_size for file in encoder.glob("*") if file.is_file()) < _FULL_SIZE:
+    encoder_bytes = sum(file.stat().st_size for file in tensor_files(repository.text_encoder))
+    if device.type != "cuda" or encoder_bytes < _FULL_SIZE:
         return None
     needed, free = counted_peak(width, height, 1, references, precision), torch.cuda.mem_get_info(device)[0] / 1e6
     text = f"{width} x {height} takes about {needed / 1e3:.1f} GB of GPU memory, of which {free / 1e3:.1f} GB are free."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from pathlib import Path
 
 import torch
@@ -25,8 +24,8 @@ _SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting":
               "max_image_seq_len": 4096}
 
 
-def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.device,
-          dtype: torch.dtype, setting: Setting) -> torch.nn.Module:
+def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype,
+          setting: Setting = AUTO) -> torch.nn.Module:
     """Fill ``module``, built on the meta device: packed weights as they are, all others in ``dtype``."""
     for name, tensor in tensors.items():
         if is_packed(tensor):
@@ -36,18 +35,10 @@ def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: tor
             packed = PackedEmbedding(n, k) if isinstance(dense, torch.nn.Embedding) else PackedLinear(k, n, bias=False)
             packed.setting = setting
             module.set_submodule(layer, packed)
-    _assign(module, tensors, dtype)
-    return _ready(module, device)
-
-
-def _assign(module: torch.nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     # On a packed weight ``to`` changes only the dtype that it presents, not its scales.
     cast = {name: tensor.to(dtype=dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    module.load_state_dict(cast, assign=True, strict=True)
-
-
-def _ready(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    return module.to(device=device).eval().requires_grad_(False)
+    module.load_state_dict(cast, assign=True)
+    return module.eval().requires_grad_(False)
 
 
 def transformer_module(model: Transformer, device: torch.device, dtype: torch.dtype,
@@ -58,25 +49,17 @@ def transformer_module(model: Transformer, device: torch.device, dtype: torch.dt
         return MlxTransformer(model, device, dtype)
     with init_empty_weights():
         module = Flux2Transformer2DModel(**model.config.diffusers())
-    return _fill(module, to_diffusers(model.tensors), device, dtype, setting)
-
-
-def dense_transformer(path: Path, device: torch.device, dtype: torch.dtype) -> Flux2Transformer2DModel:
-    """diffusers' FLUX.2 transformer with ordinary weights, from a folder in diffusers' layout."""
-    module = Flux2Transformer2DModel.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
-    return _ready(module, device)
+    return _fill(module, to_diffusers(model.tensors), dtype, setting).to(device)
 
 
 def text_encoder_module(model: TextEncoder, device: torch.device, dtype: torch.dtype,
                         setting: Setting = AUTO) -> Qwen3Model:
     """transformers' Qwen3 with the weights of ``model``, without the layers after the last one that is read."""
-    kept = max(TAPPED_LAYERS) + 1
+    config = Qwen3Config(**model.config.transformers() | {"num_hidden_layers": max(TAPPED_LAYERS) + 1})
     with init_empty_weights():
-        config = Qwen3Config(**{**model.config.transformers(), "num_hidden_layers": kept})
         module = Qwen3Model(config)
-    tensors = {name.removeprefix("model."): tensor for name, tensor in model.tensors.items()
-               if (layer := re.match(r"model\.layers\.(\d+)\.", name)) is None or int(layer[1]) < kept}
-    return _fill(module, tensors, device, dtype, setting)
+    tensors = {name: model.tensors[f"model.{name}"] for name in module.state_dict()}
+    return _fill(module, tensors, dtype, setting).to(device)
 
 
 def vae_module(path: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLFlux2:
@@ -91,12 +74,12 @@ def vae_module(path: Path, device: torch.device, dtype: torch.dtype) -> Autoenco
     with init_empty_weights():
         module = AutoencoderKLFlux2.from_config(config)
     try:
-        _assign(module, loaded.tensors, dtype)
+        module = _fill(module, loaded.tensors, dtype)
     except RuntimeError as error:
         # The first line only names the class.
         raise ModelFileError(path, "the tensors that config.json describes", str(error).splitlines()[-1].strip(),
                              "download the folder again") from error
-    return _ready(module, device)
+    return module.to(device)
 
 
 def tokenizer(path: Path):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from bonsai_image.__main__ import main
 from bonsai_image.standalone import cli, demo
+from bonsai_image.standalone import generate as generating
 
 DRAW = ("generate", "--checkpoint", MINIATURE / "ternary", "--prompt", "two green circles", "--steps", 1, *SMALL,
         "--json", "--out")
@@ -27,7 +28,7 @@ def test_demo_draws_a_contact_sheet(tmp_path, capsys):
     image = Image.open(out)
     settings = json.loads(image.text["bonsai"])
     assert {name: one["source"] for name, one in settings.items()} == {
-        "dense": "dense", "ternary": "ternary", "binary": "miniature/train"}
+        "dense": "miniature", "ternary": "ternary", "binary": "miniature/train"}
     # Prompt 3, a red star on black, in the second row, that of the ternary model.
     left, top = 118 + 2 * 136, 8 + 136
     assert image.getpixel((left + 4, top + 4)) < (60, 60, 60) and image.getpixel((left + 64, top + 99))[0] > 150
@@ -38,8 +39,8 @@ def test_demo_draws_a_contact_sheet(tmp_path, capsys):
 def test_demo_takes_steps_and_seed(tmp_path, monkeypatch):
     taken = []
 
-    def generate(_checkpoint, _prompts, *settings, **_model):
-        taken.append(settings)
+    def generate(_repository, _prompts, _compute, *settings, **more):
+        taken.append((*settings, more["progress"]))
         raise ValueError("enough")
 
     monkeypatch.setattr(demo, "generate", generate)
@@ -161,4 +162,4 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (128, 64)).save(tmp_path / "photo.jpg", exif=exif)
-    assert cli._reference(tmp_path / "photo.jpg").size == (64, 128)
+    assert generating.open_image(tmp_path / "photo.jpg").size == (64, 128)

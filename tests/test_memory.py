@@ -13,26 +13,25 @@ CUDA = torch.device("cuda")
 
 
 @pytest.fixture
-def checkpoint(tmp_path, monkeypatch):
+def repository(tmp_path):
     """A repository whose text encoder takes as much disk as a full-size one (the file is sparse)."""
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.truncate(2_300_000_000)
-    monkeypatch.setattr(memory, "find_repository", lambda path: SimpleNamespace(text_encoder=path))
-    return tmp_path
+    return SimpleNamespace(text_encoder=tmp_path)
 
 
 @pytest.mark.parametrize(("free", "fits"), [(12e9, True), (1e9, False)])
-def test_the_peak_is_stated_and_too_little_memory_is_warned_of(checkpoint, monkeypatch, free, fits):
+def test_the_peak_is_stated_and_too_little_memory_is_warned_of(repository, monkeypatch, free, fits):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (int(free), 24_000_000_000))
-    text = memory.note(checkpoint, CUDA, 1024, 1024, 0, "exact")
+    text = memory.note(repository, CUDA, 1024, 1024, 0, "exact")
     assert text.startswith(f"1024 x 1024 takes about 2.2 GB of GPU memory, of which {free / 1e9:.1f} GB are free.")
     assert ("smaller size" in text) != fits
 
 
-def test_nothing_is_stated_of_other_devices_and_models(checkpoint, tmp_path):
-    assert memory.note(checkpoint, torch.device("cpu"), 1024, 1024, 0, "exact") is None
+def test_nothing_is_stated_of_other_devices_and_models(repository, tmp_path):
+    assert memory.note(repository, torch.device("cpu"), 1024, 1024, 0, "exact") is None
     (tmp_path / "model.safetensors").write_bytes(b"small")
-    assert memory.note(checkpoint, CUDA, 1024, 1024, 0, "exact") is None
+    assert memory.note(repository, CUDA, 1024, 1024, 0, "exact") is None
 
 
 def test_larger_images_and_references_take_more():

@@ -17,7 +17,7 @@ from bonsai_image.loaders import load_transformer, save_transformer, targets
 from bonsai_image.loaders.formats import writer
 from bonsai_image.ops import Setting
 from bonsai_image.standalone import demo
-from bonsai_image.standalone.generate import generate
+from bonsai_image.standalone.generate import Compute, complete_repository, generate
 
 CPU = torch.device("cpu")
 REPOSITORY = demo.MINIATURE / "ternary"
@@ -29,17 +29,18 @@ LEAST = {
     "ternary": {"colour": 0.95, "shape": 0.95, "position": 0.98, "background": 0.98, "all": 0.93},
     "binary": {"colour": 0.93, "shape": 0.9, "position": 0.97, "background": 0.98, "all": 0.86},
 }
-MODELS = {"dense": {"dense": demo.MINIATURE / "dense"}, "ternary": {}, "binary": {"transformer": BINARY}}
+MODELS = {"dense": {"model": demo.load("dense")}, "ternary": {}, "binary": {"transformer": BINARY}}
 
 
 def pixels(images: list[Image.Image]) -> torch.Tensor:
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images])
 
 
-def drawn(scenes=SCENES, repository=REPOSITORY, prompts=None, **words) -> torch.Tensor:
+def drawn(scenes=SCENES, repository=REPOSITORY, prompts=None, transformer=None, **words) -> torch.Tensor:
     """Pictures (N, 3, 128, 128) of ``scenes`` in FP32."""
     prompts = prompts or [scene.caption() for scene in scenes]
-    result = generate(repository, prompts, CPU, torch.float32, Setting("torch"), 128, 128, progress=False, **words)
+    result = generate(complete_repository(repository, transformer), prompts,
+                      Compute(CPU, torch.float32, Setting("torch")), 128, 128, progress=False, **words)
     return pixels(result.images)
 
 

@@ -21,7 +21,7 @@ from bonsai_image.ops import Setting, linear
 from bonsai_image.ops.backends import multiplies
 from bonsai_image.ops.packed import is_packed, packed_nbytes, packed_weight, parts
 from bonsai_image.standalone import cli, models
-from bonsai_image.standalone.generate import generate
+from bonsai_image.standalone.generate import Compute, complete_repository, generate
 from bonsai_image.standalone.mlx_transformer import MlxTransformer
 from bonsai_image.standalone.models import transformer_module
 
@@ -255,7 +255,7 @@ def test_the_text_encoder_is_gone_before_the_transformer_loads(tmp_path, monkeyp
     monkeypatch.setattr(models, "text_encoder_module", encoder)
     monkeypatch.setattr(models, "transformer_module", transformer)
     before = mx.get_active_memory()
-    generate(pack, ["a bonsai"], CPU, torch.float32, MLX, 32, 32, steps=1, progress=False)
+    generate(complete_repository(pack), ["a bonsai"], Compute(CPU, torch.float32, MLX), 32, 32, steps=1, progress=False)
     assert seen[1] == "checked"
 
 

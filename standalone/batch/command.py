@@ -17,7 +17,6 @@ import torch
 from tqdm import tqdm
 
 from ...loaders import ModelFileError
-from ...loaders.opening import tensor_files
 from ...ops.backends import Setting
 from ...ops.devices import DTYPES, default_dtype
 from ..generate import complete_repository
@@ -111,12 +110,10 @@ def run(args: argparse.Namespace, device_named: DeviceNamed) -> int:
     """Make what is not there yet; 1 if a row failed, else 0. Raises ModelFileError, ValueError and OSError."""
     if args.shards is not None and args.address is not None:
         raise ValueError("--shards works without Ray; leave out --address")
-    complete_repository(args.checkpoint)
-    if args.transformer is not None:
-        tensor_files(args.transformer)
+    repository = complete_repository(args.checkpoint, args.transformer)
     found = list(_sources(args))
     device, dtype, pools = _compute(args, device_named)
-    common = {"model": rows.model_digest(args.checkpoint, args.transformer), "dtype": str(dtype).split(".")[1],
+    common = {"model": rows.model_digest(repository), "dtype": str(dtype).split(".")[1],
               "precision": args.precision, "batch": args.per_device_batch}
     wanted = rows.named((row for row in found if isinstance(row, rows.Row)), common)
     if args.shards is not None:

@@ -6,17 +6,13 @@ import argparse
 from pathlib import Path
 
 
-def add_parsers(commands: argparse._SubParsersAction, sampling: argparse.ArgumentParser) -> None:
+def add_parsers(commands: argparse._SubParsersAction, shared: list[argparse.ArgumentParser]) -> None:
     """Add ``batch``, with the options that it shares with ``generate``, and ``sheet``."""
-    command = commands.add_parser("batch", parents=[sampling], help="make many images, on one machine or a Ray cluster",
+    command = commands.add_parser("batch", parents=shared, help="make many images, on one machine or a Ray cluster",
                                   description="An interrupted run continues with the same command. Exit status 1: some "
-                                              "rows failed.")
+                                              "rows failed. Size, steps and seed are those of rows without their own.")
     command.add_argument("prompts", type=Path, nargs="?", help=".txt, .jsonl, .csv or .parquet; see docs/batch.md")
-    command.add_argument("--checkpoint", type=Path, required=True, help="folder of a downloaded repository")
-    command.add_argument("--transformer", type=Path, help="a diffusion model, used instead of the checkpoint's own")
     command.add_argument("--out", type=Path, required=True, help="folder for the images and their manifest")
-    command.add_argument("--width", type=int, default=1024, help="of rows without one: pixels, a multiple of 16")
-    command.add_argument("--height", type=int, default=1024, help="of rows without one: pixels, a multiple of 16")
     command.add_argument("--seeds", type=_positive, default=1, help="images per row, from its seed on")
     command.add_argument("--workflow", type=Path, help="a workflow from ComfyUI (saved or exported as API) whose "
                                                        "prompt, size, steps, seed and LoRA are the defaults")

@@ -17,10 +17,10 @@ from typing import Any
 
 from PIL import Image
 
-from ...loaders import ModelFileError, find_repository
+from ...loaders import ModelFileError, Repository
+from ...loaders.description import sha256
+from ...loaders.files import no_progress
 from ..generate import check_settings
-
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,7 @@ def make(record: dict[str, Any], defaults: Row, folder: Path) -> Row:
     row = replace(defaults, **given)
     if not row.prompt.strip():
         raise ValueError("the prompt is empty")
-    check_settings(row.width, row.height, row.steps)
-    if not 0 <= row.seed < 2**63:
-        raise ValueError(f"a seed must be between 0 and 2**63 - 1, got {row.seed}")
+    check_settings(row.width, row.height, row.steps, row.seed)
     for name in ("reference", "lora"):
         if getattr(row, name):
             path = folder.absolute() / getattr(row, name)
@@ -138,20 +136,15 @@ def with_seeds(row: Row, count: int) -> Iterator[Row]:
 def digest(path: Path) -> str:
     """SHA-256 of a file, or of all files of a folder with their names."""
     if path.is_file():
-        sha = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                sha.update(chunk)
-        return sha.hexdigest()
+        return sha256(path, no_progress)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     names = [[str(file.relative_to(path)), digest(file)] for file in files]
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
-def model_digest(checkpoint: Path, transformer: Path | None) -> str:
-    """SHA-256 over the files of a checkpoint that images depend on: a download of the same revision has the same."""
-    parts = find_repository(checkpoint)
-    paths = (transformer or parts.transformer, parts.text_encoder, parts.tokenizer, parts.vae, parts.scheduler)
+def model_digest(parts: Repository) -> str:
+    """SHA-256 over the files that images depend on: a download of the same revision has the same."""
+    paths = (parts.transformer, parts.text_encoder, parts.tokenizer, parts.vae, parts.scheduler)
     return hashlib.sha256(json.dumps([path and digest(path) for path in paths]).encode()).hexdigest()
 
 

@@ -22,13 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 
 from ...loaders import ModelFileError, load_transformer
 from ...ops.backends import Setting
-from .. import lora, models
-from ..generate import Compute, complete_repository, decode, denoise, encode, image_pipeline, text_pipeline
+from .. import generate, lora, models
 from .manifest import SETTINGS, write_whole
 
 #: A row is given up once this many workers have died on it: what kills three in a row will kill the next.
@@ -61,8 +59,8 @@ class Stage:
     def __init__(self, work: Work):
         torch.set_num_threads(work.threads)
         self.work = work
-        self.compute = Compute(torch.device(work.device), work.dtype, work.setting)
-        self.repository = complete_repository(work.checkpoint)
+        self.compute = generate.Compute(torch.device(work.device), work.dtype, work.setting)
+        self.repository = generate.complete_repository(work.checkpoint, work.transformer)
 
     def run(self, rows: list[dict[str, Any]], data: list[np.ndarray]) -> list[np.ndarray]:
         """``data`` of each row, uint8 ``(bytes,)``, to the next stage's."""
@@ -128,13 +126,13 @@ class Encode(Stage):
 
     def __init__(self, work: Work):
         super().__init__(work)
-        self.pipeline = text_pipeline(self.repository, self.compute)
+        self.pipeline = generate.text_pipeline(self.repository, self.compute)
         self.last = ("", np.zeros(0, np.uint8))
 
     def run(self, rows: list[dict[str, Any]], data: list[np.ndarray]) -> list[np.ndarray]:
         (row,) = rows
         if row["prompt"] != self.last[0]:
-            self.last = row["prompt"], _bytes(encode(self.pipeline, [row["prompt"]], self.compute))
+            self.last = row["prompt"], _bytes(generate.encode(self.pipeline, [row["prompt"]], self.compute))
         return [self.last[1]]
 
 
@@ -147,9 +145,10 @@ class Denoise(Stage):
 
     def __init__(self, work: Work):
         super().__init__(work)
-        loaded = load_transformer(work.transformer or self.repository.transformer)
+        loaded = load_transformer(self.repository.transformer)
         self.source = loaded.source
-        self.pipeline = image_pipeline(self.repository, models.transformer_module(loaded, *self.compute), self.compute)
+        transformer = models.transformer_module(loaded, *self.compute)
+        self.pipeline = generate.image_pipeline(self.repository, transformer, self.compute)
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
         self.lora = ("", {})
 
@@ -165,15 +164,13 @@ class Denoise(Stage):
         embeddings = torch.stack(tensors + tensors[-1:] * copies).to(self.compute.device)
         embeddings = embeddings.view(self.work.batch, -1, self.pipeline.transformer.config.joint_attention_dim)
         seeds = [row["seed"] for row in rows]
+        references = [generate.open_image(Path(first["reference"]))] if first["reference"] else []
         with self._lora(first["lora"], first["lora_strength"]):
-            latents = denoise(self.pipeline, embeddings, seeds + seeds[-1:] * copies, first["width"], first["height"],
-                              first["steps"], self._references(first["reference"]))
+            latents = generate.denoise(self.pipeline, embeddings, seeds + seeds[-1:] * copies, first["width"],
+                                       first["height"], first["steps"], references)
         for row in rows:
             row |= {"source": self.source, "worker": self.worker}
         return [_bytes(each) for each in latents[:len(rows)].to(self.work.dtype)]
-
-    def _references(self, path: str) -> list[Image.Image]:
-        return [ImageOps.exif_transpose(Image.open(path)).convert("RGB")] if path else []
 
     def _lora(self, path: str, strength: float):
         if not path:
@@ -196,7 +193,7 @@ class Decode(Stage):
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         latents = torch.from_numpy(part.copy()).view(self.work.dtype).to(self.compute.device)
         latents = latents.view(1, -1, row["height"] // scale, row["width"] // scale)
-        (image,) = decode(self.vae, self.processor, latents)
+        (image,) = generate.decode(self.vae, self.processor, latents)
         return [np.frombuffer(image.tobytes(), np.uint8)]
 
 
@@ -205,9 +202,9 @@ class Write(Stage):
 
     def run(self, rows: list[dict[str, Any]], data: list[np.ndarray]) -> list[np.ndarray]:
         (row,), (pixels,) = rows, data
-        info, stream = PngInfo(), io.BytesIO()
-        info.add_text("bonsai", json.dumps({key: row[key] for key in SETTINGS}))
-        Image.frombytes("RGB", (row["width"], row["height"]), pixels.tobytes()).save(stream, "PNG", pnginfo=info)
+        stream = io.BytesIO()
+        image = Image.frombytes("RGB", (row["width"], row["height"]), pixels.tobytes())
+        generate.save_png(image, {key: row[key] for key in SETTINGS}, stream)
         content = stream.getvalue()
         write_whole(self.work.out / f"{row['name']}.png", content)
         row |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}

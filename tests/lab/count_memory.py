@@ -81,7 +81,6 @@ def embedded(folder: Path) -> None:
 
     random_model.write_tokenizer(folder)
     repository = SimpleNamespace(text_encoder=None, tokenizer=folder, vae=None, transformer=None, scheduler=None)
-    generate.complete_repository = lambda _folder: repository
     generate.load_text_encoder = lambda *_: SimpleNamespace(config=QWEN3, tensors=text_encoder())
     generate.load_transformer = lambda *_: SimpleNamespace(
         config=KLEIN, tensors=transformer(), variant="ternary", format="counted", source="counted", path=folder)
@@ -92,8 +91,8 @@ def embedded(folder: Path) -> None:
     pretended_gpu.count_only()
     for precision in ("exact", "fast"):
         for size in SIZES:
-            result = generate.generate(folder, [PROMPT], DEVICE, torch.bfloat16, Setting("auto", precision), size, size,
-                                       steps=1, progress=False)
+            compute = generate.Compute(DEVICE, torch.bfloat16, Setting("auto", precision))
+            result = generate.generate(repository, [PROMPT], compute, size, size, steps=1, progress=False)
             stages = {name: figures["megabytes"] * 1e6 for name, figures in result.stages.items()}
             print(json.dumps({"host": HOST, "precision": precision, "size": size, **megabytes(stages)}), flush=True)
 
