@@ -8,7 +8,7 @@ computes it in FP32 each time it is needed, and it is multiplied beside the weig
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,40 +46,28 @@ class Adapters:
 
     def made_for(self, device: torch.device, patches: Sequence[Patch]) -> bool:
         # Compare by identity: == on tensors is elementwise, and ComfyUI never mutates a patch.
-        return (self.device == device and len(self.patches) == len(patches)
-                and all(a is b for a, b in zip(self.patches, patches, strict=True)))
+        return self.device == device and [*map(id, self.patches)] == [*map(id, patches)]
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """LoRAs on a Linear: ``y[..., rows] += (x @ down.T * scale)[..., ranks] @ up.T`` for each of ``ups``.
+    """LoRAs: ``y[..., columns] += (product(x, inner) * scale)[..., ranks] @ outer.T`` for each of ``outers``.
 
-    ``down`` ``(R, K)`` stacks the ranks of all; ``scale`` ``(R,)`` float32 is strength * alpha / rank for each of them.
-    ``ups`` holds (first row, number of rows, first rank, ``up`` (rows, ranks)).
+    On a Linear, ``inner`` ``(R, K)`` stacks ``down`` of all of them, and ``outers`` holds each ``up``. On an Embedding,
+    ``inner`` ``(N, R)`` stacks every ``up``, and the only outer is every ``down``, transposed. ``scale`` ``(R,)``
+    float32 is strength * alpha / rank. ``outers`` holds (first column, first rank, ``outer`` (columns, ranks)).
     """
 
-    down: torch.Tensor
+    inner: torch.Tensor
     scale: torch.Tensor
-    ups: tuple[tuple[int, int, int, torch.Tensor], ...]
+    outers: tuple[tuple[int, int, torch.Tensor], ...]
 
     def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
-        hidden = linear(x, self.down.to(x.dtype)) * self.scale.to(x.dtype)
+        hidden = _product(x, self.inner, y.dtype) * self.scale.to(y.dtype)
         flat, hidden = y.view(-1, y.shape[-1]), hidden.view(-1, hidden.shape[-1])
-        for row, rows, rank, up in self.ups:
-            flat[:, row : row + rows].addmm_(hidden[:, rank : rank + up.shape[1]], up.to(x.dtype).t())
-
-
-@dataclass(frozen=True)
-class LowRankRows:
-    """LoRAs on an Embedding: ``y += (up[x] * scale) @ down``, with ``up`` ``(N, R)`` and the rest as in LowRank."""
-
-    down: torch.Tensor
-    scale: torch.Tensor
-    up: torch.Tensor
-
-    def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
-        hidden = embedding(x, self.up).to(y.dtype) * self.scale.to(y.dtype)
-        y.view(-1, y.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), self.down.to(y.dtype))
+        for column, rank, outer in self.outers:
+            columns, ranks = slice(column, column + len(outer)), slice(rank, rank + outer.shape[1])
+            flat[:, columns].addmm_(hidden[:, ranks], outer.to(y.dtype).t())
 
 
 @dataclass(frozen=True)
@@ -95,14 +83,10 @@ class Kronecker:
 
 @dataclass(frozen=True)
 class Difference:
-    """Patches of any kind: ComfyUI computes the patched weight from a dense copy, and the difference is used like it.
-
-    ``function`` is that of the layer, ``linear`` or ``embedding``.
-    """
+    """Patches of any kind: ComfyUI computes the patched weight from a dense copy; the difference is used like it."""
 
     patches: tuple[Patch, ...]
     key: str
-    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
         dense = weight.to(dtype=torch.float32).dequantize() if is_packed(weight) else weight.float()
@@ -111,7 +95,7 @@ class Difference:
         if patched.shape != dense.shape:
             raise ValueError(f"A LoRA changes the shape of {self.key} from {tuple(dense.shape)} to "
                              f"{tuple(patched.shape)}, which this model cannot follow; remove that LoRA.")
-        y.add_(self.function(x, patched.sub_(dense).to(y.dtype)))
+        y.add_(_product(x, patched.sub_(dense), y.dtype))
 
 
 def side_paths(patches: Sequence[Patch], key: str, shape: tuple[int, ...], device: torch.device,
@@ -121,21 +105,14 @@ def side_paths(patches: Sequence[Patch], key: str, shape: tuple[int, ...], devic
     ``lookup``: the weight is an Embedding's. Factors are copied to ``device`` here; whole matrices (plain differences
     and merges) stay where they are until they are used.
     """
-    loras, lokrs, others = [], [], []
-    for patch in patches:
-        if _is_plain_lora(patch, shape) and not (lookup and patch[3]):
-            loras.append(patch)
-        elif _is_plain_lokr(patch, shape) and not lookup:
-            lokrs.append(patch)
-        else:
-            others.append(patch)
-    if others:  # They may scale or replace what the ones before have made, so all of them count, in order.
+    loras = [patch for patch in patches if _is_plain_lora(patch, shape, lookup)]
+    lokrs = [patch for patch in patches if _is_plain_lokr(patch, shape) and not lookup]
+    if len(loras) + len(lokrs) < len(patches):
+        # The others may scale or replace what the ones before have made, so all of them count, in order.
         moved = tuple((patch[0], _moved(patch[1], device), *patch[2:]) for patch in patches)
-        return (Difference(moved, key, embedding if lookup else linear),)
-    paths: list[SidePath] = [Kronecker(_moved(adapter, device), strength) for strength, adapter, *_ in lokrs]
-    if loras:
-        paths.insert(0, (_low_rank_rows if lookup else _low_rank)(loras, shape[0], device))
-    return tuple(paths)
+        return (Difference(moved, key),)
+    kroneckers = [Kronecker(_moved(adapter, device), strength) for strength, adapter, *_ in lokrs]
+    return (_low_rank(loras, device, lookup), *kroneckers) if loras else tuple(kroneckers)
 
 
 def factors(value: Any) -> Iterator[torch.Tensor]:
@@ -153,42 +130,43 @@ def _moved(value: Any, device: torch.device) -> Any:
     return moved
 
 
-def _is_plain_lora(patch: Patch, shape: tuple[int, ...]) -> bool:
-    _, value, strength_model, offset, function = patch
-    if (strength_model != 1.0 or function is not None or not isinstance(value, LoRAAdapter)
-            or len(value.weights) != 6):
-        return False
-    up, down, _, mid, dora, reshape = value.weights
-    rows = shape[0] if offset is None else offset[2]
-    return (mid is None and dora is None and reshape is None and (offset is None or offset[0] == 0)
-            and up.flatten(1).shape == (rows, down.shape[0]) and down.flatten(1).shape[1] == shape[1])
+def _is_plain_lora(patch: Patch, shape: tuple[int, ...], lookup: bool) -> bool:
+    match patch:
+        case (_, LoRAAdapter(weights=(up, down, _, None, None, None)), 1.0, None | (0, _, _) as offset, None):
+            rows = shape[0] if offset is None else offset[2]
+            return (up.flatten(1).shape == (rows, len(down)) and down.flatten(1).shape[1] == shape[1]
+                    and not (lookup and offset))
+    return False
 
 
 def _is_plain_lokr(patch: Patch, shape: tuple[int, ...]) -> bool:
-    _, value, strength_model, offset, function = patch
-    if (strength_model != 1.0 or offset is not None or function is not None or not isinstance(value, LoKrAdapter)
-            or len(value.weights) != 9):
-        return False
-    w1, w2, _, w1_a, w1_b, w2_a, w2_b, tucker, dora = value.weights
-    if tucker is not None or dora is not None or any(
-            part is not None and part.ndim != 2 for part in (w1, w2, w1_a, w1_b, w2_a, w2_b)):
-        return False
-    one = w1.shape if w1 is not None else (len(w1_a), w1_b.shape[1])
-    other = w2.shape if w2 is not None else (len(w2_a), w2_b.shape[1])
-    # With both factors decomposed, ComfyUI divides alpha by different ranks in its two ways to apply a LoKr.
-    same_rank = w1 is not None or w2 is not None or len(w1_b) == len(w2_b)
-    return same_rank and (one[0] * other[0], one[1] * other[1]) == tuple(shape)
+    match patch:
+        case (_, LoKrAdapter(weights=(w1, w2, _, w1_a, w1_b, w2_a, w2_b, None, None)), 1.0, None, None):
+            if any(part is not None and part.ndim != 2 for part in (w1, w2, w1_a, w1_b, w2_a, w2_b)):
+                return False
+            one = w1.shape if w1 is not None else (len(w1_a), w1_b.shape[1])
+            other = w2.shape if w2 is not None else (len(w2_a), w2_b.shape[1])
+            # With both factors decomposed, ComfyUI divides alpha by different ranks in its two ways to apply a LoKr.
+            same_rank = w1 is not None or w2 is not None or len(w1_b) == len(w2_b)
+            return same_rank and (one[0] * other[0], one[1] * other[1]) == tuple(shape)
+    return False
 
 
-def _stacked(patches: Sequence[Patch], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """``down`` and ``scale`` as in :class:`LowRank`, and ``up`` (rows, ranks) of each of ``patches``."""
-    downs, scales, ups = [], [], []
-    for strength, adapter, *_ in patches:
-        up, down, alpha = adapter.weights[:3]
-        downs.append(down.flatten(1).to(device))
-        ups.append(up.flatten(1).to(device))
-        scales.append(torch.full((len(down),), strength * (1.0 if alpha is None else alpha / len(down))))
-    return _cat(downs, 0), torch.cat(scales).to(device), ups
+def _low_rank(loras: Sequence[Patch], device: torch.device, lookup: bool) -> LowRank:
+    downs, scales, ups, placed = [], [], [], []
+    rank = 0
+    for strength, adapter, _, offset, _ in loras:
+        up, down, alpha = _moved(adapter, device).weights[:3]
+        downs.append(down.flatten(1))
+        ups.append(up.flatten(1))
+        scale = strength * (1.0 if alpha is None else alpha / len(down))
+        scales.append(torch.full((len(down),), scale, device=device))
+        placed.append((offset[1] if offset else 0, rank, ups[-1]))
+        rank += len(down)
+    stacked = _cat(downs, 0)
+    if lookup:
+        return LowRank(_cat(ups, 1), torch.cat(scales), ((0, 0, stacked.t()),))
+    return LowRank(stacked, torch.cat(scales), tuple(placed))
 
 
 def _cat(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
@@ -196,16 +174,8 @@ def _cat(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     return torch.cat([part.to(dtype) for part in parts], dim)
 
 
-def _low_rank(patches: Sequence[Patch], rows: int, device: torch.device) -> LowRank:
-    down, scale, ups = _stacked(patches, device)
-    placed, rank = [], 0
-    for (*_, offset, _), up in zip(patches, ups, strict=True):
-        row, count = (0, rows) if offset is None else offset[1:]
-        placed.append((row, count, rank, up))
-        rank += up.shape[1]
-    return LowRank(down, scale, tuple(placed))
-
-
-def _low_rank_rows(patches: Sequence[Patch], rows: int, device: torch.device) -> LowRankRows:
-    down, scale, ups = _stacked(patches, device)
-    return LowRankRows(down, scale, _cat(ups, 1))
+def _product(x: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x @ matrix.T`` for activations, the rows of ``matrix`` for indices; in ``dtype``, that of the activations."""
+    if x.is_floating_point():
+        return linear(x, matrix.to(dtype))
+    return embedding(x, matrix).to(dtype)
