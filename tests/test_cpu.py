@@ -93,6 +93,33 @@ def test_int8_products_are_their_definition(kind, bits, threads):
         assert torch.equal(cpu_backend.multiply_int8(x, packed, kind), int8_reference.multiply(x, packed).bfloat16())
 
 
+@pytest.mark.parametrize("fast", (False, True))
+def test_any_strides(fast):
+    """Kernels take addresses: activations or codes whose rows are not contiguous must be copied first."""
+    packed, x = random_packed(130, 256), torch.randn(40, 256)
+    turned = packed._replace(codes=packed.codes.t().contiguous().t())
+    expected = cpu_backend.multiply(x, packed, fast)
+    assert torch.equal(cpu_backend.multiply(x.t().contiguous().t(), packed, fast), expected)
+    assert torch.equal(cpu_backend.multiply(x, turned, fast), expected)
+
+
+def test_what_it_leaves_to_torch(monkeypatch):
+    """FP16, groups that are no whole words, and by int8 all but weights of Bonsai's kind that fill a block."""
+    def serves(packed, dtype=torch.bfloat16, rows=80, fast=True):
+        return cpu_backend.serves(CPU, rows, packed, dtype, fast, False)
+
+    packed = random_packed(64, 256)
+    assert serves(packed) and serves(packed, fast=False) and serves(packed, rows=7, fast=False)
+    assert not serves(packed, torch.float16) and not serves(packed, torch.float16, fast=False)
+    assert not serves(random_packed(64, 256, group=16), fast=False)
+    for other in (random_packed(63, 256), random_packed(64, 256, form="affine"), random_packed(64, 256, group=64),
+                  random_packed(64, 256, bits=4)):
+        assert serves(other, fast=False) and not serves(other)
+    assert not serves(packed, rows=7)
+    monkeypatch.setattr(cpu_backend, "instruction", lambda: "portable")
+    assert cpu_backend.problem(CPU) is None and "not measured" in cpu_backend.problem(CPU, fast=True)
+
+
 @pytest.mark.parametrize("kind", INT8)
 def test_int8_products_in_several_blocks_of_rows(kind, monkeypatch, threads):
     monkeypatch.setattr(cpu_backend, "ACTIVATION_BYTES", 50 * 256)
