@@ -5,7 +5,6 @@ By its path it works in any folder of any name, such as one under ``custom_nodes
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -18,24 +17,20 @@ def _package() -> str:
     folder = Path(__file__).absolute().parent  # lexically: it may be a link in custom_nodes
     # Python puts the script's folder first on the path, where ``nodes`` and ``tests`` would shadow other packages.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder.resolve()]
-    spec = importlib.util.spec_from_file_location("bonsai_image", folder / "__init__.py",
-                                                  submodule_search_locations=[str(folder)])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    spec = importlib.util.spec_from_file_location("bonsai_image", folder / "__init__.py")
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
     return spec.name
 
 
 def main() -> int:
     """Run one command and return its exit status. ``download`` runs without importing torch."""
-    package = _package()
     for stream in (sys.stdout, sys.stderr):
         # Unencodable characters must not crash a finished command.
         stream.reconfigure(errors="backslashreplace")
     try:
-        if sys.argv[1:2] == ["download"]:
-            return importlib.import_module(f"{package}.standalone.download").main(sys.argv[2:])
-        return importlib.import_module(f"{package}.standalone.cli").main()
+        name = "download" if sys.argv[1:2] == ["download"] else "cli"
+        return importlib.import_module(f".standalone.{name}", _package()).main(sys.argv[1:])
     except ModuleNotFoundError as missing:
         print(f"bonsai-image: {sys.executable} has no {missing.name}; install it with pip, or use the Python that runs "
               "ComfyUI.", file=sys.stderr)

@@ -24,43 +24,36 @@ class File(NamedTuple):
 
 
 class Repository(NamedTuple):
-    """One repository under ``prism-ml``. ``commit`` is None where the full one is not known."""
+    """One repository of the Hub. ``commit`` is None where the full one is not known."""
 
-    name: str
+    id: str
     commit: str | None
     files: tuple[File, ...]
 
-    @property
-    def id(self) -> str:
-        """The name by which the Hub knows it."""
-        return f"prism-ml/{self.name}"
-
 
 _VAE = File("vae/diffusion_pytorch_model.safetensors", 168120878)
-_MLX_TEXT_ENCODER = File("text_encoder-mlx-4bit/model.safetensors", 2263022529)
-_HQQ_TEXT_ENCODER = File("text_encoder-hqq-4bit/qmodel.pt", 2822340711)
 _MLX = "transformer-packed-mflux/diffusion_pytorch_model.safetensors"
+_MLX_REST = File("text_encoder-mlx-4bit/model.safetensors", 2263022529), _VAE
+_GEMLITE_REST = File("text_encoder-hqq-4bit/qmodel.pt", 2822340711), _VAE
 
 #: By what ``bonsai-image download`` calls its variant and format.
 REPOSITORIES = {
     ("ternary", "mlx"): Repository(
-        "bonsai-image-ternary-4B-mlx-2bit", "2c24c81b934a658ba5590cf39088ba929985b4a8",
-        (File(_MLX, 1425271472, "b21737bdf02690b7d662907781c4dc8b8bf22a2c98b823b1ca3336f48371a84f"),
-         _MLX_TEXT_ENCODER, _VAE)),
+        "prism-ml/bonsai-image-ternary-4B-mlx-2bit", "2c24c81b934a658ba5590cf39088ba929985b4a8",
+        (File(_MLX, 1425271472, "b21737bdf02690b7d662907781c4dc8b8bf22a2c98b823b1ca3336f48371a84f"), *_MLX_REST)),
     ("binary", "mlx"): Repository(
-        "bonsai-image-binary-4B-mlx-1bit", "d1b3ac11a7f1ba61d84b277339daeeed4a98e0e2",
-        (File(_MLX, 965208136, "1792b31d857d95fcbe32df8e6d2fc96b30e800a195e295565d033deccea2dd75"),
-         _MLX_TEXT_ENCODER, _VAE)),
+        "prism-ml/bonsai-image-binary-4B-mlx-1bit", "d1b3ac11a7f1ba61d84b277339daeeed4a98e0e2",
+        (File(_MLX, 965208136, "1792b31d857d95fcbe32df8e6d2fc96b30e800a195e295565d033deccea2dd75"), *_MLX_REST)),
     ("ternary", "gemlite"): Repository(
-        "bonsai-image-ternary-4B-gemlite-2bit", "bf047aa80569f193d2c4960033af6ba2629988fa",
+        "prism-ml/bonsai-image-ternary-4B-gemlite-2bit", "bf047aa80569f193d2c4960033af6ba2629988fa",
         (File("transformer-gemlite-int2/state_dict.pt", 1540457482,
-              "a3a7df8a90374fea24afce3b36f00b4c728d0254717143d61f912a7b3070e7ac"), _HQQ_TEXT_ENCODER, _VAE)),
+              "a3a7df8a90374fea24afce3b36f00b4c728d0254717143d61f912a7b3070e7ac"), *_GEMLITE_REST)),
     ("binary", "gemlite"): Repository(
-        "bonsai-image-binary-4B-gemlite-1bit", "121529b06562ff8c5b75aa34c54c371d2655929b",
+        "prism-ml/bonsai-image-binary-4B-gemlite-1bit", "121529b06562ff8c5b75aa34c54c371d2655929b",
         (File("transformer-gemlite-int1/state_dict.pt", 1080394762,
-              "d5b455b11958fc92ed8dd7558072252d6ca8d1acb4fcc69281fb61b771f7c8e0"), _HQQ_TEXT_ENCODER, _VAE)),
+              "d5b455b11958fc92ed8dd7558072252d6ca8d1acb4fcc69281fb61b771f7c8e0"), *_GEMLITE_REST)),
     ("ternary", "unpacked"): Repository(
-        "bonsai-image-ternary-4B-unpacked", None,
+        "prism-ml/bonsai-image-ternary-4B-unpacked", None,
         (File("transformer/diffusion_pytorch_model.safetensors", 7751109712,
               "fa5fd18239aadc41d3bec64810479fd3aed5182946f70e2d894f747cf4e35964"),)),
 }

@@ -19,12 +19,6 @@ from ..published import PARTIAL, RECORD, REPOSITORIES, Repository
 _TRANSPORT_ERRORS = (*HfHubHTTPError.__bases__, OSError)
 
 
-def default_folder(package: Path) -> Path:
-    """``models/diffusers`` of the ComfyUI in whose ``custom_nodes`` the folder ``package`` lies, else ``./models``."""
-    # Lexically, without resolving links: the folder may be a link to somewhere else.
-    return package.parent.parent / "models" / "diffusers" if package.parent.name == "custom_nodes" else Path("models")
-
-
 def _matches(file: Path, entry) -> bool:
     """Whether ``file`` is what the hub says it is: SHA-256 of a large file, git's SHA-1 of a small one."""
     if not file.is_file():
@@ -65,7 +59,7 @@ def download(repository: Repository, revision: str | None, folder: Path) -> Path
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{folder} is not a writable folder ({error.strerror}); choose another with --to.") from error
-    target = folder / repository.name
+    target = folder / repository.id.split("/")[1]
     partial = target.with_name(f"{target.name}{PARTIAL}")
     if target.exists():
         raise ValueError(f"{target} already exists; remove it, or choose another folder with --to.")
@@ -97,17 +91,19 @@ def download(repository: Repository, revision: str | None, folder: Path) -> Path
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; 0 on success, 2 with one sentence on stderr."""
-    folder = default_folder(Path(__file__).absolute().parent.parent)
-    parser = argparse.ArgumentParser(prog="bonsai-image download",
-                                     description="Download a repository of Bonsai Image 4B from the Hugging Face Hub.")
+    """Run the command ``download`` with its options; 0 on success, 2 with one sentence on stderr.
+
+    The default folder is ``models/diffusers`` of the ComfyUI in whose ``custom_nodes`` this is installed.
+    """
+    program = Path(__file__).absolute().parent.parent  # lexically: it may be a link in custom_nodes
+    folder = program.parent.parent / "models" / "diffusers" if program.parent.name == "custom_nodes" else Path("models")
+    parser = argparse.ArgumentParser("bonsai-image download", description="Download a repository of Bonsai Image 4B.")
     parser.add_argument("--variant", choices=("ternary", "binary"), required=True)
     parser.add_argument("--format", choices=("mlx", "gemlite"), default="mlx",
                         help="mlx (default) is safetensors and loads on every system; gemlite is a pickle")
     parser.add_argument("--to", type=Path, default=folder, help=f"folder to put it in (default: {folder})")
-    parser.add_argument("--revision", help="branch, tag or commit (default: the one this version was made for; main is "
-                        "the newest)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--revision", help="branch, tag or commit; main is the newest (default: the one known here)")
+    args = parser.parse_args(argv[1:])
     try:
         print(download(REPOSITORIES[args.variant, args.format], args.revision, args.to))
     except ValueError as error:

@@ -114,7 +114,7 @@ from bonsai_image import published
 from bonsai_image.__main__ import main
 size, sha256 = sys.argv[-2:]
 files = (published.File({LARGE!r}, int(size), sha256),)
-published.REPOSITORIES["ternary", "mlx"] = published.Repository({NAME!r}, {COMMIT!r}, files)
+published.REPOSITORIES["ternary", "mlx"] = published.Repository("prism-ml/{NAME}", {COMMIT!r}, files)
 del sys.argv[-2:]
 sys.exit(main())
 """

@@ -36,7 +36,7 @@ WRITERS = {
 @pytest.mark.parametrize(("variant", "kind"), WRITERS, ids=[f"{variant}-{kind}" for variant, kind in WRITERS])
 def test_inspect_has_no_complaint(variant, kind, tmp_path):
     repository = REPOSITORIES[variant, kind]
-    path = WRITERS[variant, kind](tmp_path / repository.name)
+    path = WRITERS[variant, kind](tmp_path / repository.id)
     for file in repository.files:
         # The pickles lack what the publisher's model classes leave in them: an entry of _metadata for every module.
         assert 0 <= file.size - (path / file.path).stat().st_size <= (32_768 if file.path.endswith(".pt") else 0)
@@ -52,4 +52,4 @@ def test_inspect_has_no_complaint(variant, kind, tmp_path):
         assert parts[0]["variant"] == variant
     assert all(any("as long as the published file" in text for text in part["published"])
                for part in parts if kind == "mlx" or part["kind"] == "VAE")
-    print(f"\n{repository.name}: {seconds:.1f} s, {done.stderr.strip().splitlines()[-1]}")
+    print(f"\n{repository.id}: {seconds:.1f} s, {done.stderr.strip().splitlines()[-1]}")

@@ -18,7 +18,7 @@ NAME = "transformer-packed-mflux/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    repository = published.Repository("bonsai-x", "0123456789abcdef", (
+    repository = published.Repository("prism-ml/bonsai-x", "0123456789abcdef", (
         published.File(NAME, len(CONTENT), hashlib.sha256(CONTENT).hexdigest()), published.File("vae/a.pt", 3)))
     monkeypatch.setattr(published, "REPOSITORIES", {("ternary", "mlx"): repository})
     path = tmp_path / "models--prism-ml--bonsai-x" / "snapshots" / "abc" / NAME
@@ -65,5 +65,5 @@ def test_what_is_known_is_whole():
 
 def test_what_is_not_offered_is_not_downloaded(capsys):
     with pytest.raises(SystemExit):
-        main(["--variant", "ternary", "--format", "unpacked"])
+        main(["download", "--variant", "ternary", "--format", "unpacked"])
     assert "invalid choice" in capsys.readouterr().err

@@ -72,5 +72,5 @@ def test_info_names_the_published_file(pack, monkeypatch):
     file = f"{TRANSFORMER}/diffusion_pytorch_model.safetensors"
     assert "published" not in info.describe(model)
     monkeypatch.setattr(published, "REPOSITORIES", {("ternary", "mlx"): published.Repository(
-        "bonsai-x", "0123456789abcdef", (published.File(file, (pack / file).stat().st_size, "0" * 64),))})
+        "prism-ml/bonsai-x", "0123456789abcdef", (published.File(file, (pack / file).stat().st_size, "0" * 64),))})
     assert "published: as long as the published file of prism-ml/bonsai-x, revision 0123456789" in info.describe(model)
