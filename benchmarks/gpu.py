@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --out gpu.json          # needs a GPU; COMFYUI_PATH adds the rows of the real host
     python benchmarks/gpu.py --tiny                  # the same code on a CPU in minutes; the figures mean nothing
 
-All weights are random, of full size, made on the fly (about 5 GB in a temporary folder, or kept in ``--packs FOLDER``;
+All weights are random, of full size, made on the fly (about 5 GB in a temporary folder, or kept in ``--models FOLDER``;
 40 GB of memory). The dense model is the packed one expanded (in its load time), so that both compute the same and their
 latents compare. Every measurement runs in a process of its own with an empty Triton cache; its row is printed, and
 ``--out`` written, as soon as it is done, so that what was measured before an interruption is not lost. ``--cases``
@@ -51,17 +51,17 @@ LATENT_TOLERANCE = 0.05
 _FLAGS = {"resident": ["--highvram"], "default": [], "novram": ["--novram"], "cpu": ["--cpu"]}
 
 
-def write_packs(folder: Path, tiny: bool) -> dict[str, Path]:
+def write_models(folder: Path, tiny: bool) -> dict[str, Path]:
     klein, text, vae = (TINY_KLEIN, TINY_QWEN3, TINY_VAE) if tiny else (KLEIN, QWEN3, VAE)
-    packs = {name: folder / f"{name}{'-tiny' if tiny else ''}" for name in ("ternary", "binary")}
-    for name, path in packs.items():
+    repositories = {name: folder / f"{name}{'-tiny' if tiny else ''}" for name in ("ternary", "binary")}
+    for name, path in repositories.items():
         if not path.is_dir():
             # Whole or not at all: an interrupted run must not be found by the next.
             partial = path.with_name(f"{path.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             random_model.write_repository(partial, {"ternary": 2, "binary": 1}[name], 0, klein, text, vae)
             partial.rename(path)
-    return packs
+    return repositories
 
 
 def chosen(cases: list[dict], parts: list[str]) -> list[dict]:
@@ -72,7 +72,7 @@ def chosen(cases: list[dict], parts: list[str]) -> list[dict]:
             if case in wanted or (case["variant"] == "dense" and (case["kind"], case["mode"]) in twins)]
 
 
-def plan(packs: dict[str, Path], device: str, tiny: bool, comfyui: str | None) -> list[dict]:
+def plan(repositories: dict[str, Path], device: str, tiny: bool, comfyui: str | None) -> list[dict]:
     """Every measurement but the kernels, the dense model before the packed ones it is compared with."""
     hosts = [("embedded", "resident")]
     if comfyui:
@@ -82,7 +82,7 @@ def plan(packs: dict[str, Path], device: str, tiny: bool, comfyui: str | None) -
     return [{"kind": host, "mode": mode, "variant": variant, "precision": precision, "device": device,
              "name": f"{host}-{mode}-{variant}-{precision}", "comfyui": comfyui, "tiny": tiny,
              "flags": _FLAGS[mode],
-             "pack": str(packs["binary" if variant == "binary" else "ternary"]),
+             "checkpoint": str(repositories["binary" if variant == "binary" else "ternary"]),
              "sizes": (64, 96) if tiny else (512, 1024), "new_size": 80 if tiny else 768,
              "repeats": 1 if tiny else 3}
             for host, mode in hosts for variant, precision in models]
@@ -194,7 +194,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU: shows that the script runs")
     parser.add_argument("--only", choices=("kernels", "images"), help="half of it")
     parser.add_argument("--cases", nargs="*", default=[""], help="only cases with one of these in the name")
-    parser.add_argument("--packs", type=Path, help="folder to keep the random packs in, or to find them in")
+    parser.add_argument("--models", type=Path, help="folder to keep the random models in, or to find them in")
     parser.add_argument("--seconds", type=float, default=300, help="longest that one case may take")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     args = parser.parse_args()
@@ -210,8 +210,8 @@ def main() -> int:
         write()
     if args.only != "kernels":
         with tempfile.TemporaryDirectory() as folder:
-            packs = write_packs(args.packs or Path(folder), args.tiny)
-            cases = chosen(plan(packs, device, args.tiny, os.environ.get("COMFYUI_PATH")), args.cases)
+            repositories = write_models(args.models or Path(folder), args.tiny)
+            cases = chosen(plan(repositories, device, args.tiny, os.environ.get("COMFYUI_PATH")), args.cases)
             wrong += [] if cases else [f"no case has one of {args.cases} in its name"]
             dense: dict[tuple, dict] = {}
             print(IMAGE_HEAD, flush=True)

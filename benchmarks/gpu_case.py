@@ -92,35 +92,29 @@ class Embedded:
         from bonsai_image.loaders import find_repository, load_text_encoder, load_transformer
         from bonsai_image.ops import backends
         from bonsai_image.ops.devices import default_dtype
-        from bonsai_image.standalone import models
+        from bonsai_image.standalone import generate, models
 
-        pack, dtype = find_repository(Path(case["pack"])), default_dtype(device)
+        repository, dtype = find_repository(Path(case["checkpoint"])), default_dtype(device)
         backend = backends.Setting("auto", case["precision"])
-        transformer, encoder = load_transformer(pack.transformer), load_text_encoder(pack.text_encoder)
+        transformer, encoder = load_transformer(repository.transformer), load_text_encoder(repository.text_encoder)
         if case["variant"] == "dense":
             transformer.tensors, encoder.tensors = dense(transformer.tensors), dense(encoder.tensors)
         self.pipeline = Flux2KleinPipeline(
-            scheduler=models.scheduler(pack.scheduler), tokenizer=models.tokenizer(pack.tokenizer), is_distilled=True,
-            vae=models.vae_module(pack.vae, device, dtype),
+            scheduler=models.scheduler(repository.scheduler), tokenizer=models.tokenizer(repository.tokenizer),
+            vae=models.vae_module(repository.vae, device, dtype), is_distilled=True,
             text_encoder=models.text_encoder_module(encoder, device, dtype, backend),
             transformer=models.transformer_module(transformer, device, dtype, backend))
         self.pipeline.set_progress_bar_config(disable=True)
-        self.device, self.dtype = device, dtype
+        self.stages, self.compute = generate, generate.Compute(device, dtype, backend)
 
     def encode(self):
-        return self.pipeline.encode_prompt(PROMPT, device=self.device)[0].to(self.dtype)
+        return self.stages.encode(self.pipeline, [PROMPT], self.compute)
 
     def denoise(self, condition, size: int, on_step):
-        def advance(_pipeline, _step, _timestep, tensors):
-            on_step()
-            return tensors
-
-        return self.pipeline(prompt_embeds=condition, width=size, height=size, num_inference_steps=STEPS,
-                             guidance_scale=1.0, generator=torch.Generator("cpu").manual_seed(0),
-                             output_type="latent", callback_on_step_end=advance).images
+        return self.stages.denoise(self.pipeline, condition, [0], size, size, STEPS, progress=lambda *_: on_step())
 
     def decode(self, latent):
-        return self.pipeline.vae.decode(latent.to(self.dtype), return_dict=False)[0]
+        return self.pipeline.vae.decode(latent.to(self.compute.dtype), return_dict=False)[0]
 
     def after_node(self) -> None:
         """Nothing is left to do."""
@@ -145,11 +139,11 @@ class ComfyUI:
         from bonsai_image.nodes import models
         from bonsai_image.ops import backends
 
-        pack = find_repository(Path(case["pack"]))
+        repository = find_repository(Path(case["checkpoint"]))
         if case["variant"] == "dense":
-            tensors = dict(to_comfyui(dense(load_transformer(pack.transformer).tensors)))
+            tensors = dict(to_comfyui(dense(load_transformer(repository.transformer).tensors)))
             self.model = comfy.sd.load_diffusion_model_state_dict(tensors)
-            encoder = load_text_encoder(pack.text_encoder)
+            encoder = load_text_encoder(repository.text_encoder)
             options = {"qwen3_4b_model_config": {"num_hidden_layers": encoder.config.layers,
                                                  "vocab_size": encoder.config.vocab,
                                                  "intermediate_size": encoder.config.mlp,
@@ -159,9 +153,9 @@ class ComfyUI:
                 [dense(encoder.tensors)], clip_type=comfy.sd.CLIPType.FLUX2, model_options=options)
         else:
             backend = backends.Setting("auto", case["precision"])
-            self.model = models.load_model(str(pack.transformer), setting=backend)
-            self.clip = models.load_clip(str(pack.text_encoder))
-        self.vae = models.load_vae_model(str(pack.vae))
+            self.model = models.load_model(str(repository.transformer), setting=backend)
+            self.clip = models.load_clip(str(repository.text_encoder))
+        self.vae = models.load_vae_model(str(repository.vae))
         self.comfy, self.schedule = comfy, get_schedule
 
     def encode(self):
