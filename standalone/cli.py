@@ -14,9 +14,8 @@ from .. import __version__
 from ..loaders import ModelFileError, load_transformer, save_transformer, targets
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
-from . import doctor
+from . import doctor, inspect
 from .batch import options
-from .inspect import inspect, report
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -24,15 +23,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    sampling = argparse.ArgumentParser(add_help=False)
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--json", action="store_true", help="print settings and figures as JSON")
+
+    sampling = argparse.ArgumentParser(add_help=False, parents=[output])
     sampling.add_argument("--steps", type=int, default=4)
     sampling.add_argument("--seed", type=int, default=0)
     sampling.add_argument("--backend", choices=backends.NAMES, default="auto", help="what multiplies packed weights")
-    sampling.add_argument("--precision", choices=backends.PRECISIONS, default="exact",
-                          help="fast rounds activations to int8 (NVIDIA GPUs since Ampere, else the same as exact)")
+    sampling.add_argument("--precision", choices=backends.PRECISIONS, default="exact", help="fast: int8 activations")
     sampling.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the activations")
     sampling.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: the fastest available)")
-    sampling.add_argument("--json", action="store_true", help="print settings and figures per stage as JSON")
 
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--checkpoint", type=Path, required=True, help="folder of a downloaded repository")
@@ -50,20 +50,16 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("demo", parents=[sampling], help="make a contact sheet with the trained miniature")
     command.add_argument("--out", type=_png, default="bonsai-demo.png", help="PNG file to write; replaced if it exists")
 
-    command = commands.add_parser("inspect", help="describe a file, folder or repository")
+    command = commands.add_parser("inspect", parents=[output], help="describe a file, folder or repository")
     command.add_argument("path", type=Path)
-    command.add_argument("--json", action="store_true")
-    command.add_argument("--verify", action="store_true",
-                         help="read every byte: compare hashes with the published files, and check every code")
+    command.add_argument("--verify", action="store_true", help="read every byte: compare hashes, check codes")
 
     command = commands.add_parser("convert", help="convert a diffusion model to another format without loss")
     command.add_argument("source", type=Path)
     command.add_argument("target", type=Path)
-    command.add_argument("--to", choices=targets(), required=True, dest="format",
-                         help="comfy-base3 is comfy with five ternary weights a byte")
+    command.add_argument("--to", choices=targets(), required=True, help="comfy-base3 is comfy with five weights a byte")
 
-    command = commands.add_parser("doctor", help="versions, devices, backends and models, for a bug report")
-    command.add_argument("--json", action="store_true")
+    commands.add_parser("doctor", parents=[output], help="versions, devices, backends and models, for a bug report")
 
     # Listed for --help; __main__ runs it without importing this module, which imports torch.
     commands.add_parser("download", help="download a repository from the Hugging Face Hub", add_help=False)
@@ -106,8 +102,7 @@ def _table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def _run_on(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, backends.Setting]:
     device = _device(args.device)
-    dtype = default_dtype(device) if args.dtype == "auto" else DTYPES[args.dtype]
-    return device, dtype, backends.Setting(args.backend, args.precision)
+    return device, DTYPES.get(args.dtype) or default_dtype(device), backends.Setting(args.backend, args.precision)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -134,11 +129,10 @@ def _demo(args: argparse.Namespace) -> None:
     save_png(demo.sheet(results), {name: result.settings for name, result in results.items()}, args.out)
     facts = {name: {"settings": result.settings, "stages": result.stages, "file_bytes": demo.file_bytes(name)}
              for name, result in results.items()}
-    sizes = ", ".join(f"{name} {each['file_bytes'] / 1e6:.2f} MB" for name, each in facts.items())
-    table = _table({name: result.stages for name, result in results.items()})
+    table = _table({f"{name}, {each['file_bytes'] / 1e6:.2f} MB": each["stages"] for name, each in facts.items()})
     print(json.dumps({"out": str(args.out), "variants": facts}) if args.json else
-          f"\n{table}\n\nweights: {sizes}\n{args.out}: {len(demo.PROMPTS)} prompts by {len(results)} variants of the "
-          f"miniature on {compute.device}")
+          f"\n{table}\n\n{args.out}: {len(demo.PROMPTS)} prompts by {len(results)} variants of the miniature on "
+          f"{compute.device}")
 
 
 def _batch(args: argparse.Namespace) -> int:
@@ -154,12 +148,12 @@ def _sheet(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    parts = inspect(args.path, args.verify)
-    print(json.dumps(parts, indent=2) if args.json else "\n".join(map(report, parts)))
+    parts = inspect.inspect(args.path, args.verify)
+    print(json.dumps(parts, indent=2) if args.json else "\n".join(map(inspect.report, parts)))
 
 
 def _convert(args: argparse.Namespace) -> None:
-    save_transformer(load_transformer(args.source), args.target, args.format)
+    save_transformer(load_transformer(args.source), args.target, args.to)
     print(args.target)
 
 

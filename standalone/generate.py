@@ -14,8 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import psutil
 import torch
 from diffusers import Flux2KleinPipeline
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from ..loaders import ModelFileError, Repository, Transformer, find_repository, load_text_encoder, load_transformer
@@ -25,11 +24,6 @@ from ..loaders.opening import tensor_files
 from ..ops import backends
 from ..ops.mlx import backend as mlx_backend
 from . import models
-
-SIZE_STEP = 16
-#: What FLUX.2 Klein pads and cuts a prompt to, where the tokenizer states no less.
-MAX_TOKENS = 512
-_BAR = "{desc}{bar:24} {elapsed}"
 
 
 class Compute(NamedTuple):
@@ -51,7 +45,7 @@ class Result(NamedTuple):
 
 def save_png(image: Image.Image, settings: dict[str, Any], file: Path | BinaryIO) -> None:
     """Write a PNG whose ``bonsai`` text chunk holds ``settings`` as JSON; the folder of a path is made."""
-    info = PngInfo()
+    info = PngImagePlugin.PngInfo()
     info.add_text("bonsai", json.dumps(settings))
     if isinstance(file, Path):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +78,7 @@ class Stages:
         if self._backend == "mlx":
             mlx_backend.clear_cache()
         start = time.perf_counter()
-        with tqdm(total=1, desc=f"{name:<20}", disable=not self._progress, bar_format=_BAR) as bar:
+        with tqdm(total=1, desc=f"{name:20}", disable=not self._progress, bar_format="{desc}{bar:24} {elapsed}") as bar:
             yield lambda done, total: bar.update(done / (total or 1) - bar.n)
             if cuda:
                 torch.cuda.synchronize(self._device)
@@ -95,8 +89,8 @@ class Stages:
 
 def check_settings(width: int, height: int, steps: int, seed: int) -> None:
     """Raises ValueError on a size that is not a multiple of 16, on fewer than one step, on a seed out of range."""
-    if width < SIZE_STEP or height < SIZE_STEP or width % SIZE_STEP or height % SIZE_STEP:
-        raise ValueError(f"width and height must be positive multiples of {SIZE_STEP}, got {width} x {height}")
+    if min(width, height) < 16 or width % 16 or height % 16:
+        raise ValueError(f"width and height must be positive multiples of 16, got {width} x {height}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if not 0 <= seed < 2**63:
@@ -125,9 +119,9 @@ def text_pipeline(repository: Repository, compute: Compute, progress: Progress =
 
 def encode(pipeline: Flux2KleinPipeline, prompts: Sequence[str], compute: Compute) -> torch.Tensor:
     """Prompts -> embeddings ``(prompts, tokens, channels)`` in ``compute.dtype``."""
-    length = min(MAX_TOKENS, pipeline.tokenizer.model_max_length)
-    embeddings, _ = pipeline.encode_prompt(list(prompts), device=compute.device, max_sequence_length=length)
-    return embeddings.to(compute.dtype)
+    # FLUX.2 Klein pads and cuts a prompt to 512 tokens, a smaller model to what its tokenizer states.
+    length = min(512, pipeline.tokenizer.model_max_length)
+    return pipeline.encode_prompt(list(prompts), device=compute.device, max_sequence_length=length)[0].to(compute.dtype)
 
 
 def image_pipeline(repository: Repository, transformer: torch.nn.Module, compute: Compute) -> Flux2KleinPipeline:

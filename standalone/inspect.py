@@ -34,8 +34,7 @@ def inspect_part(path: Path, verify: bool = False) -> dict[str, Any]:
             "warnings": model.warnings, "problems": []}
     if isinstance(model, Transformer):
         part |= {"variant": variant(model.tensors, check_codes=verify), "source": model.source}
-    if not isinstance(model, Vae):
-        part["config"] = asdict(model.config)
+    part["config"] = model.config if isinstance(model, Vae) else asdict(model.config)
     if verify and (invalid := [name for name, tensor in model.tensors.items() if holds_code_3(tensor)]):
         part["problems"] = [f"{len(invalid)} layers hold the code 3, which is not ternary (first: {invalid[0]}); "
                             f"{DOWNLOAD_AGAIN}"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import init_empty_weights
@@ -11,17 +13,42 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
 from ..loaders import ModelFileError, TextEncoder, Transformer, load_vae
-from ..loaders.names import to_diffusers
+from ..loaders.errors import DOWNLOAD_FOLDER
+from ..loaders.names import to_comfyui, to_diffusers
 from ..loaders.qwen3 import TAPPED_LAYERS
 from ..ops.backends import AUTO, Setting, multiplies
 from ..ops.layers import PackedEmbedding, PackedLinear
 from ..ops.packed import is_packed, parts
-from .mlx_transformer import MlxTransformer
 
-#: The scheduler of FLUX.2 Klein, for repositories without a scheduler folder.
-_SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
-              "time_shift_type": "exponential", "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
-              "max_image_seq_len": 4096}
+
+class MlxTransformer(torch.nn.Module):
+    """Takes the place of ``diffusers.Flux2Transformer2DModel`` in a pipeline.
+
+    The weights live in MLX alone. ``device`` and ``dtype`` are those of the tensors that go in and come out.
+    """
+
+    def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype):
+        from ..ops.mlx import klein as mlx_klein
+
+        super().__init__()
+        self.config = SimpleNamespace(**model.config.diffusers())
+        self.device, self.dtype = device, dtype
+        self._step = mlx_klein.step
+        self._weights = mlx_klein.load(to_comfyui(model.tensors), dtype)
+
+    def cache_context(self, name: str) -> nullcontext:
+        """Nothing is cached between steps."""
+        return nullcontext()
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, timestep: torch.Tensor,
+                img_ids: torch.Tensor, txt_ids: torch.Tensor, guidance: None = None,
+                joint_attention_kwargs: dict | None = None, return_dict: bool = False) -> tuple[torch.Tensor]:
+        """Like diffusers': tokens ``(B, L, C)``, timestep ``(B,)`` from 0 to 1, ids ``(L, 4)`` or ``(B, L, 4)`` ->
+        the prediction ``(B, L, C)`` in a tuple. Raises ValueError for what FLUX.2 Klein or this forward lacks."""
+        if guidance is not None or joint_attention_kwargs or return_dict:
+            raise ValueError("the MLX transformer takes no guidance and no attention arguments and returns a tuple")
+        img_ids, txt_ids = (ids[0] if ids.ndim == 3 else ids for ids in (img_ids, txt_ids))
+        return (self._step(self._weights, hidden_states, img_ids, encoder_hidden_states, txt_ids, timestep),)
 
 
 def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype,
@@ -55,30 +82,25 @@ def transformer_module(model: Transformer, device: torch.device, dtype: torch.dt
 def text_encoder_module(model: TextEncoder, device: torch.device, dtype: torch.dtype,
                         setting: Setting = AUTO) -> Qwen3Model:
     """transformers' Qwen3 with the weights of ``model``, without the layers after the last one that is read."""
-    config = Qwen3Config(**model.config.transformers() | {"num_hidden_layers": max(TAPPED_LAYERS) + 1})
     with init_empty_weights():
-        module = Qwen3Model(config)
+        module = Qwen3Model(Qwen3Config(**model.config.transformers() | {"num_hidden_layers": max(TAPPED_LAYERS) + 1}))
     tensors = {name: model.tensors[f"model.{name}"] for name in module.state_dict()}
     return _fill(module, tensors, dtype, setting).to(device)
 
 
 def vae_module(path: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLFlux2:
-    """diffusers' FLUX.2 VAE from a ``vae`` folder with its ``config.json``. Raises ModelFileError."""
+    """diffusers' FLUX.2 VAE from a ``vae`` folder, by its ``config.json`` or defaults. Raises ModelFileError."""
     loaded = load_vae(path)
-    if not loaded.config:
-        raise ModelFileError(path / "config.json", "the VAE's configuration", "no such file",
-                             "download the folder again")
     # Published files hold keys that this class does not know, and would warn about in the middle of the progress bar.
     known = inspect.signature(AutoencoderKLFlux2.__init__).parameters
-    config = {key: value for key, value in loaded.config.items() if key in known}
     with init_empty_weights():
-        module = AutoencoderKLFlux2.from_config(config)
+        module = AutoencoderKLFlux2(**{key: value for key, value in loaded.config.items() if key in known})
     try:
         module = _fill(module, loaded.tensors, dtype)
     except RuntimeError as error:
         # The first line only names the class.
-        raise ModelFileError(path, "the tensors that config.json describes", str(error).splitlines()[-1].strip(),
-                             "download the folder again") from error
+        raise ModelFileError(path, "a config.json that describes the tensors", str(error).splitlines()[-1].strip(),
+                             DOWNLOAD_FOLDER) from error
     return module.to(device)
 
 
@@ -87,16 +109,15 @@ def tokenizer(path: Path):
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises a plain Exception for a damaged file
-        raise ModelFileError(path, "the tokenizer of Qwen3, which needs no code of its own", str(error),
-                             "download the folder again") from error
+        raise ModelFileError(path, "a Qwen3 tokenizer, which needs no code of its own", str(error),
+                             DOWNLOAD_FOLDER) from error
 
 
 def scheduler(path: Path | None) -> FlowMatchEulerDiscreteScheduler:
-    """The scheduler in ``path``, or FLUX.2 Klein's for None. Raises ModelFileError."""
-    if path is None:
-        return FlowMatchEulerDiscreteScheduler.from_config(_SCHEDULER)
+    """The scheduler in ``path``. Raises ModelFileError."""
+    if path is None:  # as FLUX.2 Klein's scheduler_config.json has it
+        return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     try:
         return FlowMatchEulerDiscreteScheduler.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
-        raise ModelFileError(path, "diffusers' scheduler_config.json", str(error),
-                             "download the folder again") from error
+        raise ModelFileError(path, "diffusers' scheduler_config.json", str(error), DOWNLOAD_FOLDER) from error

@@ -33,7 +33,7 @@ def test_demo_draws_a_contact_sheet(tmp_path, capsys):
     left, top = 118 + 2 * 136, 8 + 136
     assert image.getpixel((left + 4, top + 4)) < (60, 60, 60) and image.getpixel((left + 64, top + 99))[0] > 150
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("dense", "ternary", "binary", "denoise", "MB", "weights:"))
+    assert all(word in printed for word in ("dense", "ternary", "binary", "denoise", " MB", "1.14 MB"))
 
 
 def test_demo_takes_steps_and_seed(tmp_path, monkeypatch):

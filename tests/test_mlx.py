@@ -22,8 +22,7 @@ from bonsai_image.ops.backends import multiplies
 from bonsai_image.ops.packed import is_packed, packed_nbytes, packed_weight, parts
 from bonsai_image.standalone import cli, models
 from bonsai_image.standalone.generate import Compute, complete_repository, generate
-from bonsai_image.standalone.mlx_transformer import MlxTransformer
-from bonsai_image.standalone.models import transformer_module
+from bonsai_image.standalone.models import MlxTransformer, transformer_module
 
 mx = pytest.importorskip("mlx.core")
 from bonsai_image.ops.mlx import arrays as mlx_arrays  # noqa: E402

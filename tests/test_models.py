@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import packs
 import pytest
 import torch
 from reference import relative
 
-from bonsai_image.loaders import load_text_encoder, load_transformer
+from bonsai_image.loaders import ModelFileError, load_text_encoder, load_transformer
 from bonsai_image.ops.layers import PackedLinear
 from bonsai_image.ops.packed import is_packed
-from bonsai_image.standalone.models import text_encoder_module, transformer_module, vae_module
+from bonsai_image.standalone.models import scheduler, text_encoder_module, transformer_module, vae_module
 
 CPU = torch.device("cpu")
 
@@ -93,3 +94,17 @@ def test_out_of_memory_is_not_reported_as_a_damaged_vae(repository, monkeypatch)
     monkeypatch.setattr(torch.nn.Module, "to", full)
     with pytest.raises(torch.OutOfMemoryError):
         vae_module(repository / "vae", CPU, torch.float32)
+
+
+def test_a_vae_of_other_sizes_needs_its_config(repository, tmp_path):
+    vae = shutil.copytree(repository / "vae", tmp_path / "vae")
+    (vae / "config.json").unlink()
+    with pytest.raises(ModelFileError, match=r"a config\.json that describes the tensors"):
+        vae_module(vae, CPU, torch.float32)
+
+
+def test_without_a_scheduler_folder_it_is_that_of_klein():
+    """``scheduler_config.json`` of FLUX.2 Klein 4B, which the class's defaults complete."""
+    assert dict(scheduler(None).config).items() >= {
+        "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True, "time_shift_type": "exponential",
+        "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}.items()
