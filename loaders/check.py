@@ -26,6 +26,12 @@ def _floats(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [part for part in parts(tensor)[1:3] if part is not None]
 
 
+def check_scales(scale: torch.Tensor, shift: torch.Tensor) -> None:
+    """Raise ValueError unless both are matrices of one shape and floating dtype."""
+    if scale.ndim != 2 or scale.shape != shift.shape or scale.dtype not in FLOATS or scale.dtype != shift.dtype:
+        raise ValueError(f"scales {tuple(scale.shape)} in {scale.dtype} beside {tuple(shift.shape)} in {shift.dtype}")
+
+
 def check_tensors(file: TensorFile, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise ModelFileError unless ``tensors`` has exactly the names and shapes of ``shapes``, all of them finite."""
     path = file.path

@@ -10,7 +10,7 @@ from reference import dense64
 from sound_files import to_4bit_u8
 
 from bonsai_image.loaders.formats import comfy, dense, gemlite, hqq, mlx
-from bonsai_image.ops.packed import pack_codes, packed_weight, unpack_codes
+from bonsai_image.ops.packed import pack_codes, unpack_codes
 
 BITS = st.sampled_from([1, 2, 4])
 SEED = st.integers(0, 2**31 - 1)
@@ -87,8 +87,7 @@ def test_dense_weights_in_the_alphabet_pack_exactly(bits, n, groups, group, seed
     levels = torch.randint(-1, 2, shape, generator=generator) if bits == 2 else \
         torch.randint(0, 2, shape, generator=generator) * 2 - 1
     weight = (levels * (torch.rand(n, groups, 1, generator=generator) + 0.1).bfloat16()).view(n, -1)
-    codes, scale = dense.from_dense(weight, bits, group)
-    assert torch.equal(dense64(packed_weight(codes, scale, bits)), weight.double())
+    assert torch.equal(dense64(dense.from_dense(weight, bits, group)), weight.double())
 
 
 @pytest.mark.parametrize(("value", "bits"), [(0.5, 2), (0.5, 1), (0.0, 1), (float("nan"), 2)])

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
+from ...ops.packed import is_packed, parts
 from ..errors import DOWNLOAD_AGAIN, ModelFileError
 from ..files import TensorFile
 from . import comfy, dense, gemlite, gguf, hqq, mlx
 from .interface import About, Format, Tensors, Writer
 
-__all__ = ["FORMATS", "About", "Format", "Tensors", "Writer", "container_suffixes", "decode", "detect",
+__all__ = ["FORMATS", "About", "Format", "Tensors", "Writer", "container_suffixes", "decode",
            "refuse_other_than_tensors", "targets", "writer"]
 
 if sys.byteorder != "little":
@@ -23,26 +24,24 @@ if sys.byteorder != "little":
 FORMATS: tuple[Format, ...] = (gemlite.FORMAT, gguf.FORMAT, mlx.FORMAT, comfy.FORMAT, hqq.FORMAT, dense.FORMAT)
 
 
-def detect(file: TensorFile) -> Format:
-    """The format of ``file``. Raises ModelFileError if it is none of :data:`FORMATS`, or holds more than tensors."""
-    for candidate in FORMATS:
-        if candidate.matches(file):
-            if candidate.only_tensors:
+def decode(file: TensorFile) -> tuple[str, Tensors]:
+    """Format name and canonical tensors of ``file``. Raises ModelFileError, too if it is none of :data:`FORMATS`."""
+    for known in FORMATS:
+        if known.matches(file):
+            if known.only_tensors:
                 refuse_other_than_tensors(file)
-            return candidate
+            try:
+                tensors = known.decode(file)
+            except ValueError as error:
+                raise ModelFileError(file.path, f"a sound {known.name} file of Bonsai Image", str(error),
+                                     "download it again, or choose another one") from error
+            for bits, group in {(parts(w).bits, parts(w).group) for w in tensors.values() if is_packed(w)}:
+                file.compare_packing(bits, group)
+            return known.name, tensors
     name, value = next(iter(file.tensors.items()), ("no tensors", None))
     kind = str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else type(value).__name__
     raise ModelFileError(file.path, "a Bonsai Image model (GemLite, GGUF, MLX, unpacked or our own format)",
                          f"tensors such as {name} ({kind})", "choose a file of PrismML's Bonsai Image 4B")
-
-
-def decode(file: TensorFile) -> tuple[str, Tensors]:
-    """Format name and canonical tensors of ``file``. Raises ModelFileError."""
-    known = detect(file)
-    try:
-        return known.name, known.decode(file)
-    except ValueError as error:
-        raise ModelFileError(file.path, f"a consistent {known.name} file", str(error), DOWNLOAD_AGAIN) from error
 
 
 def refuse_other_than_tensors(file: TensorFile) -> None:

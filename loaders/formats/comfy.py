@@ -11,6 +11,7 @@ Metadata: ``modelspec.*`` and ``bonsai.source`` (the repository or path the weig
 
 from __future__ import annotations
 
+import functools
 import json
 import reprlib
 from pathlib import Path
@@ -26,7 +27,7 @@ from .. import names
 from ..errors import DOWNLOAD_AGAIN, ModelFileError
 from ..files import SAFETENSORS_SUFFIXES, TensorFile
 from ..klein import KleinConfig
-from .interface import About, Format, Tensors, Writer, encode_layers
+from .interface import About, Format, Tensors, Writer, decode_layers, encode_layers, take
 
 _TAG = ".comfy_quant"
 _BASE3_DIGITS = 5
@@ -41,20 +42,15 @@ def matches(file: TensorFile) -> bool:
 
 
 def decode(file: TensorFile) -> Tensors:
-    """The canonical tensors, as their tags describe them. Raises ModelFileError."""
+    """The canonical tensors, as their tags describe them."""
     stored = names.normalise(file.path, file.tensors)
-    result = {}
-    for layer in file.each(name.removesuffix(_TAG) for name in stored if name.endswith(_TAG)):
+
+    def weight(layer: str) -> QuantizedTensor:
         conf = _conf(file.path, layer, stored.pop(f"{layer}{_TAG}"))
-        codes, scale, shift = (stored.pop(f"{layer}.weight{suffix}", None) for suffix in ("", "_scale", "_shift"))
-        if codes is None or scale is None:
-            raise ModelFileError(file.path, f"weight and weight_scale of {layer}", "one of them missing",
-                                 DOWNLOAD_AGAIN)
-        try:
-            result[f"{layer}.weight"] = _weight(file, layer, conf, codes, scale, shift)
-        except ValueError as error:
-            raise ModelFileError(file.path, f"{layer} packed as its tag says", str(error), DOWNLOAD_AGAIN) from error
-    return result | stored
+        codes, scale = take(stored, layer, "weight", "weight_scale")
+        return _weight(file, layer, conf, codes, scale, stored.pop(f"{layer}.weight_shift", None))
+
+    return decode_layers(file, [name.removesuffix(_TAG) for name in stored if name.endswith(_TAG)], weight) | stored
 
 
 def _conf(path: Path, layer: str, stored: torch.Tensor) -> dict:
@@ -72,7 +68,7 @@ def _conf(path: Path, layer: str, stored: torch.Tensor) -> dict:
 
 def _weight(file: TensorFile, layer: str, conf: dict, codes, scale, shift) -> QuantizedTensor:
     bits, group, form, storage = (conf.get(key) for key in ("bits", "group_size", "form", "storage"))
-    if type(bits) is not int or bits not in (1, 2, 4) or type(group) is not int or group < 1:
+    if type(bits) is not int or type(group) is not int:
         raise ValueError(f"bits {reprlib.repr(bits)} and group size {reprlib.repr(group)}")
     if form not in get_args(Form) or storage not in (None, "base3"):
         raise ValueError(f"form {reprlib.repr(form)} and storage {reprlib.repr(storage)}")
@@ -155,7 +151,8 @@ def from_base3(packed: torch.Tensor, k: int) -> torch.Tensor:
     return codes
 
 
-def _write(path: Path, tensors: Tensors, about: About, base3: bool) -> None:
+def write(path: Path, tensors: Tensors, config: KleinConfig, about: About, base3: bool = False) -> None:
+    """One safetensors file, with the codes as they are in memory or, in base 3, five ternary ones a byte."""
     save_file(encode(names.to_comfyui(tensors), base3), path, {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
@@ -166,15 +163,7 @@ def _write(path: Path, tensors: Tensors, about: About, base3: bool) -> None:
     })
 
 
-def write(path: Path, tensors: Tensors, config: KleinConfig, about: About) -> None:
-    """One safetensors file with the codes as they are in memory."""
-    _write(path, tensors, about, base3=False)
-
-
-def write_base3(path: Path, tensors: Tensors, config: KleinConfig, about: About) -> None:
-    """The same with five ternary codes a byte."""
-    _write(path, tensors, about, base3=True)
-
-
-FORMAT = Format("comfy", matches, decode, {"comfy": Writer(write, SAFETENSORS_SUFFIXES),
-                                           "comfy-base3": Writer(write_base3, SAFETENSORS_SUFFIXES)})
+FORMAT = Format("comfy", matches, decode, {
+    "comfy": Writer(write, SAFETENSORS_SUFFIXES),
+    "comfy-base3": Writer(functools.partial(write, base3=True), SAFETENSORS_SUFFIXES),
+})

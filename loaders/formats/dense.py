@@ -6,9 +6,12 @@ along K, so packing them loses nothing. Where a single group does not fit, the f
 
 from __future__ import annotations
 
+import contextlib
+import reprlib
 from pathlib import Path
 
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
@@ -18,7 +21,7 @@ from ..check import FLOATS
 from ..errors import ModelFileError
 from ..files import TensorFile, write_json
 from ..klein import KleinConfig, is_klein
-from .interface import About, Format, Tensors, Writer, make_folder
+from .interface import About, Format, Tensors, Writer, decode_layers, make_folder
 
 GROUP = 128
 _SHARD_SIZE = "1GB"
@@ -36,31 +39,19 @@ def decode(file: TensorFile) -> Tensors:
     tensors = names.normalise(file.path, file.tensors)
     if not is_klein(tensors):
         return tensors
+    layers = [name.removesuffix(".weight") for name in tensors if names.is_packable(name) and name.endswith(".weight")]
+
+    def packed(bits: int) -> Tensors:
+        return tensors | decode_layers(file, layers, lambda layer: from_dense(tensors[f"{layer}.weight"], bits))
+
     try:
         # Binary first: a ternary model fails it at its first layer, whereas the reverse would accept any binary one.
-        return _pack(file, tensors, bits=1)
-    except ValueError:
-        pass
-    try:
-        return _pack(file, tensors, bits=2)
+        with contextlib.suppress(ValueError):
+            return packed(bits=1)
+        return packed(bits=2)
     except ValueError as error:
         raise ModelFileError(file.path, "a Bonsai model, every group of 128 weights -s, 0 or s", str(error),
                              "load an ordinary FLUX.2 model with ComfyUI's Load Diffusion Model instead") from error
-
-
-def _pack(file: TensorFile, tensors: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
-    result = {}
-    for name in file.each(tensors):
-        tensor = tensors[name]
-        if names.is_packable(name):
-            try:
-                codes, scale = from_dense(tensor, bits, GROUP)
-            except ValueError as error:
-                raise ValueError(f"{name} where {error}") from None
-            result[name] = packed_weight(codes, scale, bits, dtype=tensor.dtype)
-        else:
-            result[name] = tensor
-    return result
 
 
 def expand(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,8 +67,8 @@ def expand(tensor: torch.Tensor) -> torch.Tensor:
     return dequantize(packed, packed.scale.dtype)
 
 
-def from_dense(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense weight ``(N, K)`` -> canonical codes and scale ``(N, K / group)`` in the weight's dtype.
+def from_dense(weight: torch.Tensor, bits: int, group: int = GROUP) -> QuantizedTensor:
+    """Dense weight ``(N, K)`` -> packed weight, with scales ``(N, K / group)`` in the weight's dtype.
 
     Raises ValueError, naming the first offending group, unless every group holds only ``{-s, 0, s}`` (2 bits) or
     ``{-s, s}`` (1 bit). A ternary group of zeros has scale 0 and code 1 throughout.
@@ -86,17 +77,15 @@ def from_dense(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tenso
         raise ValueError(f"a weight of shape {tuple(weight.shape)} has no whole groups of {group} along K")
     groups = weight.reshape(weight.shape[0], -1, group)
     scale = groups.abs().amax(-1)
-    fits = (groups.abs() == scale[..., None])
+    fits = groups.abs() == scale[..., None]
     if bits == 2:
         fits |= groups == 0
     if not bool(fits.all()):
-        row, index = (int(i) for i in (~fits.all(-1)).nonzero()[0])
-        values = groups[row, index].unique().tolist()
-        shown = ", ".join(f"{value:.6g}" for value in values[:5]) + (", ..." if len(values) > 5 else "")
-        alphabet = "{-s, s}" if bits == 1 else "{-s, 0, s}"
-        raise ValueError(f"row {row}, group {index} holds {shown}, not {alphabet}")
-    codes = groups.gt(0).to(torch.uint8) if bits == 1 else (groups.sign() + 1).to(torch.uint8)
-    return pack_codes(codes.view(weight.shape), bits), scale
+        row, index = (~fits.all(-1)).nonzero()[0].tolist()
+        values = reprlib.repr(groups[row, index].unique().tolist())
+        raise ValueError(f"row {row}, group {index} holds {values}, not {'-s and s' if bits == 1 else '-s, 0 and s'}")
+    codes = groups > 0 if bits == 1 else groups.sign() + 1
+    return packed_weight(pack_codes(codes.to(torch.uint8).view(weight.shape), bits), scale, bits, dtype=weight.dtype)
 
 
 def write(path: Path, tensors: Tensors, config: KleinConfig, about: About) -> None:

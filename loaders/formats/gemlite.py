@@ -21,20 +21,17 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ...ops.gemlite_backend import DTYPES, METADATA, MODES, metadata_fields
 from ...ops.packed import packed_weight, parts
-from ..check import FLOATS
-from ..errors import CHOOSE_MODEL, DOWNLOAD_AGAIN, ModelFileError
+from ..check import check_scales
 from ..files import TensorFile, write_json
 from ..klein import KleinConfig
 from ..names import to_diffusers
-from .interface import About, Format, Tensors, Writer, encode_layers, make_folder, packing
+from .interface import About, Format, Tensors, Writer, decode_layers, encode_layers, make_packed_folder, take
 
 _FORMS = {mode: form for form, mode in MODES.items()}
 #: What these fields may hold: group scales and zeros, with activations that are not quantised.
 _ALLOWED = {"W_nbits": (1, 2, 4), "W_group_mode": tuple(_FORMS), "scaled_activations": (0,), "channel_scale_mode": (0,),
             "data_contiguous": (0, 1), **dict.fromkeys(("input_dtype", "output_dtype", "acc_dtype", "meta_dtype"),
                                                        tuple(DTYPES.values()))}
-_PARTS = ("W_q", "scales", "zeros", "metadata", "orig_shape")
-_OPTIONAL = ("meta_scale",)
 
 
 def matches(file: TensorFile) -> bool:
@@ -43,55 +40,39 @@ def matches(file: TensorFile) -> bool:
 
 
 def decode(file: TensorFile) -> Tensors:
-    """The canonical tensors; the metadata of each layer says how it is packed. Raises ModelFileError."""
+    """The canonical tensors; the metadata of each layer says how it is packed."""
     stored = file.take_pickle()
-    result = {}
-    for layer in file.each(name.removesuffix(".W_q") for name in stored if name.endswith(".W_q")):
-        tables = {part: stored.pop(f"{layer}.{part}", None) for part in _PARTS}
-        missing = [part for part, tensor in tables.items() if tensor is None]
-        if missing:
-            raise ModelFileError(file.path, f"{layer}.{missing[0]}", "none", DOWNLOAD_AGAIN)
-        for part in _OPTIONAL:
-            stored.pop(f"{layer}.{part}", None)
-        weight = _weight(file.path, layer, **tables)
-        file.compare_packing(parts(weight).bits, parts(weight).group)
-        result[f"{layer}.weight"] = weight
-    return result | stored
+    layers = [name.removesuffix(".W_q") for name in stored if name.endswith(".W_q")]
+    for layer in layers:
+        stored.pop(f"{layer}.meta_scale", None)
+    return decode_layers(file, layers, lambda layer: _weight(
+        *take(stored, layer, "W_q", "scales", "zeros", "metadata", "orig_shape"))) | stored
 
 
-def _weight(path: Path, layer: str, W_q, scales, zeros, metadata, orig_shape) -> QuantizedTensor:
-    integers = all(part.dtype in (torch.int32, torch.int64) for part in (metadata, orig_shape))
-    if not integers or metadata.shape != (len(METADATA),) or orig_shape.shape != (2,) or W_q.ndim != 2:
-        raise ModelFileError(path, f"{len(METADATA)} integer metadata fields and a 2-D weight in {layer}",
-                             f"{metadata.numel()} of {metadata.dtype} and {W_q.ndim}-D",
-                             "use a file made with GemLite 0.5 or newer")
+def _weight(w_q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, metadata: torch.Tensor,
+            orig_shape: torch.Tensor) -> QuantizedTensor:
+    if metadata.dtype not in (torch.int32, torch.int64) or metadata.shape != (len(METADATA),):
+        raise ValueError(f"metadata {tuple(metadata.shape)} in {metadata.dtype}, not the {len(METADATA)} integers "
+                         "that GemLite 0.5 and newer write")
     meta = dict(zip(METADATA, metadata.tolist(), strict=True))
-    (n, k), bits, group = orig_shape.tolist(), meta["W_nbits"], meta["group_size"]
-    odd = [f"{key} {meta[key]}" for key, values in _ALLOWED.items() if meta[key] not in values]
-    if odd:
-        raise ModelFileError(path, f"{layer} packed at 1, 2 or 4 bits with group scales and zeros", ", ".join(odd),
-                             CHOOSE_MODEL)
-    form = _FORMS[meta["W_group_mode"]]
-    width = {torch.uint8: 8, torch.int32: 32}.get(W_q.dtype)
-    words = None if width is None else (k * bits // width, n)
-    consistent = (tuple(W_q.shape) == words and group >= 1 and k % group == 0
-                  and tuple(scales.shape) == (k // group, n) and scales.shape == zeros.shape
-                  and meta["elements_per_sample"] == width // bits and meta["unpack_mask"] == 2**bits - 1)
-    if not consistent:
-        raise ModelFileError(path, f"{layer} of {n} x {k} at {bits} bits in groups of {group}, as its metadata says",
-                             f"W_q {tuple(W_q.shape)} with scales {tuple(scales.shape)} and zeros {tuple(zeros.shape)}",
-                             DOWNLOAD_AGAIN)
-    if scales.dtype not in FLOATS or scales.dtype != zeros.dtype:
-        raise ModelFileError(path, f"scales and zeros of {layer} in one of BF16, FP16 and FP32",
-                             f"{scales.dtype} and {zeros.dtype}", DOWNLOAD_AGAIN)
-    codes = from_w_q(W_q)
-    scale, shift = (table.t().contiguous() for table in (scales, zeros))
-    symmetric = form == "affine" and bits <= 2 and torch.equal(scale, -shift if bits == 2 else -2 * shift)
-    if symmetric:
-        scale, shift = narrow_scales(-shift)[0], None
-        return packed_weight(codes, scale, bits, dtype=scale.dtype)
-    scale, shift = narrow_scales(scale, shift)
-    return packed_weight(codes, scale, bits, form, shift, dtype=scale.dtype)
+    if odd := [f"{key} {meta[key]}" for key, values in _ALLOWED.items() if meta[key] not in values]:
+        raise ValueError(f"{', '.join(odd)}, which is not read here")
+    if w_q.dtype not in (torch.uint8, torch.int32) or w_q.ndim != 2:
+        raise ValueError(f"W_q {tuple(w_q.shape)} in {w_q.dtype}")
+    check_scales(scales, zeros)
+    bits, form = meta["W_nbits"], _FORMS[meta["W_group_mode"]]
+    codes, scale, shift = from_w_q(w_q), scales.t().contiguous(), zeros.t().contiguous()
+    if form == "affine" and bits <= 2 and torch.equal(scale, -shift if bits == 2 else -2 * shift):
+        scale, = narrow_scales(-shift)
+        weight = packed_weight(codes, scale, bits, dtype=scale.dtype)
+    else:
+        scale, shift = narrow_scales(scale, shift)
+        weight = packed_weight(codes, scale, bits, form, shift, dtype=scale.dtype)
+    stated = (orig_shape.tolist(), meta["group_size"], meta["elements_per_sample"], meta["unpack_mask"])
+    if stated != (list(weight.shape), parts(weight).group, w_q.element_size() * 8 // bits, 2**bits - 1):
+        raise ValueError(f"W_q {tuple(w_q.shape)} and scales {tuple(scales.shape)}, where the metadata say "
+                         f"{stated[0]} at {bits} bits in groups of {stated[1]}")
+    return weight
 
 
 def from_w_q(w_q: torch.Tensor) -> torch.Tensor:
@@ -136,7 +117,7 @@ def write(path: Path, tensors: Tensors, config: KleinConfig, about: About) -> No
     """A folder like ``transformer-gemlite-int2`` of the published repositories."""
     tensors = to_diffusers(tensors)
     # The publisher's loader asks for the packing width, and for a table of autotuned launches, which may be empty.
-    make_folder(path, config, {**packing(tensors), "packing_bitwidth": 8})
+    make_packed_folder(path, config, tensors, packing_bitwidth=8)
     write_json(path / "gemlite_autotune.json", {})
     torch.save(encode(tensors), path / "state_dict.pt")
 

@@ -6,7 +6,7 @@ file's names stay its own until :mod:`..names` brings them to another convention
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,8 +51,8 @@ class Format:
     name: str
     #: Whether the file, judged by its tensors' names and dtypes, is of this format.
     matches: Callable[[TensorFile], bool]
-    #: The canonical tensors under the file's own names. Raises ModelFileError, or ValueError where a tensor does not
-    #: hold what the format says.
+    #: The canonical tensors under the file's own names. Raises ValueError where the file contradicts its format or
+    #: holds what is not read here, and ModelFileError where the user can do something about it.
     decode: Callable[[TensorFile], Tensors]
     #: By the name under which ``convert --to`` offers them.
     writers: Mapping[str, Writer] = field(default_factory=dict)
@@ -60,6 +60,28 @@ class Format:
     readers: Mapping[str, Reader] = field(default_factory=dict)
     #: False where entries of a file may be something other than tensors, which ``decode`` then checks.
     only_tensors: bool = True
+
+
+def decode_layers(file: TensorFile, layers: Iterable[str], decode: Callable[[str], torch.Tensor]) -> Tensors:
+    """The weights of ``layers`` by name, each as ``decode(layer)`` returns it, with progress.
+
+    Raises ValueError, with the layer's name, where ``decode`` does.
+    """
+    result: Tensors = {}
+    for layer in file.each(layers):
+        try:
+            result[f"{layer}.weight"] = decode(layer)
+        except ValueError as error:
+            raise ValueError(f"{layer}: {error}") from error
+    return result
+
+
+def take(stored: dict[str, Any], layer: str, *names: str) -> list[torch.Tensor]:
+    """Remove the tensors ``{layer}.{name}`` from ``stored`` and return them. Raises ValueError if one is missing."""
+    tensors = [stored.pop(f"{layer}.{name}", None) for name in names]
+    if missing := [name for name, tensor in zip(names, tensors, strict=True) if tensor is None]:
+        raise ValueError(f"no {missing[0]}")
+    return tensors
 
 
 def encode_layers(tensors: Tensors, encode: Callable[[str, QuantizedTensor], Tensors]) -> Tensors:
@@ -79,15 +101,14 @@ def encode_layers(tensors: Tensors, encode: Callable[[str, QuantizedTensor], Ten
     return result
 
 
-def packing(tensors: Tensors) -> dict[str, Any]:
-    """``bits`` and ``group_size`` of the first packed weight, as the folders' JSON files state them."""
-    packed = next(parts(tensor) for tensor in tensors.values() if is_packed(tensor))
-    return {"bits": packed.bits, "group_size": packed.group}
-
-
-def make_folder(path: Path, config: KleinConfig, quantization: dict[str, Any] | None = None) -> None:
-    """A new folder at ``path`` with the JSON files that describe the weights to come."""
+def make_folder(path: Path, config: KleinConfig) -> None:
+    """A new folder at ``path`` with the JSON file that describes the diffusion model to come."""
     path.mkdir()
     write_json(path / "config.json", {"_class_name": "Flux2Transformer2DModel", **config.diffusers()})
-    if quantization is not None:
-        write_json(path / "quantization_config.json", quantization)
+
+
+def make_packed_folder(path: Path, config: KleinConfig, tensors: Tensors, **more: int) -> None:
+    """The same with the JSON file that states bits and group size, those of the first packed weight, and ``more``."""
+    make_folder(path, config)
+    packed = next(parts(tensor) for tensor in tensors.values() if is_packed(tensor))
+    write_json(path / "quantization_config.json", {"bits": packed.bits, "group_size": packed.group, **more})

@@ -17,12 +17,10 @@ from safetensors.torch import save_file
 
 from ...ops.packed import packed_weight, parts
 from .. import klein, qwen3
-from ..check import FLOATS
-from ..errors import DOWNLOAD_AGAIN, ModelFileError
+from ..check import check_scales
 from ..files import TensorFile
-from ..klein import KleinConfig
 from ..names import to_diffusers
-from .interface import About, Format, Tensors, Writer, encode_layers, make_folder, packing
+from .interface import About, Format, Tensors, Writer, decode_layers, encode_layers, make_packed_folder, take
 
 
 def matches(file: TensorFile) -> bool:
@@ -35,39 +33,21 @@ def decode(file: TensorFile) -> Tensors:
     """The canonical tensors. Words alone do not say at how many bits they are packed: the shapes that the model has to
     have do, and JSON files that say otherwise only earn a warning."""
     if klein.is_klein(file.tensors):
-        stored, shapes = file.tensors, klein.shapes(file.path, file.tensors)
+        stored, shapes = dict(file.tensors), klein.shapes(file.path, file.tensors)
     else:
         stored = qwen3.normalise(file.path, file.tensors)
         shapes = qwen3.shapes(file.path, stored)
-    result = {}
-    packed = {name.removesuffix(".weight") for name, tensor in stored.items() if tensor.dtype == torch.uint32}
-    for name in file.each(stored):
-        layer, _, kind = name.rpartition(".")
-        if kind not in ("scales", "biases"):
-            result[name] = stored[name]
-            if layer in packed and name in shapes:
-                result[name] = _weight(file.path, name, shapes[name], stored)
-                file.compare_packing(parts(result[name]).bits, parts(result[name]).group)
-        elif layer not in packed:
-            raise ModelFileError(file.path, f"a packed weight beside {name}", "none", DOWNLOAD_AGAIN)
-    return result
+    layers = [name.removesuffix(".weight") for name, tensor in stored.items()
+              if tensor.dtype == torch.uint32 and name in shapes]
+    return decode_layers(file, layers, lambda layer: _weight(
+        shapes[f"{layer}.weight"], *take(stored, layer, "weight", "scales", "biases"))) | stored
 
 
-def _weight(path: Path, name: str, shape: tuple[int, ...], stored: Tensors) -> QuantizedTensor:
-    layer = name.removesuffix(".weight")
-    words, scales, biases = stored[name], stored.get(f"{layer}.scales"), stored.get(f"{layer}.biases")
-    if scales is None or biases is None or scales.shape != biases.shape or scales.ndim != 2:
-        raise ModelFileError(path, f"scales and biases of one shape beside {name}", "them missing or unequal",
-                             DOWNLOAD_AGAIN)
-    if scales.dtype not in FLOATS or scales.dtype != biases.dtype:
-        raise ModelFileError(path, f"scales and biases of {layer} in one of BF16, FP16 and FP32",
-                             f"{scales.dtype} and {biases.dtype}", DOWNLOAD_AGAIN)
-    n, k = shape if len(shape) == 2 else (0, 0)
-    bits = next((bits for bits in (1, 2, 4) if words.ndim == 2 and words.shape[0] == n
-                 and words.shape[1] * 32 == k * bits), None)
-    if bits is None or scales.shape[0] != n or k % scales.shape[1]:
-        raise ModelFileError(path, f"{name} of shape {shape} at 1, 2 or 4 bits in whole groups",
-                             f"words {tuple(words.shape)} with scales {tuple(scales.shape)}", DOWNLOAD_AGAIN)
+def _weight(shape: tuple[int, ...], words: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor) -> QuantizedTensor:
+    check_scales(scales, biases)
+    bits, rest = divmod(words.shape[-1] * 32, shape[-1]) if words.ndim == 2 else (0, 1)
+    if rest:
+        raise ValueError(f"words {tuple(words.shape)} for a weight {shape}")
     codes = from_words(words)
     if bits == 2 and torch.equal(biases, -scales):
         return packed_weight(codes, scales, bits, dtype=scales.dtype)
@@ -108,10 +88,10 @@ def _encode(layer: str, weight: QuantizedTensor) -> Tensors:
             f"{layer}.biases": biases.contiguous()}
 
 
-def write(path: Path, tensors: Tensors, config: KleinConfig, about: About) -> None:
+def write(path: Path, tensors: Tensors, config: klein.KleinConfig, about: About) -> None:
     """A folder like ``transformer-packed-mflux`` of the published repositories."""
     tensors = to_diffusers(tensors)
-    make_folder(path, config, packing(tensors))
+    make_packed_folder(path, config, tensors)
     save_file(encode(tensors), path / "diffusion_pytorch_model.safetensors", {"format": "mlx"})
 
 
