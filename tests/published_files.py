@@ -1,6 +1,7 @@
 """The published repositories with their names, shapes, dtypes and JSON files, at full size, but with zeros for weights.
 
-Safetensors files are sparse: they take no room on disk. Pickles are written in full.
+Weight files are as long as the published ones, to the byte: each is laid out as its publisher's library lays it out.
+The safetensors library's files are sparse and take no room on disk; MLX's files and the pickles are written in full.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKLFlux2
+from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import nn
 
 from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
 from bonsai_image.loaders.names import is_packable
@@ -56,20 +59,16 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2))
 
 
-def write_sparse(path: Path, shapes: Shapes, size: int | None = None, metadata: dict | None = None,
-                 order=None) -> None:
-    """A safetensors file of zeros, in the safetensors library's order; with ``size``, the header is padded with spaces
-    to make it so long."""
+def write_sparse(path: Path, shapes: Shapes, metadata: dict | None = None) -> None:
+    """A safetensors file of zeros, laid out as the safetensors library does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header: dict = {"__metadata__": metadata} if metadata else {}
     end = 0
-    for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: order(item[1]) if order else (
-            -item[1][0].itemsize, item[0])):
+    for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
         start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8 if size is None else size - 8 - len(text) - end)
-    assert size is None or 8 + len(text) + end == size, f"{path} cannot be made {size} bytes long"
+    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
@@ -88,26 +87,54 @@ def mlx(shapes: dict[str, tuple[int, ...]], bits: int, group: int, is_packed) ->
     return result
 
 
-def gemlite(bits: int) -> OrderedDict[str, torch.Tensor]:
-    """The state dict of a GemLite model, zeros."""
-    result: OrderedDict[str, torch.Tensor] = OrderedDict()
-    for name, shape in diffusers_shapes(KLEIN).items():
-        if not is_packable(name):
-            result[name] = torch.zeros(shape, dtype=BF16)
-            continue
-        layer, (n, k) = name.removesuffix(".weight"), shape
+def write_by_mlx(path: Path, shapes: Shapes) -> None:
+    """A safetensors file of zeros by MLX itself, whose order is that of a hash table: it hangs on the order in which
+    mlx-lm's modules name the tensors."""
+    import mlx.core as mx
+
+    order = ["embed_tokens", "layers", "self_attn", "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "mlp",
+             "gate_proj", "down_proj", "up_proj", "input_layernorm", "post_attention_layernorm", "norm",
+             "weight", "scales", "biases"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = sorted(shapes, key=lambda name: [int(part) if part.isdigit() else order.index(part)
+                                             for part in name.split(".")[1:]])
+    dtypes = {BF16: mx.bfloat16, torch.uint32: mx.uint32}
+    mx.save_safetensors(str(path), {name: mx.zeros(shape, dtypes[dtype]) for name in names
+                                    for dtype, shape in [shapes[name]]}, {"format": "mlx"})
+
+
+class GemLite(nn.Module):
+    """What GemLite 0.5 stores of a linear without a bias, zeros."""
+
+    def __init__(self, bits: int, n: int, k: int) -> None:
+        super().__init__()
         metadata = [0, bits, 128, 2**bits - 1, 8 // bits, 1, 1, 0, 0, 0, 4, 1]
-        result |= {
-            f"{layer}.W_q": torch.zeros(k * bits // 8, n, dtype=torch.uint8),
-            f"{layer}.scales": torch.zeros(k // 128, n), f"{layer}.zeros": torch.zeros(k // 128, n),
-            f"{layer}.metadata": torch.tensor(metadata, dtype=torch.int32),
-            f"{layer}.orig_shape": torch.tensor((n, k), dtype=torch.int32)}
-    result._metadata = OrderedDict({"": {"version": 1}})
-    return result
+        for name, tensor in {
+            "W_q": torch.zeros(k * bits // 8, n, dtype=torch.uint8),
+            "scales": torch.zeros(k // 128, n), "zeros": torch.zeros(k // 128, n),
+            "metadata": torch.tensor(metadata, dtype=torch.int32),
+            "orig_shape": torch.tensor((n, k), dtype=torch.int32),
+        }.items():
+            self.register_buffer(name, tensor)
+
+
+def gemlite(bits: int) -> OrderedDict[str, torch.Tensor]:
+    """The state dict of diffusers' model with GemLite's linears, zeros. Its ``_metadata`` names every module."""
+    with init_empty_weights():
+        model = Flux2Transformer2DModel(**{key: value for key, value in TRANSFORMER_JSON.items()
+                                           if not key.startswith(("_", "musubi", "enable"))})
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and is_packable(f"{name}.weight"):
+            model.set_submodule(name, GemLite(bits, module.out_features, module.in_features))
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            state[name] = torch.zeros(tensor.shape, dtype=BF16)
+    return state
 
 
 def hqq() -> dict[str, dict]:
-    """What hqq saves of the text encoder, zeros; the language-model head is the embedding."""
+    """What hqq saves of the text encoder, zeros: codes as parameters. The language-model head is the embedding."""
     result: dict[str, dict] = {}
     for name, shape in qwen3_shapes(TEXT).items():
         module = name.removesuffix(".weight")
@@ -115,13 +142,15 @@ def hqq() -> dict[str, dict]:
             result[module] = {"weight": torch.zeros(shape, dtype=FP16)}
             continue
         groups = shape[0] * shape[1] // 64
+        codes = torch.zeros(groups // 2, 64, dtype=torch.uint8)
         result[module] = {
-            "W_q": torch.zeros(groups // 2, 64, dtype=torch.uint8), "nbits": 4, "group_size": 64,
+            "W_q": nn.Parameter(codes, requires_grad=False), "nbits": 4, "group_size": 64,
             "shape": torch.Size(shape), "scale": torch.zeros(groups, 1, dtype=FP16),
-            "zero": torch.zeros(groups, 1, dtype=FP16), "axis": 1, "packing": "4bit_u8", "compute_dtype": FP16,
-            "quant_zero": False, "quant_scale": False, "view_as_float": False, "unpack_view_dtype": torch.uint8,
-            "stores_quant_config": True, "encoded_state_dict": True, "offload_meta": False}
-    result["lm_head"] = {"weight": result["model.embed_tokens"]["weight"]}
+            "zero": torch.zeros(groups, 1, dtype=FP16), "axis": 1, "packing": "4bit_u8",
+            "unpack_view_dtype": torch.uint8, "view_as_float": False, "quant_scale": False, "quant_zero": False,
+            "compute_dtype": FP16, "offload_meta": False, "stores_quant_config": True, "channel_wise": True,
+            "optimize": True, "round_zero": True}
+    result["lm_head"] = {"weight": result["model.embed_tokens"]["weight"].detach()}
     return result
 
 
@@ -129,7 +158,8 @@ def save_as_cuda(value, path: Path) -> None:
     """``torch.save`` with storages that say they come from the first GPU."""
     path.parent.mkdir(parents=True, exist_ok=True)
     registry = torch.serialization._package_registry
-    torch.serialization.register_package(0, lambda storage: "cuda:0", lambda storage, location: None)
+    # A new string each time, as PyTorch makes: the pickle repeats it. One string for all would be stored once.
+    torch.serialization.register_package(0, lambda storage: "cuda:" + str(0), lambda storage, location: None)
     try:
         torch.save(value, path)
     finally:
@@ -157,16 +187,13 @@ def write_mlx(path: Path, bits: int) -> Path:
     write_json(path / "transformer-packed-mflux" / "quantization_config.json", {
         "bits": bits, "group_size": 128, "format": "mlx-packed-affine", "skip_patterns": ["norm"]})
     shapes = mlx(diffusers_shapes(KLEIN), bits, 128, lambda name, _: is_packable(name))
-    write_sparse(path / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors", shapes,
-                 {2: 1425271472, 1: 965208136}[bits])
+    write_sparse(path / "transformer-packed-mflux" / "diffusion_pytorch_model.safetensors", shapes)
     encoder = path / "text_encoder-mlx-4bit"
     shapes = mlx(qwen3_shapes(TEXT), 4, 64, lambda _, shape: len(shape) == 2)
     write_json(encoder / "config.json", MLX_TEXT_JSON)
     write_json(encoder / "model.safetensors.index.json", {"metadata": {"total_size": 2262920192}, "weight_map": {
         name: "model.safetensors" for name in shapes}})
-    # MLX writes tensors in an order of its own; small ones first make the shortest header.
-    write_sparse(encoder / "model.safetensors", shapes, 2263022529, {"format": "mlx"},
-                 order=lambda entry: entry[0].itemsize * torch.Size(entry[1]).numel())
+    write_by_mlx(encoder / "model.safetensors", shapes)
     for folder in (encoder, path / "tokenizer"):
         tokenizer(folder)
     return _with_vae(path, {key: value for key, value in VAE_JSON.items() if key != "decoder_block_out_channels"})
@@ -192,18 +219,19 @@ def write_unpacked(path: Path) -> Path:
     write_json(path / "model_index.json", INDEX)
     write_json(path / "transformer" / "config.json", TRANSFORMER_JSON)
     write_sparse(path / "transformer" / "diffusion_pytorch_model.safetensors", {
-        name: (BF16, shape) for name, shape in sorted(diffusers_shapes(KLEIN).items())}, 7751109712)
-    shapes = {name: (BF16, shape) for name, shape in qwen3_shapes(TEXT).items()}
-    names = {f"model-0000{i + 1}-of-00002.safetensors": list(shapes)[i::2] for i in range(2)}
-    for file, part in names.items():
-        write_sparse(path / "text_encoder" / file, {name: shapes[name] for name in part}, None, {"format": "pt"})
-    write_json(path / "text_encoder" / "model.safetensors.index.json", {"weight_map": {
-        name: file for file, part in names.items() for name in part}})
+        name: (BF16, shape) for name, shape in sorted(diffusers_shapes(KLEIN).items())})
+    shapes = qwen3_shapes(TEXT)
+    shapes["model.norm.weight"] = shapes.pop("model.norm.weight")  # last, as in the model
+    shards = split_torch_state_dict_into_shards({
+        name: torch.empty(shape, dtype=BF16, device="meta") for name, shape in shapes.items()})
+    for file, names in shards.filename_to_tensors.items():
+        write_sparse(path / "text_encoder" / file, {name: (BF16, shapes[name]) for name in names}, {"format": "pt"})
+    write_json(path / "text_encoder" / "model.safetensors.index.json", {"weight_map": shards.tensor_to_filename})
     write_json(path / "text_encoder" / "config.json", HQQ_TEXT_JSON)
     return _with_vae(path, VAE_JSON)
 
 
 def _with_vae(path: Path, config: dict) -> Path:
     write_json(path / "vae" / "config.json", config)
-    write_sparse(path / "vae" / "diffusion_pytorch_model.safetensors", vae_shapes(), 168120878, {"format": "pt"})
+    write_sparse(path / "vae" / "diffusion_pytorch_model.safetensors", vae_shapes(), {"format": "pt"})
     return path

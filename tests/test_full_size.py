@@ -38,8 +38,10 @@ def test_inspect_has_no_complaint(variant, kind, tmp_path):
     repository = REPOSITORIES[variant, kind]
     path = WRITERS[variant, kind](tmp_path / repository.id)
     for file in repository.files:
-        # The pickles lack what the publisher's model classes leave in them: an entry of _metadata for every module.
-        assert 0 <= file.size - (path / file.path).stat().st_size <= (32_768 if file.path.endswith(".pt") else 0)
+        assert (path / file.path).stat().st_size == file.size, file.path
+    if kind == "unpacked":
+        shards = sorted((path / "text_encoder").glob("*.safetensors"))
+        assert [shard.stat().st_size for shard in shards] == [4967215360, 3077766632]
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", CODE, "inspect", path, "--json"], capture_output=True, text=True)
     seconds = time.perf_counter() - start
