@@ -1,4 +1,4 @@
-"""Shared fixtures: small packs in every format from one dense model per variant, and packs to damage."""
+"""Shared fixtures: small model files in every format from one dense model per variant, and some to damage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import packs
+import model_files
 import pytest
 import sound_files
 import torch
@@ -50,20 +50,20 @@ class Small:
         """Written when first asked for: GemLite exists for Linux only."""
         if importlib.util.find_spec("gemlite") is None:
             pytest.skip("GemLite is not installed here")
-        return packs.write_gemlite(self.model, self.root / "bonsai-gemlite" / "transformer-gemlite", self.bits)
+        return model_files.write_gemlite(self.model, self.root / "bonsai-gemlite" / "transformer-gemlite", self.bits)
 
 
 @pytest.fixture(scope="session", params=[2, 1], ids=["ternary", "binary"])
 def small(request, tmp_path_factory) -> Small:
     bits = request.param
-    root: Path = tmp_path_factory.mktemp(f"packs{bits}")
-    model = packs.dense_model(bits)
+    root: Path = tmp_path_factory.mktemp(f"models{bits}")
+    model = model_files.dense_model(bits)
     return Small(
         bits, model,
-        diffusers=packs.write_diffusers(model, root / "unpacked" / "transformer"),
-        sharded=packs.write_diffusers(model, root / "sharded" / "transformer", shard="2MB"),
-        comfyui=packs.write_comfyui_single(to_comfyui(dict(model.state_dict())), root / "klein.safetensors"),
-        mlx=packs.write_mlx(model, root / "bonsai-mlx" / "transformer-packed-mflux", bits),
+        diffusers=model_files.write_diffusers(model, root / "unpacked" / "transformer"),
+        sharded=model_files.write_diffusers(model, root / "sharded" / "transformer", shard="2MB"),
+        comfyui=model_files.write_comfyui_single(to_comfyui(dict(model.state_dict())), root / "klein.safetensors"),
+        mlx=model_files.write_mlx(model, root / "bonsai-mlx" / "transformer-packed-mflux", bits),
         root=root,
     )
 
@@ -76,11 +76,11 @@ def repository(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory) -> Path:
-    """A folder with every sound pack of ``sound_files.PACKS`` under its name."""
+    """A folder with each of ``sound_files.FILES`` in the folder of its name."""
     return sound_files.write_all(tmp_path_factory.mktemp("valid"))
 
 
 @pytest.fixture
 def copy(root, tmp_path) -> Callable[[str], Path]:
-    """Copies one of these packs, to be damaged."""
+    """Copies one of these folders, to be damaged."""
     return lambda name: Path(shutil.copytree(root / name, tmp_path / name))

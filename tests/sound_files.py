@@ -1,4 +1,4 @@
-"""Small valid packs in every format, for the tests that damage copies of them."""
+"""Small valid model files in every format, for the tests that damage copies of them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ VAE = {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D"
        "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "latent_channels": 4}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-#: Pack -> its loader, its weight file, a dense matrix, and the stored codes, scale and shift of one packed layer.
+#: Name -> its loader, its weight file, a dense matrix, and the stored codes, scale and shift of one packed layer.
 TO_Q, QKV, UP = "transformer_blocks.0.attn.to_q", "double_blocks.0.img_attn.qkv", "model.layers.3.mlp.up_proj"
-PACKS = {
+FILES = {
     "mlx": (load_transformer, WEIGHTS, "x_embedder.weight", f"{TO_Q}.weight", f"{TO_Q}.scales", f"{TO_Q}.biases"),
     "gemlite": (load_transformer, "state_dict.pt", "x_embedder.weight", f"{TO_Q}.W_q", f"{TO_Q}.scales",
                 f"{TO_Q}.zeros"),
@@ -66,8 +66,8 @@ def hqq_entries(tensors: dict) -> dict:
 
 
 def write_all(root: Path) -> Path:
-    """Write every pack to the folder of its name under ``root``, and return ``root``."""
-    for name in PACKS:
+    """Write each of ``FILES`` to the folder of its name under ``root``, and return ``root``."""
+    for name in FILES:
         (root / name).mkdir()
     generator = torch.Generator().manual_seed(0)
     model, encoder = random_transformer(KLEIN, 2, generator), random_text_encoder(TEXT, generator)
@@ -77,7 +77,7 @@ def write_all(root: Path) -> Path:
                           ("base3", comfy.encode(ours, base3=True)), ("single", to_comfyui(plain)),
                           ("te-mlx", mlx.encode(encoder)),
                           ("te-dense", {name: torch.zeros(tensor.shape) for name, tensor in encoder.items()})):
-        save_file(tensors, root / name / PACKS[name][1], {"format": "pt"})
+        save_file(tensors, root / name / FILES[name][1], {"format": "pt"})
     torch.save(gemlite.encode(model), root / "gemlite" / "state_dict.pt")
     torch.save(hqq_entries(encoder), root / "te-hqq" / "qmodel.pt")
     shards = {"a.safetensors": sorted(plain)[::2], "b.safetensors": sorted(plain)[1::2]}
@@ -99,8 +99,8 @@ def write_all(root: Path) -> Path:
 
 
 def load(name: str, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of the pack ``name`` at ``path``."""
-    return PACKS[name][0](path).tensors
+    """The tensors of the model ``name`` at ``path``."""
+    return FILES[name][0](path).tensors
 
 
 def refusal(loader, path) -> str:

@@ -1,5 +1,5 @@
-"""Packs that contradict themselves end in ModelFileError: JSON, tags and numbers against tensors, and tensors among
-themselves."""
+"""Model files that contradict themselves end in ModelFileError: JSON, tags and numbers against tensors, and tensors
+among themselves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sound_files import PACKS, QKV, TO_Q, UP, WEIGHTS, load, read, refusal, write
+from sound_files import FILES, QKV, TO_Q, UP, WEIGHTS, load, read, refusal, write
 
 from bonsai_image.loaders import load_text_encoder, load_transformer, load_vae
 from bonsai_image.ops.packed import equal, is_packed
@@ -34,7 +34,7 @@ def cases(table: dict):
 def test_damaged_json(name, file, text, copy):
     path = copy(name)
     (path / file).write_bytes(text)
-    refusal(PACKS[name][0], path)
+    refusal(FILES[name][0], path)
 
 
 def statements(table: dict) -> dict:
@@ -60,7 +60,7 @@ def test_json_of_another_model(case, copy):
     name, file, key, value = case
     path = copy(name)
     state(path, file, key, value)
-    refusal(PACKS[name][0], path)
+    refusal(FILES[name][0], path)
 
 
 CONTRADICTIONS = {
@@ -83,7 +83,7 @@ def test_tensors_are_right_where_json_contradicts_them(case, copy, root, caplog)
     name, file, key, value = case
     path = copy(name)
     state(path, file, key, value)
-    loaded, original = PACKS[name][0](path), load(name, root / name)
+    loaded, original = FILES[name][0](path), load(name, root / name)
     keys = value if isinstance(value, dict) else (key,)
     assert loaded.warnings and any(f"{key} is " in warning for warning in loaded.warnings for key in keys)
     assert all(len(warning) < 300 and warning.isprintable() for warning in loaded.warnings)
@@ -92,7 +92,7 @@ def test_tensors_are_right_where_json_contradicts_them(case, copy, root, caplog)
     assert all(equal(tensor, original[key]) if is_packed(tensor) else torch.equal(tensor, original[key])
                for key, tensor in loaded.tensors.items())
     if name == "vae":
-        assert loaded.config == PACKS[name][0](root / name).config
+        assert loaded.config == FILES[name][0](root / name).config
 
 
 @pytest.mark.parametrize("name", ["mlx", "gemlite"])
@@ -100,7 +100,7 @@ def test_tensors_are_right_where_json_contradicts_them(case, copy, root, caplog)
 def test_whole_numbers_in_any_spelling(name, bits, group, copy):
     path = copy(name)
     (path / QUANTIZATION).write_text(json.dumps({"bits": bits, "group_size": group}))
-    assert PACKS[name][0](path).warnings == []
+    assert FILES[name][0](path).warnings == []
 
 
 def test_an_index_that_names_other_tensors(copy):
@@ -127,7 +127,7 @@ def test_index_names_another_shard(shard, copy):
 # Tensors beside each other.
 
 def _edit(path: Path, name: str, change) -> None:
-    file = path / PACKS[name][1]
+    file = path / FILES[name][1]
     tensors = read(file)
     change(tensors)
     write(file, tensors)
@@ -160,11 +160,11 @@ def _pack_embedder(t):
 
 
 MIXTURES = {
-    **{f"{name}-{kind}": (name, change) for name in PACKS for kind, change in {
+    **{f"{name}-{kind}": (name, change) for name in FILES for kind, change in {
         "extra": _added("extra|weight" if name == "te-hqq" else "extra.weight"),
         "name-of-two-lines": _added("a\x00\nb. C|weight" if name == "te-hqq" else "a\x00\nb. C.weight"),
         "long-name": _added("n" * 20_000 + ("|weight" if name == "te-hqq" else ".weight")),
-        "renamed": _renamed(PACKS[name][2], "renamed" + ("|weight" if name == "te-hqq" else ".weight"))}.items()},
+        "renamed": _renamed(FILES[name][2], "renamed" + ("|weight" if name == "te-hqq" else ".weight"))}.items()},
     "mlx-orphan-scales": ("mlx", _added("x_embedder.scales")), "mlx-orphan-biases": ("mlx", _added("y.biases")),
     "mlx-linear-bias": ("mlx", _added(f"{TO_Q}.bias", (128,))), "mlx-q-of-4-bits": ("mlx", _to_four_bits),
     "mlx-q-dense": ("mlx", _dense), "mlx-packed-embedder": ("mlx", _pack_embedder),
@@ -201,7 +201,7 @@ def test_mixed_tensors(case, copy):
     name, change = case
     path = copy(name)
     _edit(path, name, change)
-    refusal(PACKS[name][0], path)
+    refusal(FILES[name][0], path)
 
 
 @cases({"bf16": torch.tensor(3.0, dtype=torch.bfloat16), "one-element": torch.tensor([7]), "missing": None})

@@ -1,4 +1,4 @@
-"""Damaged packs: cut, flipped or contradictory ones end in ModelFileError. Each case damages a copy in one way."""
+"""Damaged model files, cut, flipped or contradictory, end in ModelFileError. Each case damages a copy in one way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sound_files import PACKS, load, read, refusal, write
+from sound_files import FILES, load, read, refusal, write
 
 from bonsai_image.loaders import ModelFileError, load_transformer
 from bonsai_image.ops.packed import equal, is_packed
@@ -16,7 +16,7 @@ from bonsai_image.ops.packed import equal, is_packed
 
 @pytest.fixture(scope="module")
 def loaded(root) -> dict[str, dict[str, torch.Tensor]]:
-    return {name: load(name, root / name) for name in PACKS}
+    return {name: load(name, root / name) for name in FILES}
 
 
 def _table(file: Path) -> tuple[int, int]:
@@ -31,11 +31,11 @@ def _table(file: Path) -> tuple[int, int]:
 
 
 def _unharmed(name: str, path: Path, original: dict[str, torch.Tensor]) -> bool:
-    """Whether the pack is refused properly, or loads to exactly the original tensors."""
+    """Whether the model is refused properly, or loads to exactly the original tensors."""
     try:
         tensors = load(name, path)
     except ModelFileError:
-        refusal(PACKS[name][0], path)
+        refusal(FILES[name][0], path)
         return True
     return tensors.keys() == original.keys() and all(
         equal(tensor, original[key]) if is_packed(tensor) else
@@ -46,18 +46,18 @@ def _unharmed(name: str, path: Path, original: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("name", ["mlx", "comfy", "sharded", "te-dense", "vae", "gemlite", "te-hqq"])
 def test_truncated(name, where, copy):
     path = copy(name)
-    file = path / PACKS[name][1]
+    file = path / FILES[name][1]
     size, (start, stop) = file.stat().st_size, _table(file)
     os.truncate(file, {"table/2": (start + stop) // 2, "table": stop, "half": size // 2, "end-1": size - 1}.get(
         where) or int(where if where.isdigit() else 0))
-    refusal(PACKS[name][0], path)
+    refusal(FILES[name][0], path)
 
 
 @pytest.mark.parametrize("step", range(16))
 @pytest.mark.parametrize("name", ["mlx", "comfy", "te-mlx", "vae", "gemlite"])
 def test_bit_flips_in_the_tensor_table(name, step, copy, loaded):
     path = copy(name)
-    file = path / PACKS[name][1]
+    file = path / FILES[name][1]
     start, stop = _table(file)
     original = file.read_bytes()
     for i in range(2):
@@ -74,7 +74,7 @@ def test_bit_flips_in_the_tensor_table(name, step, copy, loaded):
 def test_bit_flips_in_a_zip_record(record, copy, loaded):
     """In the local and central headers of a record (name, sizes, checksum, offset), and in the zip's last record."""
     path = copy("gemlite")
-    file = path / PACKS["gemlite"][1]
+    file = path / FILES["gemlite"][1]
     original = file.read_bytes()
     with zipfile.ZipFile(file) as archive:
         info = next(info for info in archive.infolist() if info.filename.endswith(f"/{record}"))
@@ -93,13 +93,13 @@ def test_bit_flips_in_a_zip_record(record, copy, loaded):
 def test_a_bit_flip_in_the_data_of_a_pickle(record, copy):
     """Codes and scales have no value that shows: only the checksum does."""
     path = copy("gemlite")
-    file = path / PACKS["gemlite"][1]
+    file = path / FILES["gemlite"][1]
     data = bytearray(file.read_bytes())
     with zipfile.ZipFile(file) as archive:
         content = archive.read(next(name for name in archive.namelist() if name.endswith(f"/{record}")))
     data[data.index(content) + len(content) // 2] ^= 1
     file.write_bytes(data)
-    refusal(PACKS["gemlite"][0], path)
+    refusal(FILES["gemlite"][0], path)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**24, 2**31, 2**63, 2**64 - 1, -1, 1000])
@@ -140,19 +140,19 @@ DAMAGE = {
     "infinity": _first(float("inf")),
 }
 ROLES = {"dense": 2, "codes": 3, "scale": 4, "shift": 5}
-TENSOR_CASES = [(name, role, damage) for name in PACKS for role, column in ROLES.items() for damage in DAMAGE
-                if PACKS[name][column] and not (role == "codes" and damage in ("nan", "infinity"))
+TENSOR_CASES = [(name, role, damage) for name in FILES for role, column in ROLES.items() for damage in DAMAGE
+                if FILES[name][column] and not (role == "codes" and damage in ("nan", "infinity"))
                 and not (damage == "complex" and name == "base3")]
 
 
 @pytest.mark.parametrize(("name", "role", "damage"), TENSOR_CASES, ids=["-".join(case) for case in TENSOR_CASES])
 def test_damaged_tensor(name, role, damage, copy):
     path = copy(name)
-    file, target = path / PACKS[name][1], PACKS[name][ROLES[role]]
+    file, target = path / FILES[name][1], FILES[name][ROLES[role]]
     tensors = read(file)
     if DAMAGE[damage] is None:
         del tensors[target]
     else:
         tensors[target] = DAMAGE[damage](tensors[target])
     write(file, tensors)
-    refusal(PACKS[name][0], path)
+    refusal(FILES[name][0], path)

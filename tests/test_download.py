@@ -133,7 +133,7 @@ def arrived(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
-def test_a_pack_arrives_whole_without_an_account(hub, tmp_path):
+def test_a_repository_arrives_whole_without_an_account(hub, tmp_path):
     done = run(hub, "--to", str(tmp_path / "models"), home=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "models" / NAME
@@ -188,7 +188,7 @@ def test_after_an_interruption_only_what_is_missing_is_fetched(hub, tmp_path):
     assert arrived(tmp_path / "models" / NAME) == FILES and hub.fetched == [LARGE]
 
 
-def test_what_an_older_revision_left_is_not_part_of_the_pack(hub, tmp_path):
+def test_what_an_older_revision_left_is_not_part_of_the_repository(hub, tmp_path):
     partial = tmp_path / "models" / f"{NAME}.partial"
     partial.mkdir(parents=True)
     (partial / "older.safetensors").touch()

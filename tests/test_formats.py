@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import packs
+import model_files
 import pytest
 import torch
 from reference import dense64
@@ -26,7 +26,7 @@ def test_transformer_loads_bit_for_bit(small, kind):
     expected = small.model.state_dict()
     assert tensors.keys() == expected.keys()
     packed = {name for name, tensor in tensors.items() if is_packed(tensor)}
-    assert packed == {f"{name}.weight" for name in packs.packed_names(small.model)}
+    assert packed == {f"{name}.weight" for name in model_files.packed_names(small.model)}
     for name, tensor in tensors.items():
         assert torch.equal(dense64(tensor) if name in packed else tensor, expected[name].to(
             torch.float64 if name in packed else torch.bfloat16)), name
@@ -86,7 +86,7 @@ def test_gemlite_with_32_bit_words(small, tmp_path):
 def test_nested_and_older_comfyui_names(small, tmp_path):
     tensors = names.to_comfyui(dict(small.model.state_dict()))
     older = {name.replace("_norm.weight", "_norm.scale"): tensor for name, tensor in tensors.items()}
-    path = packs.write_comfyui_single(older, tmp_path / "nested.safetensors", "model.diffusion_model.")
+    path = model_files.write_comfyui_single(older, tmp_path / "nested.safetensors", "model.diffusion_model.")
     assert load_transformer(path).tensors.keys() == tensors.keys()
 
 
@@ -120,11 +120,11 @@ def test_source_of_a_relative_path(small, monkeypatch):
 
 
 def test_source_of_our_own_download(small, tmp_path):
-    folder = shutil.copytree(small.mlx.parent, tmp_path / "pack")
+    folder = shutil.copytree(small.mlx.parent, tmp_path / "bonsai")
     (folder / "bonsai-download.json").write_text('{"repository": "prism-ml/x", "revision": "main", "commit": "abc"}')
     assert load_transformer(folder / small.mlx.name).source == "prism-ml/x@abc"
     (folder / "bonsai-download.json").write_text("[")
-    assert load_transformer(folder / small.mlx.name).source == "pack"
+    assert load_transformer(folder / small.mlx.name).source == "bonsai"
 
 
 def test_dense_weights_that_do_not_say_their_codes(small, tmp_path):
@@ -143,7 +143,7 @@ def test_dense_weights_that_do_not_say_their_codes(small, tmp_path):
 def test_mlx_text_encoder(tmp_path):
     import mlx.core as mx
 
-    packs.write_mlx_text_encoder(packs.text_model(), tmp_path / "encoder")
+    model_files.write_mlx_text_encoder(model_files.text_model(), tmp_path / "encoder")
     stored = mx.load(str(tmp_path / "encoder" / "model.safetensors"))
     loaded = load_text_encoder(tmp_path / "encoder")
     assert loaded.format == "mlx" and is_packed(loaded.tensors["model.embed_tokens.weight"])
@@ -158,11 +158,11 @@ def test_mlx_text_encoder(tmp_path):
 
 def test_hqq_text_encoder(tmp_path):
     """Equal to hqq's own dequantisation, bit for bit in the dtype hqq computes in."""
-    model = packs.write_hqq_text_encoder(tmp_path / "encoder")
+    model = model_files.write_hqq_text_encoder(tmp_path / "encoder")
     loaded = load_text_encoder(tmp_path / "encoder")
     assert loaded.format == "hqq"
     packed = {name: tensor for name, tensor in loaded.tensors.items() if is_packed(tensor)}
-    assert len(packed) == 7 * packs.TEXT["num_hidden_layers"]
+    assert len(packed) == 7 * model_files.TEXT["num_hidden_layers"]
     for name, tensor in packed.items():
         theirs = model.get_submodule(name.removesuffix(".weight")).dequantize()
         params = parts(tensor)
@@ -174,7 +174,7 @@ def test_hqq_text_encoder(tmp_path):
 
 
 def test_dense_text_encoder(tmp_path):
-    model = packs.text_model()
+    model = model_files.text_model()
     model.save_pretrained(tmp_path / "encoder")
     loaded = load_text_encoder(tmp_path / "encoder")
     assert loaded.format == "dense"

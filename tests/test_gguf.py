@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gguf as package
+import model_files
 import numpy as np
-import packs
 import pytest
 import torch
 from ggml import Ggml
@@ -31,8 +31,8 @@ def models(tmp_path_factory) -> dict[int, SimpleNamespace]:
     """By bits: ``loaded`` from an unpacked folder, and ``dense``, the values in FP32 by ComfyUI's names."""
     result = {}
     for bits in (1, 2):
-        model = packs.dense_model(bits)
-        folder = packs.write_diffusers(model, tmp_path_factory.mktemp(f"unpacked{bits}"))
+        model = model_files.dense_model(bits)
+        folder = model_files.write_diffusers(model, tmp_path_factory.mktemp(f"unpacked{bits}"))
         dense = {name: tensor.float() for name, tensor in to_comfyui(dict(model.state_dict())).items()}
         result[bits] = SimpleNamespace(bits=bits, loaded=load_transformer(folder), dense=dense)
     return result

@@ -8,7 +8,7 @@ import itertools
 import os
 from pathlib import Path
 
-import packs
+import model_files
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
@@ -72,10 +72,10 @@ def diffusers_model(transformer):
 
 @pytest.mark.parametrize("bits", [1, 2], ids=["Q1_0", "Q2_0"])
 def test_same_latent(bits, tmp_path, monkeypatch):
-    monkeypatch.setattr(packs, "SMALL", {**packs.SMALL, "in_channels": CHANNELS, "out_channels": CHANNELS,
+    monkeypatch.setattr(model_files, "SMALL", {**model_files.SMALL, "in_channels": CHANNELS, "out_channels": CHANNELS,
                                          "joint_attention_dim": TEXT_WIDTH})
-    model = packs.dense_model(bits)
-    unpacked = packs.write_diffusers(model, tmp_path / "unpacked")
+    model = model_files.dense_model(bits)
+    unpacked = model_files.write_diffusers(model, tmp_path / "unpacked")
     save_transformer(load_transformer(unpacked), tmp_path / "packed.gguf", "gguf")
     dense = {name.replace("_norm.weight", "_norm.scale"): tensor.float()
              for name, tensor in to_comfyui(dict(model.state_dict())).items()}

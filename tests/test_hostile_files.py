@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
-from sound_files import KLEIN, PACKS, TO_Q, WEIGHTS, load, read, refusal, write
+from sound_files import FILES, KLEIN, TO_Q, WEIGHTS, load, read, refusal, write
 
 from bonsai_image.loaders import ModelFileError, find_repository, load_text_encoder, load_transformer, load_vae
 from bonsai_image.loaders.klein import comfyui_shapes, diffusers_shapes
@@ -63,9 +63,9 @@ def test_ordinary_klein(shapes, dtype, tmp_path):
     refusal(load_transformer, path)
 
 
-@pytest.mark.parametrize(("name", "loader"), [(name, kind) for name in PACKS for kind, loader in LOADERS.items()
-                                              if loader is not PACKS[name][0]])
-def test_pack_of_another_kind(name, loader, root):
+@pytest.mark.parametrize(("name", "loader"), [(name, kind) for name in FILES for kind, loader in LOADERS.items()
+                                              if loader is not FILES[name][0]])
+def test_model_of_another_kind(name, loader, root):
     refusal(LOADERS[loader], root / name)
 
 
@@ -150,7 +150,7 @@ def test_pickle_of_something_else(kind, loader, tmp_path):
 @pytest.mark.parametrize("kind", ["legacy", "compressed", "torchscript", "plain-zip", "no-table", "pickle-suffix"])
 def test_other_container(kind, name, copy):
     path = copy(name)
-    file = path / PACKS[name][1]
+    file = path / FILES[name][1]
     with zipfile.ZipFile(file) as archive:
         records = {record: archive.read(record) for record in archive.namelist()}
     if kind == "legacy":
@@ -165,7 +165,7 @@ def test_other_container(kind, name, copy):
             for record, data in records.items():
                 if kind == "compressed" or (kind == "no-table" and not record.endswith("data.pkl")):
                     archive.writestr(record, data)
-    refusal(PACKS[name][0], path)
+    refusal(FILES[name][0], path)
 
 
 # Paths.
@@ -222,23 +222,23 @@ def test_repository(kind, root, tmp_path):
 def test_nothing_is_held_after_a_refusal(name, copy, root):
     """The file is not mapped any more, can be replaced, and then loads."""
     path = copy(name)
-    file = path / PACKS[name][1]
+    file = path / FILES[name][1]
     tensors = read(file)
-    tensors[PACKS[name][2]] = tensors[PACKS[name][2]] * float("nan")
+    tensors[FILES[name][2]] = tensors[FILES[name][2]] * float("nan")
     write(file, tensors)
-    refusal(PACKS[name][0], path)
+    refusal(FILES[name][0], path)
     gc.collect()
     assert str(file) not in {entry.path for entry in psutil.Process().memory_maps()}
-    os.replace(shutil.copy(root / name / PACKS[name][1], path / "new"), file)
+    os.replace(shutil.copy(root / name / FILES[name][1], path / "new"), file)
     load(name, path)
 
 
 @pytest.mark.parametrize("name", ["mlx", "gemlite", "base3"])
 def test_refusals_do_not_grow_memory(name, copy):
     path = copy(name)
-    file = path / PACKS[name][1]
+    file = path / FILES[name][1]
     tensors = read(file)
-    tensors[PACKS[name][4]] = tensors[PACKS[name][4]] * float("nan")
+    tensors[FILES[name][4]] = tensors[FILES[name][4]] * float("nan")
     # Beside what is wrong, 8 MB: fifty files kept would be 400 MB.
     tensors["large"] = torch.zeros(2_000_000)
     write(file, tensors)
@@ -246,7 +246,7 @@ def test_refusals_do_not_grow_memory(name, copy):
 
     def refuse():
         with pytest.raises(ModelFileError):
-            PACKS[name][0](path)
+            FILES[name][0](path)
 
     for _ in range(3):
         refuse()

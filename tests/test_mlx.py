@@ -236,7 +236,7 @@ def test_threads():
 
 def test_the_text_encoder_is_gone_before_the_transformer_loads(tmp_path, monkeypatch):
     """Neither torch nor MLX still holds any of it, in memory or in MLX's cache."""
-    pack = write_repository(tmp_path / "pack")
+    repository = complete_repository(write_repository(tmp_path / "repository"))
     seen = []
     build_encoder, build_transformer = models.text_encoder_module, models.transformer_module
 
@@ -254,11 +254,11 @@ def test_the_text_encoder_is_gone_before_the_transformer_loads(tmp_path, monkeyp
     monkeypatch.setattr(models, "text_encoder_module", encoder)
     monkeypatch.setattr(models, "transformer_module", transformer)
     before = mx.get_active_memory()
-    generate(complete_repository(pack), ["a bonsai"], Compute(CPU, torch.float32, MLX), 32, 32, steps=1, progress=False)
+    generate(repository, ["a bonsai"], Compute(CPU, torch.float32, MLX), 32, 32, steps=1, progress=False)
     assert seen[1] == "checked"
 
 
-def test_what_mlx_adds_to_the_pack():
+def test_what_mlx_adds_to_the_weights():
     """Beside codes, scales and dense weights as they are stored: one table of biases, 1/128 of the weights."""
     tensors = to_comfyui(model(SMALL, 2).tensors)
     stored = sum(packed_nbytes(t) if is_packed(t) else t.nbytes for t in tensors.values())

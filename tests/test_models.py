@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 
-import packs
+import model_files
 import pytest
 import torch
 from reference import relative
@@ -55,7 +55,7 @@ def test_transformer_in_bfloat16(small):
 def test_every_block_linear_stays_packed(small):
     module = transformer_module(load_transformer(small.mlx), CPU, torch.float32)
     packed = {name for name, layer in module.named_modules() if isinstance(layer, PackedLinear)}
-    assert packed == set(packs.packed_names(small.model))
+    assert packed == set(model_files.packed_names(small.model))
     assert all(is_packed(module.get_submodule(name).weight) for name in packed)
     held = sum(t.nbytes for t in module.state_dict().values() if t.dtype == torch.uint8)
     weights = sum(module.get_submodule(name).weight.numel() for name in packed)
@@ -65,11 +65,11 @@ def test_every_block_linear_stays_packed(small):
 @pytest.mark.parametrize("kind", ["mlx", "hqq", "dense"])
 def test_text_encoder_equals_transformers(tmp_path, kind):
     """The hidden states FLUX.2 Klein taps, from the same (dequantised) weights in transformers' own module."""
-    model = packs.text_model()
+    model = model_files.text_model()
     if kind == "mlx":
-        packs.write_mlx_text_encoder(model, tmp_path / "encoder")
+        model_files.write_mlx_text_encoder(model, tmp_path / "encoder")
     elif kind == "hqq":
-        packs.write_hqq_text_encoder(tmp_path / "encoder")
+        model_files.write_hqq_text_encoder(tmp_path / "encoder")
     else:
         model.save_pretrained(tmp_path / "encoder")
     loaded = load_text_encoder(tmp_path / "encoder")
@@ -77,7 +77,7 @@ def test_text_encoder_equals_transformers(tmp_path, kind):
     dense = {name.removeprefix("model."): tensor.to(dtype=torch.float32).dequantize() if is_packed(tensor)
              else tensor.float() for name, tensor in loaded.tensors.items()}
     model.load_state_dict(dense)
-    tokens = torch.randint(0, packs.TEXT["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, model_files.TEXT["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
     mask[:, 30:] = 0
     arguments = {"input_ids": tokens, "attention_mask": mask, "output_hidden_states": True, "use_cache": False}

@@ -14,7 +14,7 @@ import published_files
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sound_files import PACKS, WEIGHTS, load, refusal
+from sound_files import FILES, WEIGHTS, load, refusal
 
 from bonsai_image.loaders import (
     ModelFileError,
@@ -235,8 +235,8 @@ def test_file_of_another_kind(part, found, name, tmp_path):
 @pytest.mark.parametrize("name", ["mlx", "gemlite", "comfy", "base3", "unpacked", "te-hqq", "vae"])
 def test_without_mmap_nothing_stays_on_disk(name, root, tmp_path):
     path = Path(shutil.copytree(root / name, tmp_path / name))
-    loaded = PACKS[name][0](path, mmap=False)
-    os.truncate(path / PACKS[name][1], 0)  # a mapped tensor would now end the process
+    loaded = FILES[name][0](path, mmap=False)
+    os.truncate(path / FILES[name][1], 0)  # a mapped tensor would now end the process
     expected = load(name, root / name)
     assert loaded.tensors.keys() == expected.keys()
     assert all(equal(tensor, expected[key]) if is_packed(tensor) else torch.equal(tensor, expected[key])

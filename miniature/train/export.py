@@ -1,6 +1,6 @@
 """The trained miniature as files.
 
-``write`` makes what the repository keeps, each part once: a ternary repository in the layout of the MLX packs, the
+``write`` makes what the repository keeps, each part once: a ternary repository in the layout of the MLX releases, the
 binary model in our format, the dense reference in diffusers' layout. ``write_layouts`` makes the other published
 layouts from those, without loss.
 """
@@ -30,25 +30,25 @@ def write(folder: Path, models: dict[str, dict[str, torch.Tensor]], encoder: dic
           vae: AutoencoderKLFlux2, lora: dict[str, torch.Tensor]) -> None:
     """Write ``models`` (diffusers-named tensors by variant), the parts they share and a LoRA to ``folder``, replacing
     what an earlier run wrote there."""
-    pack = folder / REPOSITORY
-    for old in (pack, folder / "dense"):
+    repository = folder / REPOSITORY
+    for old in (repository, folder / "dense"):
         shutil.rmtree(old, ignore_errors=True)
     for old in (folder / "binary.safetensors", folder / "blue_pot_lora.safetensors"):
         old.unlink(missing_ok=True)
-    save_transformer(_transformer(models["ternary"]), pack / _TRANSFORMER, "mlx")
+    save_transformer(_transformer(models["ternary"]), repository / _TRANSFORMER, "mlx")
     save_transformer(_transformer(models["binary"]), folder / "binary.safetensors", "comfy")
     (folder / "dense").mkdir()
     save_file(models["dense"], folder / "dense" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     _write_json(folder / "dense" / "config.json", {"_class_name": "Flux2Transformer2DModel", **KLEIN.diffusers()})
     save_file(lora, folder / "blue_pot_lora.safetensors", {"format": "pt"})
-    (pack / _TEXT_ENCODER).mkdir()
-    save_file(mlx.encode(encoder), pack / _TEXT_ENCODER / "model.safetensors", {"format": "mlx"})
-    _write_json(pack / _TEXT_ENCODER / "config.json",
+    (repository / _TEXT_ENCODER).mkdir()
+    save_file(mlx.encode(encoder), repository / _TEXT_ENCODER / "model.safetensors", {"format": "mlx"})
+    _write_json(repository / _TEXT_ENCODER / "config.json",
                 {**TEXT.transformers(), "quantization": {"bits": 4, "group_size": 64}})
-    tokenizer.save_pretrained(pack / "tokenizer")
-    vae.bfloat16().save_pretrained(pack / "vae")
-    FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(pack / "scheduler")
-    _write_json(pack / "model_index.json", {"_class_name": "Flux2KleinPipeline"})
+    tokenizer.save_pretrained(repository / "tokenizer")
+    vae.bfloat16().save_pretrained(repository / "vae")
+    FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(repository / "scheduler")
+    _write_json(repository / "model_index.json", {"_class_name": "Flux2KleinPipeline"})
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)
 

@@ -17,10 +17,10 @@ import aiohttp
 ROOT = Path(__file__).parents[2]
 
 
-def graph(pack: str, prompt: str = "a bonsai", width: int = 64, height: int = 48, seed: int = 1) -> dict:
-    """Text to image: pack loader, prompt, Flux2Scheduler, sampler, VAE decode, save; and the model's description."""
+def graph(checkpoint: str, prompt: str = "a bonsai", width: int = 64, height: int = 48, seed: int = 1) -> dict:
+    """Text to image: loader, prompt, Flux2Scheduler, sampler, VAE decode, save; and the model's description."""
     return {
-        "1": {"class_type": "BonsaiCheckpointLoader", "inputs": {"checkpoint": pack}},
+        "1": {"class_type": "BonsaiCheckpointLoader", "inputs": {"checkpoint": checkpoint}},
         "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": prompt}},
         "3": {"class_type": "Flux2Scheduler", "inputs": {"steps": 2, "width": width, "height": height}},
         "4": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
@@ -38,13 +38,13 @@ def graph(pack: str, prompt: str = "a bonsai", width: int = 64, height: int = 48
 class Server:
     """One ComfyUI process on the CPU with a base directory of its own."""
 
-    def __init__(self, comfyui: Path, base: Path, pack: Path, folder: str = "bonsai-image",
+    def __init__(self, comfyui: Path, base: Path, repository: Path, folder: str = "bonsai-image",
                  options: tuple[str, ...] = (), environment: tuple[tuple[str, str], ...] = ()):
         self.base = base
         (base / "custom_nodes").mkdir(parents=True)
         (base / "models" / "diffusers").mkdir(parents=True)
         (base / "custom_nodes" / folder).symlink_to(ROOT, target_is_directory=True)
-        (base / "models" / "diffusers" / pack.name).symlink_to(pack, target_is_directory=True)
+        (base / "models" / "diffusers" / repository.name).symlink_to(repository, target_is_directory=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

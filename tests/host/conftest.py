@@ -42,15 +42,15 @@ def comfyui() -> Path:
 
 
 @pytest.fixture(scope="session")
-def pack(tmp_path_factory) -> Path:
+def repository(tmp_path_factory) -> Path:
     """A whole miniature repository that the host accepts."""
     return random_model.write_repository(tmp_path_factory.mktemp("host") / "bonsai-mini-ternary", 2, klein=KLEIN,
                                          text=TEXT, vae=VAE)
 
 
 @pytest.fixture(scope="session")
-def transformer(pack) -> Path:
-    return pack / "transformer-packed-mflux"
+def transformer(repository) -> Path:
+    return repository / "transformer-packed-mflux"
 
 
 @pytest.fixture(scope="session")

@@ -117,13 +117,13 @@ async def frontend(url: str, profile: Path, modern: bool = False):
 
 
 @contextlib.contextmanager
-def server_of_a_user(comfyui: Path, pack: Path, binary_transformer: Path, root: Path) -> Iterator[Server]:
+def server_of_a_user(comfyui: Path, repository: Path, binary_transformer: Path, root: Path) -> Iterator[Server]:
     """The server of a user who has downloaded what the notes name (here: the miniature), but no LoRA yet."""
-    (root / DOWNLOADED).symlink_to(pack, target_is_directory=True)
+    (root / DOWNLOADED).symlink_to(repository, target_is_directory=True)
     running = Server(comfyui, root / "base", root / DOWNLOADED)
     parts = {"diffusion_models": binary_transformer,
-             "text_encoders": pack / "text_encoder-mlx-4bit" / "model.safetensors",
-             "vae": pack / "vae" / "diffusion_pytorch_model.safetensors"}
+             "text_encoders": repository / "text_encoder-mlx-4bit" / "model.safetensors",
+             "vae": repository / "vae" / "diffusion_pytorch_model.safetensors"}
     for kind, part in parts.items():
         (running.base / "models" / kind).mkdir(exist_ok=True)
         (running.base / "models" / kind / FILES[kind]).symlink_to(part)

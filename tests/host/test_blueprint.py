@@ -12,8 +12,8 @@ from shipped import BLUEPRINT
 
 
 @pytest.fixture(scope="module")
-def server(comfyui, pack, binary_transformer, tmp_path_factory):
-    with server_of_a_user(comfyui, pack, binary_transformer, tmp_path_factory.mktemp("blueprint")) as running:
+def server(comfyui, repository, binary_transformer, tmp_path_factory):
+    with server_of_a_user(comfyui, repository, binary_transformer, tmp_path_factory.mktemp("blueprint")) as running:
         yield running
 
 

@@ -57,8 +57,8 @@ async def drop(page: Page, workflow: str, name: str = "dropped") -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def server(comfyui, pack, binary_transformer, tmp_path_factory):
-    with server_of_a_user(comfyui, pack, binary_transformer, tmp_path_factory.mktemp("browser")) as running:
+def server(comfyui, repository, binary_transformer, tmp_path_factory):
+    with server_of_a_user(comfyui, repository, binary_transformer, tmp_path_factory.mktemp("browser")) as running:
         yield running
 
 

@@ -166,13 +166,13 @@ def test_torch_compile(pair, backend):
 
 
 @torch.inference_mode()
-def test_tiled_vae(pack):
+def test_tiled_vae(repository):
     """The tiled nodes give with our loader's VAE what they give with ComfyUI's own."""
     import nodes as host_nodes
     from bonsai_image.nodes import models
 
-    ours = models.load_vae_model(str(pack / "vae"))
-    stock = comfy.sd.VAE(sd=load_file(pack / "vae" / "diffusion_pytorch_model.safetensors"))
+    ours = models.load_vae_model(str(repository / "vae"))
+    stock = comfy.sd.VAE(sd=load_file(repository / "vae" / "diffusion_pytorch_model.safetensors"))
     image = random(1, 192, 160, 3, seed=6).mul(0.2).add(0.5).clamp(0, 1)
     latents = [host_nodes.VAEEncodeTiled().encode(vae, image, 128, 32)[0] for vae in (ours, stock)]
     images = [host_nodes.VAEDecodeTiled().decode(vae, latents[0], 128, 32)[0] for vae in (ours, stock)]

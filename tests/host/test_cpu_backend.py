@@ -43,8 +43,8 @@ def test_exact_by_default(packed_model, dense_model, inputs, products):
     assert products and not any(products)
 
 
-def test_the_text_encoder_of_4_bits(pack, products):
-    clip = models.load_clip(str(pack / "text_encoder-mlx-4bit"), "bf16")
+def test_the_text_encoder_of_4_bits(repository, products):
+    clip = models.load_clip(str(repository / "text_encoder-mlx-4bit"), "bf16")
     assert clip.encode_from_tokens(clip.tokenize("a bonsai")).isfinite().all()
     assert products and not any(products)
 

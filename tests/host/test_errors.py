@@ -47,9 +47,9 @@ def test_missing_checkpoint_error_has_the_command_of_this_installation(tmp_path,
     folder = tmp_path / "with a space" / "diffusers"
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(folder)], {"folder"}))
 
-    def said(pack: str) -> str:
+    def said(checkpoint: str) -> str:
         with pytest.raises(ModelFileError) as caught:
-            nodes.BonsaiCheckpointLoader.execute(pack)
+            nodes.BonsaiCheckpointLoader.execute(checkpoint)
         return str(caught.value)
 
     text = said(MISSING)
@@ -81,9 +81,9 @@ def test_a_missing_file_says_where_to_put_it(node):
 @pytest.mark.parametrize(("load", "part"), [(models.load_model, "vae"), (models.load_model, "text_encoder-mlx-4bit"),
                                             (models.load_clip, "transformer-packed-mflux"), (models.load_clip, "vae"),
                                             (models.load_vae_model, "transformer-packed-mflux")])
-def test_wrong_kind_of_file(pack, load, part):
+def test_wrong_kind_of_file(repository, load, part):
     with pytest.raises(ModelFileError, match=r"expected the .* of .*found the .* of Bonsai Image; choose") as caught:
-        load(str(pack / part))
+        load(str(repository / part))
     assert "\n" not in str(caught.value)
 
 
@@ -119,8 +119,8 @@ def test_out_of_memory_says_what_to_lower(model, monkeypatch, batch, advice):
 
 
 @pytest.mark.parametrize("method", ["encode", "decode"])
-def test_out_of_memory_in_the_vae_after_the_host_has_tried_tiles(pack, monkeypatch, method):
-    vae = models.load_vae_model(str(pack / "vae"))
+def test_out_of_memory_in_the_vae_after_the_host_has_tried_tiles(repository, monkeypatch, method):
+    vae = models.load_vae_model(str(repository / "vae"))
     calls = []
 
     def exhausted(*args, **kwargs):
@@ -134,8 +134,8 @@ def test_out_of_memory_in_the_vae_after_the_host_has_tried_tiles(pack, monkeypat
     assert len(calls) > 1 and one_sentence(str(caught.value)) and comfy.model_management.is_oom(caught.value)
 
 
-def test_out_of_memory_in_the_text_encoder(pack, monkeypatch):
-    clip = models.load_clip(str(pack / "text_encoder-mlx-4bit")).clone()
+def test_out_of_memory_in_the_text_encoder(repository, monkeypatch):
+    clip = models.load_clip(str(repository / "text_encoder-mlx-4bit")).clone()
 
     def exhausted(*args, **kwargs):
         raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -149,9 +149,9 @@ def test_out_of_memory_in_the_text_encoder(pack, monkeypatch):
     assert clip.encode_from_tokens(clip.tokenize("a bonsai")).shape[-1] == TEXT_WIDTH
 
 
-def test_memory_advice_leaves_the_patches_of_others(pack):
+def test_memory_advice_leaves_the_patches_of_others(repository):
     """Another pack's object patch of the same method, and a method put into its place by hand, stay in force."""
-    vae = models.load_vae_model(str(pack / "vae"))
+    vae = models.load_vae_model(str(repository / "vae"))
     latent, calls = torch.zeros(1, 128, 2, 2), []
     original = vae.first_stage_model.decode
     vae.patcher.add_object_patch("decode", lambda *args, **kwargs: calls.append("patch") or original(*args, **kwargs))
@@ -165,8 +165,8 @@ def test_memory_advice_leaves_the_patches_of_others(pack):
     assert calls == ["patch", "hand"] and vae.first_stage_model.decode is by_hand
 
 
-def test_memory_advice_does_not_keep_a_model_alive(pack):
-    vae = models.load_vae_model(str(pack / "vae"))
+def test_memory_advice_does_not_keep_a_model_alive(repository):
+    vae = models.load_vae_model(str(repository / "vae"))
     vae.decode(torch.zeros(1, 128, 4, 4))
     kept = weakref.ref(vae.first_stage_model)
     comfy.model_management.unload_all_models()
@@ -208,16 +208,16 @@ def _versions(gemlite: str, triton: str):
     ("mlx", lambda patch: _without(patch, "mlx"), "MLX is not installed"),
     ("mlx", _old_mlx, "is too old"),
 ])
-def test_missing_or_outdated_backend_chosen_by_name(pack, monkeypatch, backend, arrange, said):
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(pack.parent)], {"folder"}))
+def test_missing_or_outdated_backend_chosen_by_name(repository, monkeypatch, backend, arrange, said):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(repository.parent)], {"folder"}))
     mlx_backend.problem.cache_clear()
     arrange(monkeypatch)
     try:
         with pytest.raises(ValueError, match=f"The backend {backend} cannot be used: ") as caught:
-            nodes.BonsaiCheckpointLoader.execute(pack.name, backend=backend)
+            nodes.BonsaiCheckpointLoader.execute(repository.name, backend=backend)
         assert said in str(caught.value) and str(caught.value).endswith("or set backend to auto.")
         assert one_sentence(str(caught.value))
-        nodes.BonsaiCheckpointLoader.execute(pack.name)
+        nodes.BonsaiCheckpointLoader.execute(repository.name)
     finally:
         mlx_backend.problem.cache_clear()
 

@@ -26,12 +26,12 @@ def roots(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_repositories_in_every_place(roots, pack):
+def test_repositories_in_every_place(roots, repository):
     root = roots / "diffusers"
     for name in ("plain", "prism-ml/below", "twice/twice", "models--prism-ml--x/snapshots/abc", "x.partial"):
-        shutil.copytree(pack, root / name)
+        shutil.copytree(repository, root / name)
     (root / "plain" / "._vae").touch()
-    shutil.copytree(pack, root / "nested")
+    shutil.copytree(repository, root / "nested")
     (root / "nested" / TRANSFORMER).rename(root / "moved")
     (root / "nested" / TRANSFORMER).mkdir()
     (root / "moved").rename(root / "nested" / TRANSFORMER / TRANSFORMER)
@@ -51,7 +51,7 @@ def test_no_attribute_files_and_no_unfinished_downloads(roots):
 
 
 @pytest.mark.parametrize("disabled", [False, True])
-def test_disable_mmap_reaches_every_loader(pack, monkeypatch, disabled):
+def test_disable_mmap_reaches_every_loader(repository, monkeypatch, disabled):
     monkeypatch.setattr(host_args, "disable_mmap", disabled)
     seen = []
 
@@ -63,14 +63,15 @@ def test_disable_mmap_reaches_every_loader(pack, monkeypatch, disabled):
         monkeypatch.setattr(models, name, note)
     for load in (models.load_model, models.load_clip, models.load_vae_model):
         with pytest.raises(InterruptedError):
-            load(str(pack))
+            load(str(repository))
     assert seen == [not disabled] * 3
 
 
-def test_info_names_the_published_file(pack, monkeypatch):
-    model = models.load_model(str(pack / TRANSFORMER))
+def test_info_names_the_published_file(repository, monkeypatch):
+    model = models.load_model(str(repository / TRANSFORMER))
     file = f"{TRANSFORMER}/diffusion_pytorch_model.safetensors"
     assert "published" not in info.describe(model)
+    listed = published.File(file, (repository / file).stat().st_size, "0" * 64)
     monkeypatch.setattr(published, "REPOSITORIES", {("ternary", "mlx"): published.Repository(
-        "prism-ml/bonsai-x", "0123456789abcdef", (published.File(file, (pack / file).stat().st_size, "0" * 64),))})
+        "prism-ml/bonsai-x", "0123456789abcdef", (listed,))})
     assert "published: as long as the published file of prism-ml/bonsai-x, revision 0123456789" in info.describe(model)

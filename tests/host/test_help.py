@@ -65,8 +65,8 @@ def test_help_names_every_input_and_shows_the_node(node):
     assert (ROOT / "web" / "docs" / f"{node}.jpg").stat().st_size < 40_000
 
 
-def test_server_serves_help_and_translations_under_any_folder_name(comfyui, pack, tmp_path):
-    server = Server(comfyui, tmp_path / "base", pack, folder="another-name")
+def test_server_serves_help_and_translations_under_any_folder_name(comfyui, repository, tmp_path):
+    server = Server(comfyui, tmp_path / "base", repository, folder="another-name")
 
     async def scenario():
         await server.wait()

@@ -43,8 +43,8 @@ PAGE = "document.querySelector('.node-help-content')"
 
 
 @pytest.fixture(scope="module")
-def server(comfyui, pack, binary_transformer, tmp_path_factory):
-    with server_of_a_user(comfyui, pack, binary_transformer, tmp_path_factory.mktemp("help")) as running:
+def server(comfyui, repository, binary_transformer, tmp_path_factory):
+    with server_of_a_user(comfyui, repository, binary_transformer, tmp_path_factory.mktemp("help")) as running:
         yield running
 
 

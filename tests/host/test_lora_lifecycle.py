@@ -132,7 +132,7 @@ def test_adapters_are_let_go_with_the_model(packed_model, tensors, inputs):
 
 
 @pytest.mark.parametrize("kind", ["model", "clip"])
-def test_models_are_unloaded_outside_inference_mode(pack, transformer, tensors, inputs, kind):
+def test_models_are_unloaded_outside_inference_mode(repository, transformer, tensors, inputs, kind):
     """As the server does it between two prompts, which run inside; with another LoRA, and none, afterwards."""
     if kind == "model":
         files = [Maker(tensors, seed).file("lora") for seed in (1, 2)]
@@ -142,7 +142,7 @@ def test_models_are_unloaded_outside_inference_mode(pack, transformer, tensors, 
         name = "text_encoders.qwen3_4b.transformer.model.layers.3.mlp.gate_proj"
         files = [{f"{name}.lora_up.weight": torch.ones(128, 1), f"{name}.lora_down.weight": torch.full((1, 2560), x)}
                  for x in (0.01, 0.02)]
-        load = functools.partial(models.load_clip, str(pack / "text_encoder-mlx-4bit"), "fp32")
+        load = functools.partial(models.load_clip, str(repository / "text_encoder-mlx-4bit"), "fp32")
 
         def patched(clip, file):
             return comfy.sd.load_lora_for_models(None, clip, file, 0.0, 1.0)[1]
@@ -221,8 +221,8 @@ def test_factors_of_hooks_are_counted(packed_model, tensors, sizes):
     assert sizes == [sizes[0], sizes[0] + bytes_of(file), sizes[0]]
 
 
-def test_factors_of_a_text_encoder_are_counted(pack):
-    clip = models.load_clip(str(pack / "text_encoder-mlx-4bit"), "fp32")
+def test_factors_of_a_text_encoder_are_counted(repository):
+    clip = models.load_clip(str(repository / "text_encoder-mlx-4bit"), "fp32")
     name = "text_encoders.qwen3_4b.transformer.model.layers.3.mlp.gate_proj"
     file = {f"{name}.lora_up.weight": torch.ones(128, 1), f"{name}.lora_down.weight": torch.ones(1, 2560)}
     patched = comfy.sd.load_lora_for_models(None, clip, file, 0.0, 1.0)[1]

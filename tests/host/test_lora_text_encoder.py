@@ -11,9 +11,9 @@ from reference import dense64, relative
 from bonsai_image.nodes import models
 
 
-def test_lora_on_the_text_encoder(pack):
+def test_lora_on_the_text_encoder(repository):
     """The stock loader on CLIP: the packed encoder with a LoRA against one with the same LoRA merged by hand."""
-    path = str(pack / "text_encoder-mlx-4bit")
+    path = str(repository / "text_encoder-mlx-4bit")
     clip = models.load_clip(path, "fp32")
     layer = "model.layers.3.mlp.gate_proj"
     generator = torch.Generator().manual_seed(0)
@@ -33,11 +33,11 @@ def test_lora_on_the_text_encoder(pack):
     assert relative(actual, expected) < 1e-5 < relative(actual, plain)
 
 
-def test_lora_on_the_text_encoder_scheduled_through_hooks(pack):
+def test_lora_on_the_text_encoder_scheduled_through_hooks(repository):
     """One encoding for each strength, as if each had a LoRA of its own; and none is left behind."""
     from comfy_extras.nodes_hooks import SetClipHooks
 
-    clip = models.load_clip(str(pack / "text_encoder-mlx-4bit"), "fp32")
+    clip = models.load_clip(str(repository / "text_encoder-mlx-4bit"), "fp32")
     generator = torch.Generator().manual_seed(0)
     up, down = torch.randn(128, 4, generator=generator), torch.randn(4, 2560, generator=generator) * 0.01
     name = "text_encoders.qwen3_4b.transformer.model.layers.3.mlp.gate_proj"
@@ -55,4 +55,4 @@ def test_lora_on_the_text_encoder_scheduled_through_hooks(pack):
     assert len(actual) == 2 and relative(*expected) > 1e-4
     assert all(relative(*pair) < 1e-5 for pair in zip(actual, expected, strict=True))
     assert torch.equal(clip.encode_from_tokens(tokens), models.load_clip(
-        str(pack / "text_encoder-mlx-4bit"), "fp32").encode_from_tokens(tokens))
+        str(repository / "text_encoder-mlx-4bit"), "fp32").encode_from_tokens(tokens))

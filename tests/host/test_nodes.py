@@ -22,7 +22,7 @@ from bonsai_image.ops.packed import PackedLayout, equal, is_packed, packed_nbyte
 
 
 @pytest.fixture
-def folders(tmp_path, monkeypatch, pack):
+def folders(tmp_path, monkeypatch, repository):
     """models/* and output under a temporary root, with the miniature repository downloaded into it."""
     for kind in ("diffusers", "diffusion_models", "text_encoders"):
         (tmp_path / kind).mkdir()
@@ -30,7 +30,7 @@ def folders(tmp_path, monkeypatch, pack):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], extensions))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    (tmp_path / "diffusers" / pack.name).symlink_to(pack, target_is_directory=True)
+    (tmp_path / "diffusers" / repository.name).symlink_to(repository, target_is_directory=True)
     return tmp_path
 
 
@@ -45,12 +45,12 @@ def shown(monkeypatch):
     return texts
 
 
-def test_pack_loader_gives_the_hosts_own_types(folders, pack):
+def test_checkpoint_loader_gives_the_hosts_own_types(folders, repository):
     import comfy.model_patcher
     import comfy.sd
 
-    assert node_folders.repository_choices() == [pack.name]
-    model, clip, vae = nodes.BonsaiCheckpointLoader.execute(pack.name, "fp32", "auto").args
+    assert node_folders.repository_choices() == [repository.name]
+    model, clip, vae = nodes.BonsaiCheckpointLoader.execute(repository.name, "fp32", "auto").args
     assert isinstance(model, comfy.model_patcher.ModelPatcher) and type(model) is comfy.model_patcher.ModelPatcher
     assert isinstance(clip, comfy.sd.CLIP) and isinstance(vae, comfy.sd.VAE)
 
@@ -140,8 +140,8 @@ def test_clone_for_another_device_reloads_the_file(transformer, inputs):
     assert torch.equal(host_forward(clone, inputs), expected)
 
 
-def test_a_vae_cloned_for_another_device_decodes_with_its_own_weights(pack):
-    vae = models.load_vae_model(str(pack / "vae"))
+def test_a_vae_cloned_for_another_device_decodes_with_its_own_weights(repository):
+    vae = models.load_vae_model(str(repository / "vae"))
     latent = torch.randn(1, 128, 2, 2, generator=torch.Generator().manual_seed(0))
     expected = vae.decode(latent)
     clone = vae.patcher.deepclone_multigpu(torch.device("cpu"))

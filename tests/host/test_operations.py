@@ -46,9 +46,9 @@ def test_a_layer_that_fails_gives_its_weight_back(kind, x, casts, monkeypatch):
     assert casts == []
 
 
-def test_a_text_encoder_moved_to_the_cpu_is_not_decoded(pack, monkeypatch):
+def test_a_text_encoder_moved_to_the_cpu_is_not_decoded(repository, monkeypatch):
     """Its layers keep the pages they had on the GPU, and ComfyUI then decodes, and rounds, the weight of each."""
-    clip = models.load_clip(str(pack / "text_encoder-mlx-4bit"), "fp32")
+    clip = models.load_clip(str(repository / "text_encoder-mlx-4bit"), "fp32")
     tokens = clip.tokenize("a bonsai")
     expected = clip.encode_from_tokens(tokens)
     for module in clip.cond_stage_model.modules():
@@ -84,8 +84,8 @@ def test_every_layer_runs_once_a_step(packed_model, runs):
     assert runs == dict.fromkeys(layers, 2) and len(layers) > 20
 
 
-def test_every_layer_of_the_text_encoder_runs_once(pack, runs):
-    clip = models.load_clip(str(pack / "text_encoder-mlx-4bit"), "fp32")
+def test_every_layer_of_the_text_encoder_runs_once(repository, runs):
+    clip = models.load_clip(str(repository / "text_encoder-mlx-4bit"), "fp32")
     clip.encode_from_tokens(clip.tokenize("a bonsai"))
     layers = [module for module in clip.cond_stage_model.modules() if isinstance(module, HostLayer)]
     assert runs == dict.fromkeys(layers, 1) and len(layers) == 28 * 7 + 1

@@ -1,4 +1,4 @@
-"""The same pack in ComfyUI and in diffusers or transformers: the same numbers."""
+"""The same model files in ComfyUI and in diffusers or transformers: the same numbers."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def test_binary_model_equals_diffusers(binary_transformer, inputs):
     assert relative(host_forward(models.load_model(str(binary_transformer), "fp32"), inputs), expected) < 1e-5
 
 
-def test_text_encoder_equals_transformers(pack):
+def test_text_encoder_equals_transformers(repository):
     """Through the host's own tokenizer and template; the host in FP32."""
-    path = pack / "text_encoder-mlx-4bit"
+    path = repository / "text_encoder-mlx-4bit"
     clip = models.load_clip(str(path), compute_dtype="fp32")
     tokens = clip.tokenize("a bonsai in a blue pot")
     ours = clip.encode_from_tokens(tokens)
@@ -61,9 +61,9 @@ def test_text_encoder_equals_transformers(pack):
     assert relative(ours[:, :real], expected[:, :real]) < 1e-4
 
 
-def test_vae_equals_diffusers(pack):
-    vae = models.load_vae_model(str(pack / "vae"))
-    module = vae_module(pack / "vae", CPU, torch.float32)
+def test_vae_equals_diffusers(repository):
+    vae = models.load_vae_model(str(repository / "vae"))
+    module = vae_module(repository / "vae", CPU, torch.float32)
     image = torch.rand(1, 32, 48, 3, generator=torch.Generator().manual_seed(0))
     latent = vae.encode(image)
     assert latent.shape == (1, 128, 2, 3)

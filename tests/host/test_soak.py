@@ -60,10 +60,10 @@ MALLOC = (("MALLOC_MMAP_THRESHOLD_", str(1 << 20)), ("MALLOC_TRIM_THRESHOLD_", s
 
 
 @pytest.fixture(scope="module")
-def server(comfyui, pack, binary_transformer, tmp_path_factory):
+def server(comfyui, repository, binary_transformer, tmp_path_factory):
     base = tmp_path_factory.mktemp("soak") / "base"
     # The default cache keeps the outputs of old prompts until memory is short, which would hide a leak.
-    running = Server(comfyui, base, pack, options=("--cache-classic",), environment=MALLOC)
+    running = Server(comfyui, base, repository, options=("--cache-classic",), environment=MALLOC)
     models = base / "models"
     (models / "diffusion_models").mkdir()
     (models / "diffusion_models" / "binary.safetensors").symlink_to(binary_transformer)
@@ -93,9 +93,9 @@ def kind(rng: random.Random, number: int) -> Kind:
                 rng.choice(CANCELS) if rng.random() < 0.15 else None, rng.random() < 0.1)
 
 
-def mixed(pack: str, rng: random.Random, number: int, kind: Kind) -> dict:
+def mixed(checkpoint: str, rng: random.Random, number: int, kind: Kind) -> dict:
     """The text-to-image graph as ``kind`` asks, with everything else at random."""
-    prompt = graph(pack, f"prompt {number % 7}", *kind.size, number)
+    prompt = graph(checkpoint, f"prompt {number % 7}", *kind.size, number)
     prompt["6"]["inputs"]["batch_size"] = kind.batch
     if rng.random() < 0.5:
         prompt["20"] = {"class_type": "BonsaiModelLoader", "inputs": {"model_name": "binary.safetensors"}}
@@ -115,13 +115,13 @@ def mixed(pack: str, rng: random.Random, number: int, kind: Kind) -> dict:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory that Linux counts as private")
-def test_soak(server, pack):
+def test_soak(server, repository):
     rng = random.Random(0)
     process = psutil.Process(server.process.pid)
     memory, ends = {part: [] for part in ALLOWED_GROWTH}, []
     for number in range(PROMPTS):
         now = kind(rng, number)
-        ends.append(asyncio.run(server.run(mixed(pack.name, rng, number, now), cancel_at=now.cancel))[-1]["type"])
+        ends.append(asyncio.run(server.run(mixed(repository.name, rng, number, now), cancel_at=now.cancel))[-1]["type"])
         if now.unload:  # after it, and the next prompt finds what the host has kept
             asyncio.run(server.post("/free", {"unload_models": True}))
         # The host may be done before it hears of a cancel.

@@ -81,9 +81,9 @@ def classes() -> dict[str, type]:
 
 
 @pytest.fixture(scope="module")
-def loaded(pair, pack):
+def loaded(pair, repository):
     """MODEL, CLIP and VAE: packed, and dense in ComfyUI's own layers."""
-    encoder = load_text_encoder(pack / "text_encoder-mlx-4bit")
+    encoder = load_text_encoder(repository / "text_encoder-mlx-4bit")
     config = encoder.config
     dense = {name: dense64(tensor).float() if is_packed(tensor) else tensor.float()
              for name, tensor in encoder.tensors.items()}
@@ -91,8 +91,8 @@ def loaded(pair, pack):
         [dense], clip_type=comfy.sd.CLIPType.FLUX2, model_options={"qwen3_4b_model_config": {
             "num_hidden_layers": config.layers, "vocab_size": config.vocab, "intermediate_size": config.mlp,
             "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads}})
-    vae = models.load_vae_model(str(pack / "vae"))
-    return (pair[0], models.load_clip(str(pack / "text_encoder-mlx-4bit"), "fp32"), vae), (pair[1], clip, vae)
+    vae = models.load_vae_model(str(repository / "vae"))
+    return (pair[0], models.load_clip(str(repository / "text_encoder-mlx-4bit"), "fp32"), vae), (pair[1], clip, vae)
 
 
 def template(name: str) -> dict[str, dict]:

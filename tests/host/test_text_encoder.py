@@ -14,8 +14,8 @@ from bonsai_image.nodes.operations import HostEmbedding
 
 
 @pytest.fixture(scope="module")
-def encoder(pack):
-    return str(pack / "text_encoder-mlx-4bit")
+def encoder(repository):
+    return str(repository / "text_encoder-mlx-4bit")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Pack weights with the real GemLite, on a machine without a GPU. Run as a script, in a process of its own.
 
-    python gemlite_pack.py IN OUT
+    python gemlite_layers.py IN OUT
 
 IN is a ``torch.save`` of ``{layer: (codes uint8 (N, K), scale (N, G), zero (N, G), bits)}``; OUT receives the merged
 ``state_dict()`` of one ``GemLiteLinearTriton`` per layer. Packing needs no kernel, so a device in name is enough.

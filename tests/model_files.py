@@ -1,4 +1,4 @@
-"""Packs for the tests, written by the libraries that write the published ones.
+"""Model files for the tests, written by the libraries that write the published ones.
 
 Everything starts from one dense diffusers model per variant, whose block weights are exactly ternary or binary.
 """
@@ -58,7 +58,7 @@ def write_diffusers(model: Flux2Transformer2DModel, folder: Path, shard: str = "
 
 
 def write_gemlite(model: Flux2Transformer2DModel, folder: Path, bits: int) -> Path:
-    """A GemLite pack whose packed layers GemLite itself has packed."""
+    """A GemLite folder whose packed layers GemLite itself has packed."""
     folder.mkdir(parents=True)
     layers = {}
     for name in packed_names(model):
@@ -68,7 +68,7 @@ def write_gemlite(model: Flux2Transformer2DModel, folder: Path, bits: int) -> Pa
         zero = torch.full_like(scale, 1.0 if bits == 2 else 0.5)
         layers[name] = (codes, scale if bits == 2 else 2 * scale, zero, bits)
     torch.save(layers, folder / "layers.pt")
-    subprocess.run([sys.executable, str(LAB / "gemlite_pack.py"), str(folder / "layers.pt"), str(folder / "packed.pt")],
+    subprocess.run([sys.executable, LAB / "gemlite_layers.py", folder / "layers.pt", folder / "packed.pt"],
                    check=True, capture_output=True, text=True)
     state = torch.load(folder / "packed.pt", weights_only=True)
     packed = {f"{name}.weight" for name in layers}
@@ -82,7 +82,7 @@ def write_gemlite(model: Flux2Transformer2DModel, folder: Path, bits: int) -> Pa
 
 
 def write_mlx(model: Flux2Transformer2DModel, folder: Path, bits: int) -> Path:
-    """An MLX pack, written by MLX, whose words MLX itself dequantises to the dense weights."""
+    """An MLX folder, written by MLX, whose words MLX itself dequantises to the dense weights."""
     import mlx.core as mx
 
     folder.mkdir(parents=True)
