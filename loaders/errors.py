@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 #: Longest quotation, in characters, of what a file or a library says.
@@ -23,6 +25,15 @@ def _phrase(text: str) -> str:
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     sentence = re.split(r"[.!?:;]*(?:[.!?] |$)", line, maxsplit=1)[0]
     return sentence if len(sentence) <= _LONGEST else f"{sentence[:_LONGEST]}..."
+
+
+@contextmanager
+def refusing(path: Path | str, expected: str, action: str, *errors: type[Exception]) -> Iterator[None]:
+    """Raise ModelFileError in the place of any of ``errors``, whose message is what was found."""
+    try:
+        yield
+    except errors as error:
+        raise ModelFileError(path, expected, str(error), action) from error
 
 
 #: Remedies: for a damaged file, for files that do not belong together, and for a file of the wrong kind.

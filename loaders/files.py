@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import DOWNLOAD_AGAIN, ModelFileError
+from .errors import DOWNLOAD_AGAIN, ModelFileError, refusing
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -132,11 +132,8 @@ _STAND_INS = {
 
 def refuse_stand_in(path: Path) -> None:
     """Raise ModelFileError for a git-lfs pointer, or a web page saved under the file's name."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(32).lower()
-    except OSError as error:
-        raise ModelFileError(path, "a readable file", str(error), "check its permissions and its disk") from error
+    with refusing(path, "a readable file", "check its permissions and its disk", OSError), path.open("rb") as file:
+        start = file.read(32).lower()
     for signature, (found, action) in _STAND_INS.items():
         if start.startswith(signature):
             raise ModelFileError(path, "the contents of the file", found, action.format(folder=path.parent))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import formats
-from .errors import DOWNLOAD_AGAIN, DOWNLOAD_FOLDER, ModelFileError
+from .errors import DOWNLOAD_AGAIN, DOWNLOAD_FOLDER, ModelFileError, refusing
 from .files import (
     PICKLE_SUFFIXES,
     SAFETENSORS_SUFFIXES,
@@ -39,10 +39,8 @@ def _readers() -> dict[str, Reader]:
 def _visible(folder: Path) -> Iterator[Path]:
     """What lies in ``folder``, sorted, without dotfiles: macOS puts ``._name`` beside each file that it copies to a
     foreign disk, and the Hub's client a ``.cache``. Raises ModelFileError."""
-    try:
+    with refusing(folder, "a readable folder", "check its permissions and its disk", OSError):
         yield from sorted(child for child in folder.iterdir() if not child.name.startswith("."))
-    except OSError as error:
-        raise ModelFileError(folder, "a readable folder", str(error), "check its permissions and its disk") from error
 
 
 def files_in(folder: Path) -> list[Path]:

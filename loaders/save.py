@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from ..ops.packed import equal, is_packed
 from . import formats
-from .errors import ModelFileError
+from .errors import ModelFileError, refusing
 from .files import Progress, no_progress
 from .formats.dense import expand
 from .models import Transformer, load_transformer, variant
@@ -61,16 +61,13 @@ def save_transformer(model: Transformer, path: Path, target: str, progress: Prog
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".bonsai-image-") as scratch:
         written = Path(scratch) / f"model{path.suffix if writer.suffixes else ''}"
-        try:
+        with (refusing(path, "a disk that takes the file", "free some space or choose another folder", OSError,
+                       RuntimeError, SafetensorError),
+              refusing(model.path, f"weights that the {target} format holds exactly", "choose another format",
+                       ValueError)):
             about = formats.About(variant(model.tensors, check_codes=True), model.source)
             writer.write(written, model.tensors, model.config, about)
             _flush(written)
-        except ValueError as error:
-            raise ModelFileError(model.path, f"weights that the {target} format holds exactly", str(error),
-                                 "choose another format") from error
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ModelFileError(path, "a disk that takes the file", str(error),
-                                 "free some space or choose another folder") from error
         _verify(model, writer.keeps_codes, written, progress)
         # The target may have been created meanwhile.
         _refuse_existing(path)

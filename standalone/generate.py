@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..loaders import ModelFileError, Repository, Transformer, find_repository, load_text_encoder, load_transformer
 from ..loaders.description import count
+from ..loaders.errors import refusing
 from ..loaders.files import Progress, no_progress
 from ..loaders.opening import tensor_files
 from ..ops import backends
@@ -54,10 +55,8 @@ def save_png(image: Image.Image, settings: dict[str, Any], file: Path | BinaryIO
 
 def open_image(path: Path) -> Image.Image:
     """A reference image in RGB, turned as its EXIF orientation says. Raises ModelFileError."""
-    try:
+    with refusing(path, "an image", "choose a PNG or JPEG file", OSError, Image.DecompressionBombError):
         return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ModelFileError(path, "an image", str(error), "choose a PNG or JPEG file") from error
 
 
 class Stages:

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
 from ..loaders import ModelFileError, TextEncoder, Transformer, load_vae
-from ..loaders.errors import DOWNLOAD_FOLDER
+from ..loaders.errors import DOWNLOAD_FOLDER, refusing
 from ..loaders.names import to_comfyui, to_diffusers
 from ..loaders.qwen3 import TAPPED_LAYERS
 from ..ops.backends import AUTO, Setting, multiplies
@@ -27,6 +27,9 @@ class MlxTransformer(torch.nn.Module):
     The weights live in MLX alone. ``device`` and ``dtype`` are those of the tensors that go in and come out.
     """
 
+    #: ``cache_context(name)``: nothing is cached between steps.
+    cache_context = nullcontext
+
     def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype):
         from ..ops.mlx import klein as mlx_klein
 
@@ -35,10 +38,6 @@ class MlxTransformer(torch.nn.Module):
         self.device, self.dtype = device, dtype
         self._step = mlx_klein.step
         self._weights = mlx_klein.load(to_comfyui(model.tensors), dtype)
-
-    def cache_context(self, name: str) -> nullcontext:
-        """Nothing is cached between steps."""
-        return nullcontext()
 
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, timestep: torch.Tensor,
                 img_ids: torch.Tensor, txt_ids: torch.Tensor, guidance: None = None,
@@ -106,18 +105,14 @@ def vae_module(path: Path, device: torch.device, dtype: torch.dtype) -> Autoenco
 
 def tokenizer(path: Path):
     """The tokenizer of a repository, from local files only. Code beside it never runs. Raises ModelFileError."""
-    try:
+    # The tokenizers library raises a plain Exception for a damaged file.
+    with refusing(path, "a Qwen3 tokenizer, which needs no code of its own", DOWNLOAD_FOLDER, Exception):
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises a plain Exception for a damaged file
-        raise ModelFileError(path, "a Qwen3 tokenizer, which needs no code of its own", str(error),
-                             DOWNLOAD_FOLDER) from error
 
 
 def scheduler(path: Path | None) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler in ``path``. Raises ModelFileError."""
     if path is None:  # as FLUX.2 Klein's scheduler_config.json has it
         return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    try:
+    with refusing(path, "diffusers' scheduler_config.json", DOWNLOAD_FOLDER, OSError, ValueError, TypeError):
         return FlowMatchEulerDiscreteScheduler.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelFileError(path, "diffusers' scheduler_config.json", str(error), DOWNLOAD_FOLDER) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ...ops.packed import is_packed, parts
-from ..errors import DOWNLOAD_AGAIN, ModelFileError
+from ..errors import DOWNLOAD_AGAIN, ModelFileError, refusing
 from ..files import TensorFile
 from . import comfy, dense, gemlite, gguf, hqq, mlx
 from .interface import About, Format, Tensors, Writer
@@ -30,11 +30,9 @@ def decode(file: TensorFile) -> tuple[str, Tensors]:
         if known.matches(file):
             if known.only_tensors:
                 refuse_other_than_tensors(file)
-            try:
+            with refusing(file.path, f"a sound {known.name} file of Bonsai Image",
+                          "download it again, or choose another one", ValueError):
                 tensors = known.decode(file)
-            except ValueError as error:
-                raise ModelFileError(file.path, f"a sound {known.name} file of Bonsai Image", str(error),
-                                     "download it again, or choose another one") from error
             for bits, group in {(parts(w).bits, parts(w).group) for w in tensors.values() if is_packed(w)}:
                 file.compare_packing(bits, group)
             return known.name, tensors

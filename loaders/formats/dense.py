@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from ...ops.packed import dequantize, is_packed, pack_codes, packed_weight, parts
 from .. import names
 from ..check import FLOATS
-from ..errors import ModelFileError
+from ..errors import refusing
 from ..files import TensorFile, write_json
 from ..klein import KleinConfig, is_klein
 from .interface import About, Format, Tensors, Writer, decode_layers, make_folder
@@ -44,14 +44,12 @@ def decode(file: TensorFile) -> Tensors:
     def packed(bits: int) -> Tensors:
         return tensors | decode_layers(file, layers, lambda layer: from_dense(tensors[f"{layer}.weight"], bits))
 
-    try:
+    with refusing(file.path, "a Bonsai model, every group of 128 weights -s, 0 or s",
+                  "load an ordinary FLUX.2 model with ComfyUI's Load Diffusion Model instead", ValueError):
         # Binary first: a ternary model fails it at its first layer, whereas the reverse would accept any binary one.
         with contextlib.suppress(ValueError):
             return packed(bits=1)
         return packed(bits=2)
-    except ValueError as error:
-        raise ModelFileError(file.path, "a Bonsai model, every group of 128 weights -s, 0 or s", str(error),
-                             "load an ordinary FLUX.2 model with ComfyUI's Load Diffusion Model instead") from error
 
 
 def expand(tensor: torch.Tensor) -> torch.Tensor:
