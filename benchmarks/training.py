@@ -1,6 +1,6 @@
 """Train a LoRA on a full-size random model with ComfyUI's Train LoRA node, packed and dense: time and memory.
 
-    COMFYUI_PATH=... python benchmarks/training.py [--size 256] [--steps 2] [--cases packed plain dense]
+    COMFYUI_PATH=... python benchmarks/training.py [--size 256] [--steps 2] [--blocks 5 20] [--cases packed plain dense]
 
 ``packed`` is bypass mode, ``plain`` the node's other mode on the same weights, ``dense`` bypass mode on the same
 weights in BF16, in ComfyUI's own layers. On the CPU in BF16, rank 8, gradient checkpointing block by block. Every case
@@ -11,6 +11,7 @@ is not counted.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -43,7 +44,7 @@ def measure(case: str, path: str, size: int, steps: int) -> dict[str, float]:
     def load(disable_dynamic: bool = False):
         if case != "dense":
             return models.load_model(path, "bf16", disable_dynamic=disable_dynamic)
-        model = comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
+        model = comfy.sd.load_diffusion_model(path, {"dtype": torch.bfloat16}, disable_dynamic=disable_dynamic)
         model.cached_patcher_init = (load, ())
         return model
 
@@ -66,6 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=256, help="pixels along each side")
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--blocks", type=int, nargs=2, default=(FULL.double_blocks, FULL.single_blocks),
+                        metavar=("DOUBLE", "SINGLE"), help="fewer than the model's 5 and 20, where memory is short")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--measure", nargs=2, metavar=("CASE", "PATH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -74,12 +77,13 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         packed, dense = Path(scratch) / "packed.safetensors", Path(scratch) / "dense.safetensors"
-        model = random_model(FULL, 2, packed)
+        config = dataclasses.replace(FULL, double_blocks=args.blocks[0], single_blocks=args.blocks[1])
+        model = random_model(config, 2, packed)
         save_transformer(model, packed, "comfy")
         if "dense" in args.cases:
             write_dense(model, dense)
         del model
-        print(f"{args.size} x {args.size}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        print(f"{args.size} x {args.size}, {args.blocks[0]} + {args.blocks[1]} blocks, {torch.get_num_threads()} threads, torch {torch.__version__}")
         print(f"{'case':<8}{'seconds a step':>16}{'peak GB':>9}")
         for case in args.cases:
             done = subprocess.run([sys.executable, __file__, "--size", str(args.size), "--steps", str(args.steps),
