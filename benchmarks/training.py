@@ -83,7 +83,8 @@ def main() -> None:
         if "dense" in args.cases:
             write_dense(model, dense)
         del model
-        print(f"{args.size} x {args.size}, {args.blocks[0]} + {args.blocks[1]} blocks, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        print(f"{args.size} x {args.size}, {args.blocks[0]} + {args.blocks[1]} blocks, "
+              f"{torch.get_num_threads()} threads, torch {torch.__version__}")
         print(f"{'case':<8}{'seconds a step':>16}{'peak GB':>9}")
         for case in args.cases:
             done = subprocess.run([sys.executable, __file__, "--size", str(args.size), "--steps", str(args.steps),
