@@ -10,7 +10,8 @@ from .errors import CHOOSE_MODEL, CHOOSE_TEXT_ENCODER, ModelFileError
 from .files import TensorFile
 
 _CHOOSE = {"transformer": CHOOSE_MODEL, "text_encoder": CHOOSE_TEXT_ENCODER, "vae": "choose the VAE of Bonsai Image"}
-_WORDS = {"transformer": "diffusion model", "text_encoder": "text encoder", "vae": "VAE"}
+#: What the parts of a repository are called in sentences.
+WORDS = {"transformer": "diffusion model", "text_encoder": "text encoder", "vae": "VAE"}
 
 #: Files of other kinds that users confuse with ours: what they are called, and how their names show it.
 _OTHERS: tuple[tuple[str, Callable[[str], object]], ...] = (
@@ -37,7 +38,7 @@ def require(file: TensorFile, part: str) -> None:
         return
     other = next((label for label, matches in _OTHERS if any(map(matches, file.tensors))), None)
     if found is not None:
-        text = f"the {_WORDS[found]} of Bonsai Image"
+        text = f"the {WORDS[found]} of Bonsai Image"
     else:
         text = other or f"tensors such as {next(iter(file.tensors), 'none')}"
-    raise ModelFileError(file.path, f"the {_WORDS[part]} of Bonsai Image", text, _CHOOSE[part])
+    raise ModelFileError(file.path, f"the {WORDS[part]} of Bonsai Image", text, _CHOOSE[part])

@@ -36,12 +36,14 @@ def _inside(name: str) -> str:
     return name
 
 
-def _refuse_changed(repository: Repository, commit: str, entries: list) -> None:
-    """Raise ValueError where the hub lists a weight file with another size or hash than the one known at ``commit``."""
-    listed = {entry.rfilename: (entry.size, entry.lfs and entry.lfs.sha256) for entry in entries}
+def _refuse_changed(repository: Repository, commit: str, listed: dict) -> None:
+    """Raise ValueError where the hub lists a weight file with another size or hash than the one known at ``commit``.
+
+    ``listed``: the hub's entries by name.
+    """
     for file in repository.files if commit == repository.commit else ():
-        size, sha256 = listed.get(file.path, (None, None))
-        if size != file.size or file.sha256 not in (None, sha256):
+        entry = listed.get(file.path)
+        if not entry or entry.size != file.size or file.sha256 not in (None, entry.lfs and entry.lfs.sha256):
             raise ValueError(f"{file.path} of {repository.id} at {commit} is not the published file of {file.size:,} "
                              "bytes; nothing was downloaded.")
 
@@ -65,8 +67,8 @@ def download(repository: Repository, revision: str | None, folder: Path) -> Path
         raise ValueError(f"{target} already exists; remove it, or choose another folder with --to.")
     try:
         info = HfApi().model_info(repository.id, revision=revision, files_metadata=True, token=False)
-        names = {_inside(entry.rfilename) for entry in info.siblings}
-        _refuse_changed(repository, info.sha, info.siblings)
+        listed = {_inside(entry.rfilename): entry for entry in info.siblings}
+        _refuse_changed(repository, info.sha, listed)
         snapshot_download(repository.id, revision=info.sha, local_dir=partial, token=False)
     except RevisionNotFoundError as error:
         raise ValueError(f"{repository.id} has no revision {revision}; use --revision main for the newest.") from error
@@ -74,7 +76,7 @@ def download(repository: Repository, revision: str | None, folder: Path) -> Path
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"Downloading {repository.id} stopped ({reason}); whole files are kept, so run the same "
                          "command again to continue.") from error
-    if damaged := [entry.rfilename for entry in info.siblings if not _matches(partial / entry.rfilename, entry)]:
+    if damaged := [name for name, entry in listed.items() if not _matches(partial / name, entry)]:
         for name in damaged:
             (partial / name).unlink(missing_ok=True)
         raise ValueError(f"{', '.join(damaged)} arrived damaged and was removed; run the same command again to "
@@ -82,7 +84,7 @@ def download(repository: Repository, revision: str | None, folder: Path) -> Path
     # Files of another revision, from an interrupted download of it; the client's own records stay.
     for file in list(partial.rglob("*")):
         name = file.relative_to(partial).as_posix()
-        if file.is_file() and name not in names and not name.startswith(".cache/"):
+        if file.is_file() and name not in listed and not name.startswith(".cache/"):
             file.unlink()
     record = {"repository": repository.id, "revision": revision, "commit": info.sha}
     (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -11,24 +11,23 @@ from tqdm import tqdm
 from ..loaders import Transformer, Vae, find_repository, is_repository, load_text_encoder, load_transformer, load_vae
 from ..loaders.description import count, publication, sha256
 from ..loaders.errors import DOWNLOAD_AGAIN
-from ..loaders.kinds import part_of
+from ..loaders.kinds import WORDS, part_of
 from ..loaders.models import holds_code_3, variant
 from ..loaders.opening import open_tensors, tensor_files
 
-_KINDS = {"transformer": ("diffusion model", load_transformer), "text_encoder": ("text encoder", load_text_encoder),
-          "vae": ("VAE", load_vae)}
+_LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_vae}
 
 
 def inspect_part(path: Path, verify: bool = False) -> dict[str, Any]:
     """Describe one model, a file or folder. With ``verify`` every code is checked and every file hashed. Raises
     ModelFileError."""
-    kind, load = _KINDS[part_of(open_tensors(path).tensors) or "transformer"]
-    model = load(path)
+    name = part_of(open_tensors(path).tensors) or "transformer"
+    model = _LOADERS[name](path)
     files = tensor_files(path)
     counts = asdict(count(model.tensors))
     counts["packing"] = [{"bits": bits, "group_size": group, "form": form, "scale_dtype": dtype, "layers": layers}
                          for (bits, group, form, dtype), layers in counts["packing"].items()]
-    part = {"kind": kind, "path": str(path), "format": getattr(model, "format", "diffusers"), **counts,
+    part = {"kind": WORDS[name], "path": str(path), "format": getattr(model, "format", "diffusers"), **counts,
             "file_bytes": sum(file.stat().st_size for file in files),
             "published": [text for file in files if (text := publication(file, _hash(file) if verify else None))],
             "warnings": model.warnings, "problems": []}
@@ -48,7 +47,7 @@ def inspect(path: Path, verify: bool = False) -> list[dict[str, Any]]:
     repository = find_repository(path)
     parts = [inspect_part(part, verify) for part in (repository.transformer, repository.text_encoder, repository.vae)
              if part is not None]
-    return parts + [{"kind": _KINDS.get(part, ("other folder",))[0], "path": str(error.path), "problems": [str(error)]}
+    return parts + [{"kind": WORDS.get(part, "other folder"), "path": str(error.path), "problems": [str(error)]}
                     for part, error in repository.problems.items()]
 
 
@@ -61,14 +60,13 @@ def _hash(file: Path) -> str:
 def report(part: dict[str, Any]) -> str:
     """The description of one part as lines of text."""
     names = part["kind"], f"{part['format']} format" if "format" in part else None, part.get("variant")
-    lines = [part["path"], f"  {', '.join(filter(None, names))}"]
+    lines = [part["path"], ", ".join(filter(None, names))]
     if "format" in part:
-        lines += ["  {layers} layers of {bits} bits in groups of {group_size}, {form}, {scale_dtype} scales".format(
-            **packing) for packing in part["packing"]]
-        lines += [f"  {part['packed_weights']:,} packed weights in {part['packed_bytes']:,} bytes; "
+        packing = "{layers} layers of {bits} bits in groups of {group_size}, {form}, {scale_dtype} scales"
+        lines += [packing.format(**each) for each in part["packing"]]
+        lines += [f"{part['packed_weights']:,} packed weights in {part['packed_bytes']:,} bytes; "
                   f"{part['dense_tensors']} dense tensors in {part['dense_bytes']:,} bytes "
-                  f"({', '.join(part['dense_dtypes'])})", f"  {part['file_bytes']:,} bytes on disk"]
-        lines += [f"  {text}" for text in part["published"]]
-        lines += [f"  warning: {warning}" for warning in part["warnings"]]
-    lines += [f"  problem: {problem}" for problem in part["problems"] or ["none"]]
-    return "\n".join(lines)
+                  f"({', '.join(part['dense_dtypes'])})", f"{part['file_bytes']:,} bytes on disk", *part["published"]]
+        lines += [f"warning: {warning}" for warning in part["warnings"]]
+    lines += [f"problem: {problem}" for problem in part["problems"] or ["none"]]
+    return "\n  ".join(lines)
