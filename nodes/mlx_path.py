@@ -1,12 +1,14 @@
 """The MLX transformer in a wrapper of ComfyUI's diffusion model, so that MODEL stays ComfyUI's own.
 
 The wrapper runs a step in MLX only if ``nodes/mlx_step.py`` allows everything in it. ComfyUI's own ``Flux._forward``
-prepares tokens, position ids and reference latents; it runs on a stand-in whose ``forward_orig`` is MLX. Importing this
-module imports MLX.
+prepares tokens, position ids and reference latents; it runs on a copy of the model whose ``forward_orig`` is MLX.
+Importing this module imports MLX.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 import weakref
 from collections import Counter
@@ -21,7 +23,7 @@ from ..ops.mlx import arrays as mlx_arrays
 from ..ops.mlx import backend as mlx_backend
 from ..ops.mlx import klein as mlx_klein
 from ..ops.packed import is_packed, parts
-from .mlx_step import Step, refusal
+from .mlx_step import refusal
 
 #: The key of the wrapper and the callbacks.
 _KEY = "bonsai_image_mlx"
@@ -34,7 +36,8 @@ def install(patcher) -> MlxPath:
     """Run the steps of ``patcher``, a freshly loaded MODEL of FLUX.2 Klein, and of its clones in MLX where possible."""
     path = MlxPath(patcher.model)
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, _KEY, path)
-    patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, path.after_sampling)
+    # Free the memory of the activations after sampling: the VAE comes next.
+    patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, lambda _: mlx_arrays.clear_cache())
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _KEY, path.detached)
     return path
 
@@ -62,40 +65,44 @@ class MlxPath:
             self.declined = "torch.compile"
             return executor(*args, **kwargs)
         flux = executor.class_obj
-
-        def forward(*args, **kwargs):
-            return self._take(flux, executor.original, *args, **kwargs)
-
+        forward = functools.partial(self._take, flux, executor.original)
         inner = type(executor).new_class_executor(forward, flux, executor.wrappers, executor.idx + 1)
         return inner.execute(*args, **kwargs)
 
     def _take(self, flux, original, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None,
               transformer_options=None, **kwargs):
         options = transformer_options or {}
-        arguments = (x, timestep, context, y, guidance, ref_latents, control, options)
-        self.declined = self._why_not(flux, x, {"y": y, "guidance": guidance, "control": control, **kwargs}, options)
+        self.declined = self._why_not(flux, x, options, {"y": y, "guidance": guidance, "control": control, **kwargs})
+        forward = original
         if self.declined is None:
-            result = type(flux)._forward(_StandIn(flux, self), *arguments, **kwargs)
-        else:
-            result = original(*arguments, **kwargs)
+            stand_in = copy.copy(flux)
+            stand_in.forward_orig = functools.partial(self._transformer, flux)
+            forward = stand_in._forward
+        result = forward(x, timestep, context, y, guidance, ref_latents, control, options, **kwargs)
         self.steps["MLX" if self.declined is None else "ComfyUI"] += 1
         return result
 
-    def _why_not(self, flux, x: torch.Tensor, inputs: dict, options: dict) -> str | None:
+    def _why_not(self, flux, x: torch.Tensor, options: dict, inputs: dict) -> str | None:
         model = self._model()
         if model is None or model.diffusion_model is not flux or model.current_patcher is None:
             return "a run outside the loaded MODEL"
         patcher = model.current_patcher
-        return refusal(Step(
-            options=options,
-            inputs=_given(inputs),
-            patched=len(patcher.patches),
-            changed=[*_changed_layers(flux), *self._names ^ _tensors(flux).keys(),
-                     *(key for key in patcher.object_patches if key.startswith("diffusion_model"))],
-            hooks=patcher.current_hooks is not None,
-            managed=patcher.is_dynamic(),
-            gradient=torch.is_grad_enabled() and x.requires_grad,
-        ))
+        changed = [*_changed_layers(flux), *self._names ^ _tensors(flux).keys(),
+                   *(key for key in patcher.object_patches if key.startswith("diffusion_model"))]
+        return refusal(options, inputs, len(patcher.patches), changed, hooks=patcher.current_hooks is not None,
+                       managed=patcher.is_dynamic(), gradient=torch.is_grad_enabled() and x.requires_grad)
+
+    def _transformer(self, flux, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, control=None,
+                     transformer_options=None, **inputs):
+        """``Flux.forward_orig``. ``Flux._forward`` may have added inputs, so they are checked here too."""
+        self.declined = refusal({}, inputs, patched=0)
+        if self.declined is not None:
+            return flux.forward_orig(img, img_ids, txt, txt_ids, timesteps, y, guidance, control,
+                                     transformer_options=transformer_options, **inputs)
+        eps = flux.double_blocks[0].img_attn.norm.query_norm.eps
+        eps = torch.finfo(torch.float32).eps if eps is None else eps
+        return mlx_klein.step(self.weights(flux, img.dtype), img, img_ids[0], txt, txt_ids[0], timesteps, eps,
+                              flux.params.axes_dim, flux.params.theta, after_block=comfy.ops.run_every_op)
 
     def weights(self, flux, dtype: torch.dtype) -> dict:
         """The weights of ``flux`` in MLX for activations of ``dtype``."""
@@ -115,27 +122,16 @@ class MlxPath:
         self._tensors, self._weights, self._dtype = {}, {}, None
         mlx_arrays.clear_cache()
 
-    def after_sampling(self, _patcher) -> None:
-        """Free the memory of the activations: the VAE comes next."""
-        mlx_arrays.clear_cache()
-
     def describe(self, patcher) -> str:
         """Which path runs the steps, and why."""
-        if not self.steps:
-            declined = self.declined or refusal(Step(patched=len(patcher.patches), managed=patcher.is_dynamic()))
-            return f"{_name(declined)} (no step counted yet)"
         taken = " and ".join(f"{count} in {path}" for path, count in sorted(self.steps.items()))
-        return f"{_name(self.declined)} (last step; {taken} so far)"
-
-
-def _name(declined: str | None) -> str:
-    if declined is None:
-        return "whole transformer in MLX"
-    return f"ComfyUI's transformer with MLX in each packed layer, because of {declined}"
-
-
-def _given(inputs: dict) -> list[str]:
-    return [name for name, value in inputs.items() if value is not None]
+        note = f"last step; {taken} so far" if taken else "no step counted yet"
+        declined = self.declined
+        if declined is None and not self.steps:
+            declined = refusal({}, {}, len(patcher.patches), managed=patcher.is_dynamic())
+        if declined is None:
+            return f"whole transformer in MLX ({note})"
+        return f"ComfyUI's transformer with MLX in each packed layer, because of {declined} ({note})"
 
 
 def _tensors(flux) -> dict[str, torch.Tensor]:
@@ -153,27 +149,3 @@ def _changed_layers(flux) -> Iterator[str]:
         weight = getattr(module, "weight", None)
         if changes or "forward" in vars(module) or (is_packed(weight) and not mlx_backend.takes(parts(weight))):
             yield name
-
-
-class _StandIn:
-    """Takes the place of ``flux`` in ``Flux._forward``; only the transformer itself differs."""
-
-    def __init__(self, flux, path: MlxPath):
-        self._flux = flux
-        self._path = path
-
-    def __getattr__(self, name: str):
-        return getattr(self._flux, name)
-
-    def forward_orig(self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, control=None,
-                     transformer_options=None, **inputs):
-        """As in ``Flux``. ``_forward`` may have added inputs, so they are checked here too."""
-        flux, path = self._flux, self._path
-        path.declined = refusal(Step(inputs=_given(inputs)))
-        if path.declined is not None:
-            return flux.forward_orig(img, img_ids, txt, txt_ids, timesteps, y, guidance, control,
-                                     transformer_options=transformer_options, **inputs)
-        eps = flux.double_blocks[0].img_attn.norm.query_norm.eps
-        eps = torch.finfo(torch.float32).eps if eps is None else eps
-        return mlx_klein.step(path.weights(flux, img.dtype), img, img_ids[0], txt, txt_ids[0], timesteps, eps,
-                              flux.params.axes_dim, flux.params.theta, after_block=comfy.ops.run_every_op)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 #: ``transformer_options`` that name or time a step without changing what the model computes. ``rope_options`` does
@@ -21,45 +20,27 @@ PATCH_OPTIONS = ("patches", "patches_replace")
 HARMLESS_INPUTS = frozenset(("guidance", "ref_latents_method", "y"))
 
 
-@dataclass(frozen=True)
-class Step:
-    """What decides which path runs one step.
+def refusal(options: Mapping[Any, Any], inputs: Mapping[str, Any], patched: int, changed: Collection[str] = (),
+            hooks: bool = False, managed: bool = False, gradient: bool = False) -> str | None:
+    """Why ComfyUI's own forward has to run a step, or None if the MLX transformer can.
 
-    ``options``: ComfyUI's ``transformer_options``. ``inputs``: names of what the model is given (not None) besides
-    image, text, timestep and reference latents. ``patched``: how many weights carry a patch (LoRA, merge).
+    ``options``: ComfyUI's ``transformer_options``. ``inputs``: what the model is given besides image, text, timestep
+    and reference latents, by name; None means not given. ``patched``: how many weights carry a patch (LoRA, merge).
     ``changed``: names of layers with a weight function, a hook or a replaced forward. ``hooks``: whether prompt hooks
     are active. ``managed``: whether weights move while the model runs. ``gradient``: whether one is needed.
     """
-
-    options: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Collection[str] = ()
-    patched: int = 0
-    changed: Collection[str] = ()
-    hooks: bool = False
-    managed: bool = False
-    gradient: bool = False
-
-
-def refusal(step: Step) -> str | None:
-    """Why ComfyUI's own forward has to run ``step``, or None if the MLX transformer can."""
-    if step.patched:
-        return f"patches on {step.patched} weights (LoRA or merge)"
-    if step.changed:
-        return f"a changed layer ({min(step.changed)})"
-    if step.hooks:
-        return "active hooks"
-    if step.managed:
-        return "weights that move while the model runs (dynamic VRAM)"
-    if step.gradient:
-        return "a gradient to compute"
-    for name in PATCH_OPTIONS:
-        kinds = [str(kind) for kind, functions in step.options.get(name, {}).items() if functions]
-        if kinds:
-            return f"{name} ({min(kinds)})"
-    unknown = [str(name) for name in step.options if name not in HARMLESS_OPTIONS and name not in PATCH_OPTIONS]
-    if unknown:
-        return f"the transformer option {min(unknown)}"
-    unknown = [name for name in step.inputs if name not in HARMLESS_INPUTS]
-    if unknown:
-        return f"the model input {min(unknown)}"
-    return None
+    active = [f"{name} ({kind})" for name in PATCH_OPTIONS
+              for kind, functions in options.get(name, {}).items() if functions]
+    unknown_options = [str(name) for name in options if name not in HARMLESS_OPTIONS.union(PATCH_OPTIONS)]
+    unknown_inputs = [name for name, value in inputs.items() if value is not None and name not in HARMLESS_INPUTS]
+    reasons = {
+        f"patches on {patched} weights (LoRA or merge)": patched,
+        f"a changed layer ({min(changed, default=None)})": changed,
+        "active hooks": hooks,
+        "weights that move while the model runs (dynamic VRAM)": managed,
+        "a gradient to compute": gradient,
+        min(active, default=""): active,
+        f"the transformer option {min(unknown_options, default=None)}": unknown_options,
+        f"the model input {min(unknown_inputs, default=None)}": unknown_inputs,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)

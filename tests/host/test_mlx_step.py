@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import pytest
 
-from bonsai_image.nodes.mlx_step import Step, refusal
+from bonsai_image.nodes.mlx_step import refusal
 
 
 @pytest.mark.parametrize(("step", "reason"), [
-    (Step(), None),
-    (Step({"sigmas": 1, "uuids": [], "cond_or_uncond": [0], "sample_sigmas": 1}), None),
-    (Step({"wrappers": {"diffusion_model": {}}, "callbacks": {}, "prefetch_dynamic_vbars": False}), None),
-    (Step({"patches": {}, "patches_replace": {}}), None),
-    (Step({"patches": {"attn1_patch": []}, "patches_replace": {"dit": {}}}), None),
-    (Step({"rope_options": {"scale_x": 2.0}}), None),
-    (Step(inputs=["guidance", "y", "ref_latents_method"]), None),
-    (Step({"patches": {"attn1_patch": [len]}}), "attn1_patch"),
-    (Step({"patches": {"post_input": [len]}}), "post_input"),
-    (Step({"patches_replace": {"dit": {("double_block", 0): len}}}), "dit"),
-    (Step({"optimized_attention_override": len}), "optimized_attention_override"),
-    (Step({"an option of next year": 1}), "an option of next year"),
-    (Step({("a", 1): 1}), "('a', 1)"),
-    (Step(inputs=["control"]), "control"),
-    (Step(inputs=["attention_mask"]), "attention_mask"),
-    (Step(inputs=["timestep_zero_index"]), "timestep_zero_index"),
-    (Step(inputs=["an input of next year"]), "an input of next year"),
-    (Step(patched=80), "80 weights"),
-    (Step(changed=["img_in"]), "img_in"),
-    (Step(hooks=True), "hooks"),
-    (Step(managed=True), "dynamic VRAM"),
-    (Step(gradient=True), "gradient"),
+    ({}, None),
+    ({"options": {"sigmas": 1, "uuids": [], "cond_or_uncond": [0], "sample_sigmas": 1}}, None),
+    ({"options": {"wrappers": {"diffusion_model": {}}, "callbacks": {}, "prefetch_dynamic_vbars": False}}, None),
+    ({"options": {"patches": {}, "patches_replace": {}}}, None),
+    ({"options": {"patches": {"attn1_patch": []}, "patches_replace": {"dit": {}}}}, None),
+    ({"options": {"rope_options": {"scale_x": 2.0}}}, None),
+    ({"inputs": {"guidance": 1, "y": 1, "ref_latents_method": "index", "control": None}}, None),
+    ({"options": {"patches": {"attn1_patch": [len]}}}, "attn1_patch"),
+    ({"options": {"patches": {"post_input": [len]}}}, "post_input"),
+    ({"options": {"patches_replace": {"dit": {("double_block", 0): len}}}}, "dit"),
+    ({"options": {"optimized_attention_override": len}}, "optimized_attention_override"),
+    ({"options": {"an option of next year": 1}}, "an option of next year"),
+    ({"options": {("a", 1): 1}}, "('a', 1)"),
+    ({"inputs": {"control": 1}}, "control"),
+    ({"inputs": {"attention_mask": 1}}, "attention_mask"),
+    ({"inputs": {"timestep_zero_index": 1}}, "timestep_zero_index"),
+    ({"inputs": {"an input of next year": 1}}, "an input of next year"),
+    ({"patched": 80}, "80 weights"),
+    ({"changed": ["img_in"]}, "img_in"),
+    ({"hooks": True}, "hooks"),
+    ({"managed": True}, "dynamic VRAM"),
+    ({"gradient": True}, "gradient"),
 ])
 def test_refusals(step, reason):
-    refused = refusal(step)
+    refused = refusal(**{"options": {}, "inputs": {}, "patched": 0, **step})
     assert refused is None if reason is None else reason in refused
