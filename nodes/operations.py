@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import comfy.ops
 import torch
@@ -24,8 +23,6 @@ class HostLayer(PackedModule, comfy.ops.CastWeightBiasOp):
 
     comfy_cast_weights = True
     adapters: Adapters | None = None
-    bias: torch.Tensor | None
-    weight_lowvram_function: Any
 
     @contextmanager
     def cast(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -51,23 +51,24 @@ class Adapters:
 
 @dataclass(frozen=True)
 class LowRank:
-    """LoRAs: ``y[..., columns] += (product(x, inner) * scale)[..., ranks] @ outer.T`` for each of ``outers``.
+    """LoRAs: ``y[..., columns] += (product(x, inner) * scale)[..., ranks] @ outer.T`` for each of ``outers``, whose
+    ranks lie one after the other.
 
     On a Linear, ``inner`` ``(R, K)`` stacks ``down`` of all of them, and ``outers`` holds each ``up``. On an Embedding,
     ``inner`` ``(N, R)`` stacks every ``up``, and the only outer is every ``down``, transposed. ``scale`` ``(R,)``
-    float32 is strength * alpha / rank. ``outers`` holds (first column, first rank, ``outer`` (columns, ranks)).
+    float32 is strength * alpha / rank. ``outers`` holds (first column, ``outer`` (columns, ranks)).
     """
 
     inner: torch.Tensor
     scale: torch.Tensor
-    outers: tuple[tuple[int, int, torch.Tensor], ...]
+    outers: tuple[tuple[int, torch.Tensor], ...]
 
     def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
         hidden = _product(x, self.inner, y.dtype) * self.scale.to(y.dtype)
-        flat, hidden = y.view(-1, y.shape[-1]), hidden.view(-1, hidden.shape[-1])
-        for column, rank, outer in self.outers:
-            columns, ranks = slice(column, column + len(outer)), slice(rank, rank + outer.shape[1])
-            flat[:, columns].addmm_(hidden[:, ranks], outer.to(y.dtype).t())
+        flat = y.view(-1, y.shape[-1])
+        shares = hidden.view(-1, hidden.shape[-1]).split([outer.shape[1] for _, outer in self.outers], dim=1)
+        for (column, outer), share in zip(self.outers, shares, strict=True):
+            flat[:, column : column + len(outer)].addmm_(share, outer.to(y.dtype).t())
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,11 @@ def factors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if not isinstance(value, WeightAdapterBase):
-        return value
-    # Copied, not made anew: newer ComfyUIs give their adapters more fields.
-    moved = copy.copy(value)
-    moved.weights = tuple(part.to(device) if isinstance(part, torch.Tensor) else part for part in value.weights)
-    return moved
+    if isinstance(value, WeightAdapterBase):
+        # Copied, not made anew: newer ComfyUIs give their adapters more fields.
+        value = copy.copy(value)
+        value.weights = tuple(part.to(device) if isinstance(part, torch.Tensor) else part for part in value.weights)
+    return value
 
 
 def _is_plain_lora(patch: Patch, shape: tuple[int, ...], lookup: bool) -> bool:
@@ -153,20 +153,17 @@ def _is_plain_lokr(patch: Patch, shape: tuple[int, ...]) -> bool:
 
 
 def _low_rank(loras: Sequence[Patch], device: torch.device, lookup: bool) -> LowRank:
-    downs, scales, ups, placed = [], [], [], []
-    rank = 0
+    downs, scales, ups, columns = [], [], [], []
     for strength, adapter, _, offset, _ in loras:
         up, down, alpha = _moved(adapter, device).weights[:3]
         downs.append(down.flatten(1))
         ups.append(up.flatten(1))
         scale = strength * (1.0 if alpha is None else alpha / len(down))
         scales.append(torch.full((len(down),), scale, device=device))
-        placed.append((offset[1] if offset else 0, rank, ups[-1]))
-        rank += len(down)
-    stacked = _cat(downs, 0)
+        columns.append(offset[1] if offset else 0)
     if lookup:
-        return LowRank(_cat(ups, 1), torch.cat(scales), ((0, 0, stacked.t()),))
-    return LowRank(stacked, torch.cat(scales), tuple(placed))
+        return LowRank(_cat(ups, 1), torch.cat(scales), ((0, _cat(downs, 0).t()),))
+    return LowRank(_cat(downs, 0), torch.cat(scales), tuple(zip(columns, ups, strict=True)))
 
 
 def _cat(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
