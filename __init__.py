@@ -9,6 +9,6 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint():
     """Called by ComfyUI to get the nodes. Importing the package alone needs no ComfyUI."""
-    from .nodes import BonsaiExtension
+    from .nodes.definitions import BonsaiExtension
 
     return BonsaiExtension()

@@ -68,12 +68,11 @@ def how_to_download(name: str) -> str:
     program = Path(__file__).absolute().parent.parent / "__main__.py"
     variant = "binary" if "binary" in name else "ternary"
     container = "gemlite" if "gemlite" in name else "mlx"
-    repository = REPOSITORIES[variant, container]
     folder = folder_paths.get_folder_paths("diffusers")[0]
     form = ["--format", "gemlite"] if container == "gemlite" else []
     command = shell_command(sys.executable, str(program), "download", "--variant", variant, *form, "--to", folder)
-    return (f"run {command} in a terminal, or put all of https://huggingface.co/{repository.id} into a folder "
-            "of its name there, and press R")
+    return (f"run {command} in a terminal, or put all of https://huggingface.co/{REPOSITORIES[variant, container].id} "
+            "into a folder of its name there, and press R")
 
 
 def shell_command(*words: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -52,7 +51,7 @@ class MlxPath:
 
     def __init__(self, model):
         self._model = weakref.ref(model)
-        self._names = _tensors(model.diffusion_model).keys()
+        self._names = dict(model.diffusion_model.named_parameters()).keys()
         self._tensors: dict[str, torch.Tensor] = {}
         self._dtype: torch.dtype | None = None
         self._weights: dict = {}
@@ -87,7 +86,7 @@ class MlxPath:
         if model is None or model.diffusion_model is not flux or model.current_patcher is None:
             return "a run outside the loaded MODEL"
         patcher = model.current_patcher
-        changed = [*_changed_layers(flux), *self._names ^ _tensors(flux).keys(),
+        changed = [*_changed_layers(flux), *self._names ^ dict(flux.named_parameters()).keys(),
                    *(key for key in patcher.object_patches if key.startswith("diffusion_model"))]
         return refusal(options, inputs, len(patcher.patches), changed, hooks=patcher.current_hooks is not None,
                        managed=patcher.is_dynamic(), gradient=torch.is_grad_enabled() and x.requires_grad)
@@ -106,7 +105,7 @@ class MlxPath:
 
     def weights(self, flux, dtype: torch.dtype) -> dict:
         """The weights of ``flux`` in MLX for activations of ``dtype``."""
-        tensors = _tensors(flux)
+        tensors = dict(flux.named_parameters())
         if dtype != self._dtype or any(tensor is not self._tensors.get(name) for name, tensor in tensors.items()):
             self._drop()
             self._weights = mlx_klein.load(tensors, dtype)
@@ -132,11 +131,6 @@ class MlxPath:
         if declined is None:
             return f"whole transformer in MLX ({note})"
         return f"ComfyUI's transformer with MLX in each packed layer, because of {declined} ({note})"
-
-
-def _tensors(flux) -> dict[str, torch.Tensor]:
-    """Parameters by the names of ``ops/mlx/klein.py``; older ComfyUIs call the weights of their norms ``scale``."""
-    return {re.sub(r"_norm\.scale$", "_norm.weight", name): tensor for name, tensor in flux.named_parameters()}
 
 
 def _changed_layers(flux) -> Iterator[str]:

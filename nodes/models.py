@@ -1,8 +1,10 @@
-"""Files to ComfyUI's own MODEL, CLIP and VAE."""
+"""Files to ComfyUI's own MODEL, CLIP and VAE; and what a MODEL is made of, as text."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
@@ -12,8 +14,10 @@ import torch
 from comfy.cli_args import args as host_args
 
 from ..loaders import ModelFileError, load_text_encoder, load_transformer, load_vae
+from ..loaders.description import count, publication
 from ..loaders.files import Progress
-from ..loaders.names import to_comfyui
+from ..loaders.names import is_packable, to_comfyui
+from ..loaders.opening import tensor_files
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
 from ..ops.packed import is_packed, parts
@@ -36,7 +40,7 @@ class Origin:
     format: str
     variant: str
     source: str
-    compute_dtype: str
+    compute_dtype: torch.dtype
     setting: backends.Setting
 
 
@@ -46,15 +50,12 @@ def progress_bar() -> Progress:
     return lambda done, total: bar.update_absolute(done, total)
 
 
-def _host_chose_dtype() -> bool:
-    return any((host_args.fp32_unet, host_args.fp64_unet, host_args.bf16_unet, host_args.fp16_unet))
-
-
 def _compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype to impose on ComfyUI. None leaves it the choice, which it makes well everywhere but on a CPU."""
     if name != "auto":
         return DTYPES[name]
-    return default_dtype(device) if device.type == "cpu" and not _host_chose_dtype() else None
+    chosen = any((host_args.fp32_unet, host_args.fp64_unet, host_args.bf16_unet, host_args.fp16_unet))
+    return default_dtype(device) if device.type == "cpu" and not chosen else None
 
 
 def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting = backends.AUTO,
@@ -77,8 +78,7 @@ def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting
     advice.check_inputs(patcher, loaded.config.text_width)
     patcher.cached_patcher_init = (load_model, (path, compute_dtype, setting))
     used = dtype or patcher.model.get_dtype_inference()
-    patcher.set_attachments(ATTACHMENT, Origin(path, loaded.format, loaded.variant, loaded.source,
-                                               str(used).removeprefix("torch."), setting))
+    patcher.set_attachments(ATTACHMENT, Origin(path, loaded.format, loaded.variant, loaded.source, used, setting))
     packed = [parts(p) for p in patcher.model.diffusion_model.parameters() if is_packed(p)]
     if any(backends.multiplies("mlx", setting, patcher.load_device, weight, used) for weight in packed):
         from . import mlx_path
@@ -113,15 +113,11 @@ def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = Fa
     advice.on_out_of_memory(clip.patcher, ("encode_token_weights",), (
         "Out of memory in the text encoder; close other programs that use this device, or start ComfyUI with --novram, "
         "which runs the text encoder on the CPU."))
-    clip.patcher.cached_patcher_init = (_clip_patcher, (path, compute_dtype))
+    clip.patcher.cached_patcher_init = (lambda **options: load_clip(path, compute_dtype, **options).patcher, ())
     return clip
 
 
-def _clip_patcher(path: str, compute_dtype: str, disable_dynamic: bool = False):
-    return load_clip(path, compute_dtype, disable_dynamic).patcher
-
-
-def load_vae_model(path: str, disable_dynamic: bool = False):
+def load_vae_model(path: str):
     """The VAE at ``path``. Raises ModelFileError."""
     loaded = load_vae(path, mmap=not host_args.disable_mmap)
     vae = comfy.sd.VAE(sd=dict(loaded.tensors))
@@ -130,9 +126,39 @@ def load_vae_model(path: str, disable_dynamic: bool = False):
     advice.on_out_of_memory(vae.patcher, ("encode", "decode"), (
         "Out of memory in the VAE, even in tiles; lower batch_size or the image size, use VAE Encode (Tiled) or VAE "
         "Decode (Tiled) with a tile_size of 256, or start ComfyUI with --cpu-vae."))
-    vae.patcher.cached_patcher_init = (_vae_patcher, (path,))
+    vae.patcher.cached_patcher_init = (lambda **_: load_vae_model(path).patcher, ())
     return vae
 
 
-def _vae_patcher(path: str, disable_dynamic: bool = False):
-    return load_vae_model(path).patcher
+def describe(patcher) -> str:
+    """Variant, source, compute dtype, backend per kind of layer, bytes packed and dense, patches of a MODEL."""
+    parameters = dict(patcher.model.diffusion_model.named_parameters())
+    counts = count(parameters)
+    dense_linears = sum(not is_packed(p) and not is_packable(name) and p.ndim == 2 for name, p in parameters.items())
+    origin = patcher.get_attachment(ATTACHMENT)
+    if origin is None:
+        lines = ["Not loaded by a Bonsai node."]
+        choice = backends.resolve(backends.AUTO, patcher.load_device)
+    else:
+        lines = [f"Bonsai Image 4B, {origin.variant}", f"source: {origin.source}", f"file: {origin.path}",
+                 f"format: {origin.format}", *_published(Path(origin.path)),
+                 f"compute dtype: {str(origin.compute_dtype).removeprefix('torch.')}"]
+        choice = backends.resolve(origin.setting, patcher.load_device, origin.compute_dtype)
+    backend = choice.backend + (", int8 activations" if choice.fast else "")
+    if choice.reason:
+        backend += f" ({choice.reason})"
+    lines += [f"packed: {layers} linears of {bits} bits in groups of {group}, backend {backend}"
+              for (bits, group, _, _), layers in counts.packing.items()]
+    if (path := patcher.get_attachment(MLX_ATTACHMENT)) is not None:
+        lines.append(f"path: {path.describe(patcher)}")
+    lines += [f"dense: {dense_linears} linears",
+              f"bytes: {counts.packed_bytes:,} packed, {counts.dense_bytes:,} dense",
+              f"device: {patcher.load_device}, patches on {len(patcher.patches)} weights"]
+    return "\n".join(lines)
+
+
+def _published(path: Path) -> list[str]:
+    """Which published files a model was loaded from, as lines; none if they are gone."""
+    with contextlib.suppress(ModelFileError, OSError):
+        return [f"published: {text}" for file in tensor_files(path) if (text := publication(file))]
+    return []

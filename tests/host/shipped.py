@@ -7,7 +7,7 @@ import asyncio
 import workflows as tool
 from comfyui_server import ROOT
 
-from bonsai_image.nodes import BonsaiExtension
+from bonsai_image.nodes.definitions import BonsaiExtension
 
 #: Node schemas by node id.
 SCHEMAS = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in asyncio.run(BonsaiExtension().get_node_list())}

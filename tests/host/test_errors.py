@@ -15,8 +15,8 @@ import folder_paths
 import pytest
 import torch
 
-from bonsai_image import nodes
 from bonsai_image.loaders import ModelFileError
+from bonsai_image.nodes import definitions as nodes
 from bonsai_image.nodes import folders, models
 from bonsai_image.ops import gemlite_backend
 from bonsai_image.ops.mlx import backend as mlx_backend

@@ -11,7 +11,7 @@ from comfy.cli_args import args as host_args
 
 from bonsai_image import published
 from bonsai_image.loaders import find_repository
-from bonsai_image.nodes import folders, info, models
+from bonsai_image.nodes import folders, models
 
 TRANSFORMER = "transformer-packed-mflux"
 
@@ -70,8 +70,9 @@ def test_disable_mmap_reaches_every_loader(repository, monkeypatch, disabled):
 def test_info_names_the_published_file(repository, monkeypatch):
     model = models.load_model(str(repository / TRANSFORMER))
     file = f"{TRANSFORMER}/diffusion_pytorch_model.safetensors"
-    assert "published" not in info.describe(model)
+    assert "published" not in models.describe(model)
     listed = published.File(file, (repository / file).stat().st_size, "0" * 64)
     monkeypatch.setattr(published, "REPOSITORIES", {("ternary", "mlx"): published.Repository(
         "prism-ml/bonsai-x", "0123456789abcdef", (listed,))})
-    assert "published: as long as the published file of prism-ml/bonsai-x, revision 0123456789" in info.describe(model)
+    told = "published: as long as the published file of prism-ml/bonsai-x, revision 0123456789"
+    assert told in models.describe(model)

@@ -6,8 +6,8 @@ import folder_paths
 import torch
 from sampling import host_forward
 
-from bonsai_image import nodes
 from bonsai_image.loaders import load_transformer, save_transformer
+from bonsai_image.nodes import definitions as nodes
 
 
 def options(node) -> list[str]:

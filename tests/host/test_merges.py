@@ -42,7 +42,7 @@ def test_merging_two_bonsai_models_works_densely(transformer, dense_model, tenso
 
 
 def test_save_node_refuses_a_patched_model(packed_model, tensors):
-    from bonsai_image import nodes
+    from bonsai_image.nodes import definitions as nodes
 
     with pytest.raises(ValueError, match="LoRA"):
         nodes.BonsaiSaveModel.execute(with_lora(packed_model, Maker(tensors).file("lora")), "x", "packed")

@@ -10,7 +10,7 @@ from comfy.patcher_extension import WrappersMP
 from reference import relative
 
 from bonsai_image.nodes import models
-from bonsai_image.nodes.info import describe
+from bonsai_image.nodes.models import describe
 
 pytest.importorskip("mlx.core")
 from bonsai_image.nodes import mlx_path

@@ -12,11 +12,11 @@ import torch
 from reference import relative
 from sampling import host_forward
 
-from bonsai_image import nodes
 from bonsai_image.loaders import ModelFileError, load_transformer
 from bonsai_image.loaders.names import to_comfyui
+from bonsai_image.nodes import definitions as nodes
 from bonsai_image.nodes import folders as node_folders
-from bonsai_image.nodes import info, models, save
+from bonsai_image.nodes import models
 from bonsai_image.ops import backends
 from bonsai_image.ops.packed import PackedLayout, equal, is_packed, packed_nbytes
 
@@ -38,8 +38,7 @@ def folders(tmp_path, monkeypatch, repository):
 def shown(monkeypatch):
     """What the nodes show on themselves; outside the server nobody is there to see it."""
     texts = []
-    for module in (save, info):
-        monkeypatch.setattr(module, "show", lambda text, node_id: texts.append(text))
+    monkeypatch.setattr(nodes, "show", lambda text, node_id: texts.append(text))
     for node in (nodes.BonsaiSaveModel, nodes.BonsaiModelInfo):
         monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="1"))
     return texts

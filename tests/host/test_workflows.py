@@ -21,7 +21,7 @@ from shipped import BLUEPRINT, DOWNLOADED, FILES, TRAINING, WORKFLOWS
 
 import nodes as host_nodes
 from bonsai_image import __version__
-from bonsai_image.nodes import BonsaiExtension
+from bonsai_image.nodes.definitions import BonsaiExtension
 
 #: Nodes that exist in the frontend only, and have no inputs, outputs or schema.
 NOTES = {"MarkdownNote", "Note"}

@@ -1,0 +1,202 @@
+"""The nodes: three that load MODEL, CLIP and VAE, one that saves a MODEL, one that shows what it is made of."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import ComfyExtension, io, ui
+from server import PromptServer
+
+from ..loaders import container_suffixes, find_repository, load_transformer, save_transformer
+from ..ops import backends
+from ..ops.devices import DTYPES
+from . import folders, models
+
+#: A schema, with the place where ComfyUI lists the nodes.
+_schema = functools.partial(io.Schema, category="model/loaders/bonsai")
+
+
+def _compute_inputs() -> list[io.Combo.Input]:
+    """The advanced inputs of the loaders of a MODEL. The first option of each is its default."""
+    inputs = {
+        "compute_dtype": (["auto", *DTYPES], (
+            "Dtype of the activations. auto: ComfyUI's choice, or BF16 on a CPU with fast BF16. The packed weights "
+            "stay exact.")),
+        "backend": (backends.NAMES, (
+            "What computes with the packed weights. auto: the fastest backend that runs on this device.")),
+        "precision": (backends.PRECISIONS, (
+            "exact: activations keep their dtype. fast: activations are rounded to int8, which changes the image "
+            "slightly; NVIDIA GPUs since Ampere, same as exact elsewhere. The packed weights stay exact.")),
+    }
+    return [io.Combo.Input(name, options=list(options), default=options[0], optional=True, advanced=True, tooltip=text)
+            for name, (options, text) in inputs.items()]
+
+
+def _load_model(path: str, compute_dtype: str, backend: str, precision: str):
+    """The MODEL at ``path``.
+
+    Raises ModelFileError, and ValueError if a backend chosen by name is not installed. ``auto`` is always there.
+    """
+    if problem := backends.problem(backend):
+        raise ValueError(f"The backend {backend} cannot be used: {problem}; run pip as "
+                         f"{folders.shell_command(sys.executable, '-m', 'pip')}, or set backend to auto.")
+    return models.load_model(path, compute_dtype, backends.Setting(backend, precision))
+
+
+class _Loader(io.ComfyNode):
+    """A node with a list of files or folders."""
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str = "", model_name: str = "", text_encoder_name: str = "") -> bool:
+        """Replaces ComfyUI's check of these lists: the frontend hides its message behind an icon, but shows in full
+        what ``execute`` raises."""
+        return True
+
+
+class BonsaiCheckpointLoader(_Loader):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            node_id="BonsaiCheckpointLoader",
+            display_name="Load Bonsai Checkpoint",
+            description="Load a whole downloaded Bonsai Image repository: diffusion model, text encoder and VAE.",
+            search_aliases=["bonsai", "prismml", "ternary", "1-bit", "2-bit", "low bit", "flux 2 klein"],
+            inputs=[
+                io.Combo.Input("checkpoint", options=folders.repository_choices(),
+                               tooltip="A repository folder under models/diffusers, such as "
+                                       "bonsai-image-ternary-4B-mlx-2bit."),
+                *_compute_inputs(),
+            ],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls, checkpoint: str, compute_dtype: str = "auto", backend: str = "auto",
+                precision: str = "exact") -> io.NodeOutput:
+        repository = find_repository(folders.resolve("diffusers", checkpoint))
+        repository.require("text_encoder", "vae")
+        return io.NodeOutput(
+            _load_model(str(repository.transformer), compute_dtype, backend, precision),
+            models.load_clip(str(repository.text_encoder)),
+            models.load_vae_model(str(repository.vae)),
+        )
+
+
+class BonsaiModelLoader(_Loader):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            node_id="BonsaiModelLoader",
+            display_name="Load Bonsai Diffusion Model",
+            description="Load a Bonsai Image diffusion model in any published format, packed weights as they are.",
+            search_aliases=["bonsai", "ternary", "1-bit", "2-bit", "unet", "load diffusion model"],
+            inputs=[
+                io.Combo.Input("model_name", options=folders.model_choices("diffusion_models", container_suffixes()),
+                               tooltip="A file or folder under models/diffusion_models: GemLite, MLX, GGUF, unpacked, "
+                                       "or saved by Save Bonsai Model."),
+                *_compute_inputs(),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, compute_dtype: str = "auto", backend: str = "auto",
+                precision: str = "exact") -> io.NodeOutput:
+        path = folders.resolve("diffusion_models", model_name)
+        return io.NodeOutput(_load_model(path, compute_dtype, backend, precision))
+
+
+class BonsaiTextEncoderLoader(_Loader):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            node_id="BonsaiTextEncoderLoader",
+            display_name="Load Bonsai Text Encoder",
+            description="Load the Qwen3-4B text encoder of Bonsai Image: 4-bit MLX or HQQ, or dense.",
+            search_aliases=["bonsai", "qwen3", "clip", "4-bit text encoder"],
+            inputs=[
+                io.Combo.Input("text_encoder_name", options=folders.model_choices("text_encoders"),
+                               tooltip="A file or folder under models/text_encoders."),
+            ],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder_name: str) -> io.NodeOutput:
+        return io.NodeOutput(models.load_clip(folders.resolve("text_encoders", text_encoder_name)))
+
+
+def show(text: str, node_id: str) -> None:
+    """Show ``text`` on the node: the frontend shows text output only for a few built-in nodes."""
+    PromptServer.instance.send_progress_text(text, node_id)
+
+
+class BonsaiSaveModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            node_id="BonsaiSaveModel",
+            display_name="Save Bonsai Model",
+            description="Save the packed diffusion model as one safetensors file, without loss. Saved under "
+                        "diffusion_models, it appears in Load Bonsai Diffusion Model once the list is refreshed.",
+            search_aliases=["bonsai", "export model", "convert", "safetensors"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="A MODEL from a Bonsai loader. A LoRA cannot be stored in packed "
+                                                "weights: connect the loader directly."),
+                io.String.Input("filename_prefix", default="diffusion_models/bonsai",
+                                tooltip="Where to save, under ComfyUI's output folder."),
+                io.Combo.Input("storage", options=["packed", "base3"], default="packed",
+                               tooltip="packed: as in memory; loads without conversion. base3: five ternary weights "
+                                       "per byte, 14 % smaller; ternary models only."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, filename_prefix: str, storage: str) -> io.NodeOutput:
+        origin = model.get_attachment(models.ATTACHMENT)
+        if origin is None:
+            raise ValueError("Save Bonsai Model needs a MODEL from a Bonsai loader; save others with Save Model.")
+        if model.patches:
+            raise ValueError("A LoRA or merge is attached to this MODEL and cannot be stored in packed weights; "
+                             "connect the Bonsai loader to Save Bonsai Model directly.")
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory())
+        file = f"{name}_{counter:05}_.safetensors"
+        # Read the file again: the MODEL in memory may be offloaded or in use.
+        progress = models.progress_bar()
+        target = "comfy-base3" if storage == "base3" else "comfy"
+        save_transformer(load_transformer(origin.path, progress), Path(folder) / file, target, progress)
+        saved = f"{subfolder}/{file}".lstrip("/")
+        show(f"Saved {saved}", cls.hidden.unique_id)
+        return io.NodeOutput(ui=ui.PreviewText(saved))
+
+
+class BonsaiModelInfo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            node_id="BonsaiModelInfo",
+            display_name="Bonsai Model Info",
+            description="Show what a MODEL is made of: variant, backend, bytes packed and dense, dtype, source.",
+            search_aliases=["bonsai", "inspect model", "vram", "size"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[io.Model.Input("model", tooltip="Any MODEL from a Bonsai loader.")],
+            outputs=[io.String.Output("info", display_name="info")],
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        text = models.describe(model)
+        show(text, cls.hidden.unique_id)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+class BonsaiExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [BonsaiCheckpointLoader, BonsaiModelLoader, BonsaiTextEncoderLoader, BonsaiSaveModel, BonsaiModelInfo]
