@@ -59,13 +59,6 @@ REPOSITORIES = {
 }
 
 
-def of_size(size: int) -> tuple[Repository, File] | None:
-    """The published file of exactly ``size`` bytes, with a repository that holds it; no two of them share a size."""
-    return next(((repository, file) for repository in REPOSITORIES.values() for file in repository.files
-                 if file.size == size), None)
-
-
-def named(repository_id: str, path: str) -> File | None:
-    """The published file at ``path`` of the repository, or None."""
-    return next((file for repository in REPOSITORIES.values() if repository.id == repository_id
-                 for file in repository.files if file.path == path), None)
+def weight_files() -> list[tuple[Repository, File]]:
+    """Every published weight file, with each repository that holds it. No two of them share a size."""
+    return [(repository, file) for repository in REPOSITORIES.values() for file in repository.files]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..ops.packed import is_packed, parts
-from .errors import CHOOSE_UNMODIFIED, DOWNLOAD_AGAIN, DOWNLOAD_FOLDER, ModelFileError
-from .files import TensorFile, same_number
+from ..ops.packed import PackedLayout, is_packed
+from .errors import CHOOSE_UNMODIFIED, DOWNLOAD_FOLDER, ModelFileError
+from .files import TensorFile
+
+#: The shape of each tensor by name.
+Shapes = dict[str, tuple[int, ...]]
 
 #: The floating dtypes that model files hold, and that every backend computes with.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -19,26 +23,30 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _RUN = 1 << 20
 
 
-def _floats(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """What is not codes: the tensor itself, or scale and shift of a packed one."""
-    if not is_packed(tensor):
-        return [tensor]
-    return [part for part in parts(tensor)[1:3] if part is not None]
-
-
 def check_scales(scale: torch.Tensor, shift: torch.Tensor) -> None:
     """Raise ValueError unless both are matrices of one shape and floating dtype."""
     if scale.ndim != 2 or scale.shape != shift.shape or scale.dtype not in FLOATS or scale.dtype != shift.dtype:
         raise ValueError(f"scales {tuple(scale.shape)} in {scale.dtype} beside {tuple(shift.shape)} in {shift.dtype}")
 
 
-def check_tensors(file: TensorFile, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def read_shapes(path: Path, tensors: Mapping[str, torch.Tensor], dimensions: Mapping[str, int], model: str,
+                action: str) -> list[tuple[int, ...]]:
+    """The shapes of the tensors from which those of all others follow: by name, how many ``dimensions`` they have.
+
+    Raises ModelFileError where one is missing or has others.
+    """
+    for name, count in dimensions.items():
+        if name not in tensors or tensors[name].ndim != count:
+            raise ModelFileError(path, f"the tensors of {model}", f"no usable {name}", action)
+    return [tuple(tensors[name].shape) for name in dimensions]
+
+
+def check_tensors(file: TensorFile, tensors: Mapping[str, torch.Tensor], shapes: Shapes) -> None:
     """Raise ModelFileError unless ``tensors`` has exactly the names and shapes of ``shapes``, all of them finite."""
     path = file.path
     missing = [name for name in shapes if name not in tensors]
     if missing:
-        raise ModelFileError(path, f"the tensor {missing[0]}", f"none ({len(missing)} of {len(shapes)} missing)",
-                             DOWNLOAD_AGAIN)
+        raise ModelFileError(path, f"the tensor {missing[0]}", f"none ({len(missing)} of {len(shapes)} missing)")
     surplus = [name for name in tensors if name not in shapes]
     if surplus:
         raise ModelFileError(path, "only the tensors of the model", f"{len(surplus)} more, such as {surplus[0]}",
@@ -47,26 +55,36 @@ def check_tensors(file: TensorFile, tensors: Mapping[str, torch.Tensor], shapes:
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
             raise ModelFileError(path, f"{name} of shape {shape}", f"{tuple(tensor.shape)}", "choose another file")
-        for part in _floats(tensor):
+        # Of a packed one scale and shift: any codes are sound.
+        for part in PackedLayout.get_plain_tensors(tensor)[1:] if is_packed(tensor) else (tensor,):
             if part.dtype not in FLOATS:
                 raise ModelFileError(path, f"{name} in BF16, FP16 or FP32", str(part.dtype).removeprefix("torch."),
                                      "choose another file")
             # In runs: the temporaries of isfinite on a whole layer would add a tenth to the peak memory of loading.
             if not all(bool(torch.isfinite(run).all()) for run in part.flatten().split(_RUN)):
-                raise ModelFileError(path, f"finite numbers in {name}", "NaN or infinity", DOWNLOAD_AGAIN)
+                raise ModelFileError(path, f"finite numbers in {name}", "NaN or infinity")
 
 
-def check_config(file: TensorFile, known: Mapping[str, Any], fixed: Collection[str] = ()) -> None:
-    """Compare the file's ``config.json`` with what is ``known`` of the model.
+def check_json(file: TensorFile, stated: Any, known: Mapping[str, Any], fixed: Collection[str] = (),
+               where: str = "config.json") -> None:
+    """Compare ``stated``, which stands in the JSON beside the tensors and may be anything, with what is ``known``.
 
     Where the tensors decide, they are right and the JSON only earns a warning. The keys in ``fixed`` show in no tensor:
     another value there is another model, and raises ModelFileError.
     """
-    for key, value in known.items():
-        stated, true = file.config.get(key), list(value) if isinstance(value, tuple) else value
-        if stated in (None, true) or (isinstance(true, (int, float)) and same_number(stated, true)):
+    for key, true in known.items() if isinstance(stated, dict) else ():
+        found = stated.get(key)
+        if found is None or (_same_number(found, true) if isinstance(true, (int, float)) else found == true):
             continue
         if key in fixed:
-            raise ModelFileError(file.path, f"{key} {true} of this model", f"{reprlib.repr(stated)} in config.json",
+            raise ModelFileError(file.path, f"{key} {true} of this model", f"{reprlib.repr(found)} in {where}",
                                  DOWNLOAD_FOLDER)
-        file.warn(f"{key} is {true} in the tensors, and {reprlib.repr(stated)} in config.json")
+        file.warn(f"{key} is {true} in the tensors, and {reprlib.repr(found)} in {where}")
+
+
+def _same_number(stated: Any, true: float) -> bool:
+    """Whether ``stated`` means ``true`` in any spelling: 2, 2.0, "2"."""
+    try:
+        return not isinstance(stated, bool) and float(stated) == true
+    except (TypeError, ValueError, OverflowError):
+        return False

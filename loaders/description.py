@@ -18,6 +18,29 @@ from .repository import source
 _CHUNK = 1 << 22
 
 
+def variant(tensors: dict[str, torch.Tensor], check_codes: bool = False) -> str:
+    """The name for the commonest packing of its layers: ``ternary`` or ``binary`` where it is symmetric, else bits and
+    form, such as ``2-bit affine``; ``dense`` without packed layers.
+
+    A 2-bit code may be 3, which is not ternary. Such a model is called ``2-bit symmetric``, but only with
+    ``check_codes``, which reads every code.
+    """
+    packed = [tensor for tensor in tensors.values() if is_packed(tensor)]
+    if not packed:
+        return "dense"
+    (bits, form), _ = Counter((w.bits, w.form) for w in map(parts, packed)).most_common(1)[0]
+    name = {(1, "symmetric"): "binary", (2, "symmetric"): "ternary"}.get((bits, form), f"{bits}-bit {form}")
+    return f"{bits}-bit {form}" if name == "ternary" and check_codes and any(map(holds_code_3, packed)) else name
+
+
+def holds_code_3(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is a packed weight, symmetric and of 2 bits, with a code that is not ternary."""
+    if not is_packed(tensor) or (parts(tensor).bits, parts(tensor).form) != (2, "symmetric"):
+        return False
+    codes = parts(tensor).codes
+    return bool((codes & (codes >> 1) & 0x55).any())
+
+
 @dataclass
 class Counts:
     """Packed layers and dense tensors of one model. ``packing``: (bits, group, form, scale dtype) -> layers."""
@@ -49,17 +72,18 @@ def publication(path: Path, sha256: str | None = None) -> str | None:
     """Which published file the one at ``path`` is, or how it differs from the one that should lie there; None if it
     resembles none. ``sha256`` is that of the file, if it was computed."""
     size = path.stat().st_size
-    if (known := published.of_size(size)) is not None:
-        repository, file = known
-        where = f"{repository.id}, revision {(repository.commit or 'unknown')[:10]}"
-        if sha256 is None:
-            return f"as long as the published file of {where}; its hash was not compared"
-        if file.sha256 is None:
-            return f"as long as the published file of {where}, whose hash is not known here"
-        return f"published file of {where}" if sha256 == file.sha256 else (
-            f"not the published file of {where}, though as long: SHA-256 {sha256[:10]}, not {file.sha256[:10]}")
-    expected = published.named(source(path).split("@")[0], f"{path.parent.name}/{path.name}")
-    return None if expected is None else f"not the published file: {size:,} bytes, not {expected.size:,}"
+    for repository, file in published.weight_files():
+        if file.size == size:
+            where = f"{repository.id}, revision {(repository.commit or 'unknown')[:10]}"
+            if sha256 is None:
+                return f"as long as the published file of {where}; its hash was not compared"
+            if file.sha256 is None:
+                return f"as long as the published file of {where}, whose hash is not known here"
+            return f"published file of {where}" if sha256 == file.sha256 else (
+                f"not the published file of {where}, though as long: SHA-256 {sha256[:10]}, not {file.sha256[:10]}")
+    place = source(path).split("@")[0], f"{path.parent.name}/{path.name}"
+    return next((f"not the published file: {size:,} bytes, not {file.size:,}"
+                 for repository, file in published.weight_files() if (repository.id, file.path) == place), None)
 
 
 def sha256(path: Path, progress: Progress) -> str:

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
-import reprlib
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +22,6 @@ from .errors import DOWNLOAD_AGAIN, ModelFileError, refusing
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
-#: What ``torch.load(weights_only=True)`` and ``zipfile`` raise on damaged or hostile bytes: they let the parser's own
-#: exceptions escape.
-_UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError,
-                      AttributeError, AssertionError, OverflowError, MemoryError, ImportError, struct.error, OSError,
-                      zipfile.BadZipFile, zlib.error)
 _CHUNK = 1 << 20
 
 
@@ -76,30 +67,14 @@ class TensorFile:
 
         For formats whose every byte is rearranged: from a mapped file it would be in memory twice.
         """
-        stored = read_pickle(self.path, mmap=False) if self.mapped else dict(self.tensors)
+        stored = read_pickle(self.path, mmap=False)[0] if self.mapped else dict(self.tensors)
         self.tensors.clear()
         return stored
-
-    def compare_packing(self, bits: int, group: int) -> None:
-        """Warn where the JSON files state other bits or another group size than the tensors have."""
-        for conf in (self.quantization, self.config.get("quantization"), self.config.get("quantization_config")):
-            for key, true in (("bits", bits), ("group_size", group)):
-                stated = conf.get(key) if isinstance(conf, dict) else None
-                if stated is not None and not same_number(stated, true):
-                    self.warn(f"{key} is {true} in the tensors, and {reprlib.repr(stated)} in the JSON beside them")
 
     def warn(self, text: str) -> None:
         """Remember ``text``, once."""
         if text not in self.warnings:
             self.warnings.append(text)
-
-
-def same_number(stated: Any, true: float) -> bool:
-    """Whether ``stated``, from a JSON file, means ``true`` in any spelling: 2, 2.0, "2"."""
-    try:
-        return not isinstance(stated, bool) and float(stated) == true
-    except (TypeError, ValueError, OverflowError):
-        return False
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -110,10 +85,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise ModelFileError(path, "a JSON object", f"unreadable text ({type(error).__name__})",
-                             DOWNLOAD_AGAIN) from error
+        raise ModelFileError(path, "a JSON object", f"unreadable text ({type(error).__name__})") from error
     if not isinstance(value, dict):
-        raise ModelFileError(path, "a JSON object", f"a {type(value).__name__}", DOWNLOAD_AGAIN)
+        raise ModelFileError(path, "a JSON object", f"a {type(value).__name__}")
     return value
 
 
@@ -148,15 +122,15 @@ def read_safetensors(path: Path, mmap: bool = True) -> tuple[dict[str, torch.Ten
             if not mmap:
                 tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     except (SafetensorError, OSError, ValueError, OverflowError, KeyError, AttributeError) as error:
-        raise ModelFileError(path, "a whole safetensors file", f"a damaged or truncated one, {error or 'unreadable'}",
-                             DOWNLOAD_AGAIN) from error
+        raise ModelFileError(path, "a whole safetensors file",
+                             f"a damaged or truncated one, {error or 'unreadable'}") from error
     for name, tensor in tensors.items():
         check_stored(path, name, tensor)
     return tensors, metadata
 
 
-def read_pickle(path: Path, mmap: bool) -> dict[str, Any]:
-    """A pickled dict, through torch's restricted unpickler: nothing in the file can run.
+def read_pickle(path: Path, mmap: bool = True) -> tuple[dict[str, Any], dict[str, str]]:
+    """A pickled dict, through torch's restricted unpickler: nothing in the file can run. It has no metadata.
 
     With ``mmap`` the tensors stay on disk until touched; without, they are read, and freed as they are dropped, and
     their checksums are verified.
@@ -164,7 +138,7 @@ def read_pickle(path: Path, mmap: bool) -> dict[str, Any]:
     try:
         _check_archive(path, with_data=not mmap)
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except _UNPICKLING_ERRORS as error:
+    except Exception as error:  # of any kind: what their parsers raise on damaged or hostile bytes escapes
         raise ModelFileError(path, "a PyTorch file of plain tensors", f"one not safe to read, {_reason(error)}",
                              "download it again from its publisher, or use the MLX format") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -172,7 +146,7 @@ def read_pickle(path: Path, mmap: bool) -> dict[str, Any]:
     for name, item in value.items():
         if isinstance(item, torch.Tensor):
             check_stored(path, name, item)
-    return value
+    return value, {}
 
 
 def _check_archive(path: Path, with_data: bool) -> None:
@@ -203,4 +177,4 @@ def check_stored(path: Path, name: str, tensor: torch.Tensor) -> None:
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     if not plain or not tensor.numel() or tensor.nbytes > tensor.untyped_storage().nbytes():
         raise ModelFileError(path, f"every number of {name} in the file",
-                             f"an empty, sparse or partly stored tensor of shape {tuple(tensor.shape)}", DOWNLOAD_AGAIN)
+                             f"an empty, sparse or partly stored tensor of shape {tuple(tensor.shape)}")

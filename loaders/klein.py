@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
-from ..ops.packed import is_packed, parts
-from .check import check_config, check_tensors
-from .errors import CHOOSE_MODEL, DOWNLOAD_AGAIN, ModelFileError
+from ..ops.packed import is_packed
+from .check import Shapes, check_json, check_tensors, read_shapes
+from .errors import CHOOSE_MODEL, ModelFileError
 from .files import TensorFile
-from .names import count_blocks, is_comfyui, is_packable, name_map
+from .names import alike, count_blocks, is_comfyui, is_packable, name_map, prefix
 
 HEAD_DIM = 128
 MLP_RATIO = 3
 TIMESTEP_CHANNELS = 256
+#: What no tensor shows.
+_FIXED = {"patch_size": 1, "axes_dims_rope": [32, 32, 32, 32], "rope_theta": 2000, "eps": 1e-6}
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class KleinConfig:
     def diffusers(self) -> dict[str, Any]:
         """The arguments of ``diffusers.Flux2Transformer2DModel``."""
         return {
-            "patch_size": 1,
+            **_FIXED,
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
             "num_layers": self.double_blocks,
@@ -45,17 +47,14 @@ class KleinConfig:
             "joint_attention_dim": self.text_width,
             "timestep_guidance_channels": TIMESTEP_CHANNELS,
             "mlp_ratio": float(MLP_RATIO),
-            "axes_dims_rope": (32, 32, 32, 32),
-            "rope_theta": 2000,
-            "eps": 1e-6,
             "guidance_embeds": False,
         }
 
 
-def diffusers_shapes(config: KleinConfig) -> dict[str, tuple[int, ...]]:
+def diffusers_shapes(config: KleinConfig) -> Shapes:
     """The shape of every tensor, by diffusers name."""
     h, mlp = config.hidden, MLP_RATIO * config.hidden
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes: Shapes = {
         "x_embedder": (h, config.in_channels),
         "context_embedder": (h, config.text_width),
         "time_guidance_embed.timestep_embedder.linear_1": (h, TIMESTEP_CHANNELS),
@@ -73,17 +72,15 @@ def diffusers_shapes(config: KleinConfig) -> dict[str, tuple[int, ...]]:
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             shapes[f"{block}.attn.{name}"] = (HEAD_DIM,)
         for name in ("ff", "ff_context"):
-            shapes[f"{block}.{name}.linear_in"] = (2 * mlp, h)
-            shapes[f"{block}.{name}.linear_out"] = (h, mlp)
+            shapes |= {f"{block}.{name}.linear_in": (2 * mlp, h), f"{block}.{name}.linear_out": (h, mlp)}
     for i in range(config.single_blocks):
         block = f"single_transformer_blocks.{i}.attn"
-        shapes[f"{block}.to_qkv_mlp_proj"] = (3 * h + 2 * mlp, h)
-        shapes[f"{block}.to_out"] = (h, h + mlp)
-        shapes[f"{block}.norm_q"] = shapes[f"{block}.norm_k"] = (HEAD_DIM,)
+        shapes |= {f"{block}.to_qkv_mlp_proj": (3 * h + 2 * mlp, h), f"{block}.to_out": (h, h + mlp),
+                   f"{block}.norm_q": (HEAD_DIM,), f"{block}.norm_k": (HEAD_DIM,)}
     return {f"{name}.weight": shape for name, shape in shapes.items()}
 
 
-def comfyui_shapes(config: KleinConfig) -> dict[str, tuple[int, ...]]:
+def comfyui_shapes(config: KleinConfig) -> Shapes:
     """The shape of every tensor, by ComfyUI name."""
     shapes = diffusers_shapes(config)
     return {
@@ -94,7 +91,7 @@ def comfyui_shapes(config: KleinConfig) -> dict[str, tuple[int, ...]]:
 
 def is_klein(names: Mapping[str, object]) -> bool:
     """Whether these tensor names, of either convention, are those of a FLUX.2 transformer."""
-    return any(f"double_stream_modulation_img.{linear}.weight" in names for linear in ("lin", "linear"))
+    return any(f"{prefix(names)}double_stream_modulation_img.{linear}.weight" in names for linear in ("lin", "linear"))
 
 
 def read_config(path: Path, tensors: Mapping[str, torch.Tensor]) -> KleinConfig:
@@ -102,13 +99,10 @@ def read_config(path: Path, tensors: Mapping[str, torch.Tensor]) -> KleinConfig:
 
     Read off the layers outside the blocks: those inside may be in any format. Raises ModelFileError.
     """
-    names = ("img_in", "txt_in", "final_layer.linear") if is_comfyui(tensors) else (
+    outer = ("img_in", "txt_in", "final_layer.linear") if is_comfyui(tensors) else (
         "x_embedder", "context_embedder", "proj_out")
-    outer = [tensor for name in names if (tensor := tensors.get(f"{name}.weight")) is not None and tensor.ndim == 2]
-    if len(outer) < len(names):
-        raise ModelFileError(path, f"the tensors {', '.join(names)} of FLUX.2 Klein",
-                             "one of them missing or not a matrix", CHOOSE_MODEL)
-    (hidden, in_channels), (_, text_width), (out_channels, _) = (tuple(tensor.shape) for tensor in outer)
+    (hidden, in_channels), (_, text_width), (out_channels, _) = read_shapes(
+        path, tensors, {f"{name}.weight": 2 for name in outer}, "FLUX.2 Klein", CHOOSE_MODEL)
     double, single = count_blocks(tensors)
     if hidden % HEAD_DIM or not double or not single:
         raise ModelFileError(path, f"a width that is a multiple of {HEAD_DIM} and blocks of both kinds",
@@ -119,9 +113,8 @@ def read_config(path: Path, tensors: Mapping[str, torch.Tensor]) -> KleinConfig:
     return KleinConfig(hidden, text_width, in_channels, out_channels, double, single)
 
 
-def shapes(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight, under the names that ``tensors`` use. Raises ModelFileError."""
-    config = read_config(path, tensors)
+def shapes(config: KleinConfig, tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    """The shape of every weight, under the names that ``tensors`` use."""
     return comfyui_shapes(config) if is_comfyui(tensors) else diffusers_shapes(config)
 
 
@@ -132,22 +125,15 @@ def check_klein(file: TensorFile, tensors: Mapping[str, torch.Tensor]) -> KleinC
     and where ``config.json`` describes another model.
     """
     config = read_config(file.path, tensors)
-    check_tensors(file, tensors, shapes(file.path, tensors))
+    check_tensors(file, tensors, shapes(config, tensors))
     known = {key: value for key, value in config.diffusers().items() if key != "guidance_embeds"}
-    check_config(file, known, fixed=("patch_size", "axes_dims_rope", "rope_theta", "eps"))
+    check_json(file, file.config, known, _FIXED)
     for name, tensor in tensors.items():
         if is_packed(tensor) and not is_packable(name):
             raise ModelFileError(file.path, f"{name} to be dense", "it packed, though Bonsai packs only the linears "
                                  "inside the blocks", CHOOSE_MODEL)
-    if not is_comfyui(tensors):
-        for sources in name_map(config.double_blocks, config.single_blocks).values():
-            check_alike(file.path, sources[0], [tensors[source] for source in sources])
+    for sources in name_map(config.double_blocks, config.single_blocks).values():
+        if not is_comfyui(tensors) and not alike([tensors[source] for source in sources]):
+            raise ModelFileError(file.path, f"{sources[0]} packed like the other projections of its block",
+                                 "another packing")
     return config
-
-
-def check_alike(path: Path, name: str, weights: list[torch.Tensor]) -> None:
-    """Raise ModelFileError unless ``weights``, which ComfyUI joins into one, are packed alike or all dense."""
-    packings = {(parts(w).bits, parts(w).form, parts(w).group) if is_packed(w) else None for w in weights}
-    if len(packings) > 1:
-        raise ModelFileError(path, f"{name} packed like the other projections of its block", "another packing",
-                             DOWNLOAD_AGAIN)

@@ -1,35 +1,53 @@
-"""A diffusion model, text encoder or VAE from a file or folder in any known format."""
+"""A diffusion model, text encoder or VAE from a file or folder in any known format, and a diffusion model to one.
+
+Saving is lossless, and verified before it counts as done: what is written goes to a temporary name beside the target,
+is flushed to disk, loaded back and compared tensor by tensor; only then it takes its name. An existing file is never
+touched.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
+from safetensors import SafetensorError
 
-from ..ops.packed import is_packed, parts
-from . import formats, kinds
+from ..ops.packed import equal, is_packed
+from . import formats
+from .description import variant
+from .errors import ModelFileError, refusing
 from .files import Progress, TensorFile, no_progress
+from .formats.dense import expand
+from .formats.interface import About
 from .klein import KleinConfig, check_klein
+from .names import is_comfyui, to_comfyui, to_diffusers
 from .opening import open_tensors
 from .qwen3 import Qwen3Config, check_qwen3, normalise
-from .repository import find_repository, is_repository, source
+from .repository import find_repository, is_repository, require_part, source
 from .vae import check_vae
+
+Config = TypeVar("Config")
 
 
 @dataclass
-class Transformer:
-    """A diffusion model: canonical tensors in the file's own naming convention (see ``loaders/names.py``)."""
+class Model(Generic[Config]):
+    """A model: canonical tensors in the file's own naming convention (see ``loaders/names.py``)."""
 
     path: Path
     format: str
     tensors: dict[str, torch.Tensor]
-    config: KleinConfig
+    config: Config
     metadata: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+
+class Transformer(Model[KleinConfig]):
+    """A diffusion model."""
 
     @property
     def variant(self) -> str:
@@ -42,48 +60,12 @@ class Transformer:
         return self.metadata.get("bonsai.source") or source(self.path)
 
 
-@dataclass
-class TextEncoder:
-    """A Qwen3 text encoder: canonical tensors under Hugging Face names."""
-
-    path: Path
-    format: str
-    tensors: dict[str, torch.Tensor]
-    config: Qwen3Config
-    warnings: list[str] = field(default_factory=list)
+class TextEncoder(Model[Qwen3Config]):
+    """A Qwen3 text encoder, under Hugging Face names."""
 
 
-@dataclass
-class Vae:
-    """A diffusers AutoencoderKLFlux2: its tensors and its ``config.json`` (empty without one)."""
-
-    path: Path
-    tensors: dict[str, torch.Tensor]
-    config: dict[str, Any]
-    warnings: list[str] = field(default_factory=list)
-
-
-def variant(tensors: dict[str, torch.Tensor], check_codes: bool = False) -> str:
-    """The name for the commonest packing of its layers: ``ternary`` or ``binary`` where it is symmetric, else bits and
-    form, such as ``2-bit affine``; ``dense`` without packed layers.
-
-    A 2-bit code may be 3, which is not ternary. Such a model is called ``2-bit symmetric``, but only with
-    ``check_codes``, which reads every code.
-    """
-    packed = [tensor for tensor in tensors.values() if is_packed(tensor)]
-    if not packed:
-        return "dense"
-    (bits, form), _ = Counter((w.bits, w.form) for w in map(parts, packed)).most_common(1)[0]
-    name = {(1, "symmetric"): "binary", (2, "symmetric"): "ternary"}.get((bits, form), f"{bits}-bit {form}")
-    return f"{bits}-bit {form}" if name == "ternary" and check_codes and any(map(holds_code_3, packed)) else name
-
-
-def holds_code_3(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` is a packed weight, symmetric and of 2 bits, with a code that is not ternary."""
-    if not is_packed(tensor) or (parts(tensor).bits, parts(tensor).form) != (2, "symmetric"):
-        return False
-    codes = parts(tensor).codes
-    return bool((codes & (codes >> 1) & 0x55).any())
+class Vae(Model[dict[str, Any]]):
+    """A diffusers AutoencoderKLFlux2, in diffusers' format. Its config is its ``config.json`` (empty without one)."""
 
 
 def _open(path: Path | str, part: str, progress: Progress, mmap: bool) -> TensorFile:
@@ -91,7 +73,7 @@ def _open(path: Path | str, part: str, progress: Progress, mmap: bool) -> Tensor
     if is_repository(path):
         path = find_repository(path).require(part)
     file = open_tensors(Path(path), progress, mmap)
-    kinds.require(file, part)
+    require_part(file, part)
     return file
 
 
@@ -108,8 +90,7 @@ def load_transformer(path: Path | str, progress: Progress = no_progress, mmap: b
     """
     file = _open(path, "transformer", progress, mmap)
     name, tensors = formats.decode(file)
-    config = check_klein(file, tensors)
-    return Transformer(file.path, name, tensors, config, file.metadata, _log(file))
+    return Transformer(file.path, name, tensors, check_klein(file, tensors), file.metadata, _log(file))
 
 
 def load_text_encoder(path: Path | str, progress: Progress = no_progress, mmap: bool = True) -> TextEncoder:
@@ -117,8 +98,7 @@ def load_text_encoder(path: Path | str, progress: Progress = no_progress, mmap: 
     file = _open(path, "text_encoder", progress, mmap)
     name, tensors = formats.decode(file)
     tensors = normalise(file.path, tensors)
-    config = check_qwen3(file, tensors)
-    return TextEncoder(file.path, name, tensors, config, _log(file))
+    return TextEncoder(file.path, name, tensors, check_qwen3(file, tensors), file.metadata, _log(file))
 
 
 def load_vae(path: Path | str, mmap: bool = True) -> Vae:
@@ -126,4 +106,62 @@ def load_vae(path: Path | str, mmap: bool = True) -> Vae:
     file = _open(path, "vae", no_progress, mmap)
     formats.refuse_other_than_tensors(file)
     tensors, config = check_vae(file)
-    return Vae(file.path, tensors, config, _log(file))
+    return Vae(file.path, "diffusers", tensors, config, file.metadata, _log(file))
+
+
+def _verify(model: Transformer, keeps_codes: bool, path: Path, progress: Progress) -> None:
+    """Raise ModelFileError unless ``path`` loads to exactly the weights of ``model``."""
+    written = load_transformer(path, progress).tensors
+    expected = to_comfyui(model.tensors) if is_comfyui(written) else to_diffusers(model.tensors)
+    for name, tensor in expected.items():
+        if not _same(tensor, written[name], keeps_codes):
+            raise ModelFileError(model.path, f"{name} on disk as in memory", "a difference after writing",
+                                 "check the disk")
+
+
+def _same(one: torch.Tensor, other: torch.Tensor, keeps_codes: bool) -> bool:
+    if is_packed(one) and is_packed(other):
+        return equal(one, other) or (not keeps_codes and torch.equal(expand(one), expand(other)))
+    return torch.equal(one, other)
+
+
+def _flush(path: Path) -> None:
+    """Bring what was written to disk, readable by whom the umask says (safetensors writes for the owner only)."""
+    probe = path.with_name("probe")  # beside a "model" or "model.safetensors", see below
+    probe.touch()
+    for file in [path] if path.is_file() else sorted(path.iterdir()):
+        file.chmod(probe.stat().st_mode)
+        with file.open("rb+") as handle:
+            os.fsync(handle.fileno())
+
+
+def save_transformer(model: Transformer, path: Path, target: str, progress: Progress = no_progress) -> None:
+    """Write ``model`` to ``path`` in the format ``target``, one of :func:`~.formats.targets`.
+
+    ``progress`` follows the second half of the work, loading back what was written. Raises ModelFileError on an
+    existing path, a name of the wrong kind, or a format that cannot hold the weights exactly.
+    """
+    writer = formats.writer(target, path)
+    if writer.suffixes and path.suffix not in writer.suffixes:
+        raise ModelFileError(path, f"a file name ending in {writer.suffixes[0]}", f"{path.name!r}", "add the ending")
+    _refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".bonsai-image-") as scratch:
+        written = Path(scratch) / f"model{path.suffix if writer.suffixes else ''}"
+        with (refusing(path, "a disk that takes the file", "free some space or choose another folder", OSError,
+                       RuntimeError, SafetensorError),
+              refusing(model.path, f"weights that the {target} format holds exactly", "choose another format",
+                       ValueError)):
+            about = About(variant(model.tensors, check_codes=True), model.source)
+            writer.write(written, model.tensors, model.config, about)
+            _flush(written)
+        _verify(model, writer.keeps_codes, written, progress)
+        # The target may have been created meanwhile.
+        _refuse_existing(path)
+        written.rename(path)
+
+
+def _refuse_existing(path: Path) -> None:
+    # A link to a disk that is not there exists, too.
+    if os.path.lexists(path):
+        raise ModelFileError(path, "a path that is free", "an existing file or folder", "choose another name")

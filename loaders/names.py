@@ -8,17 +8,18 @@ concatenated, which works on packed rows), and stores the final modulation as (s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from ..ops.packed import is_packed, parts, rewrap
+from ..ops.packed import is_packed, parts
 from .errors import CHOOSE_UNMODIFIED, ModelFileError
 
 Value = TypeVar("Value")
 
+#: ComfyUI's names -> diffusers' (three where ComfyUI joins them).
 _TOP = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -30,20 +31,17 @@ _TOP = {
     "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
 }
-_DOUBLE = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.proj": "attn.to_out.0",
-    "txt_attn.proj": "attn.to_add_out",
-    "img_attn.norm.query_norm": "attn.norm_q",
-    "img_attn.norm.key_norm": "attn.norm_k",
-    "txt_attn.norm.query_norm": "attn.norm_added_q",
-    "txt_attn.norm.key_norm": "attn.norm_added_k",
-    "img_mlp.0": "ff.linear_in",
-    "img_mlp.2": "ff.linear_out",
-    "txt_mlp.0": "ff_context.linear_in",
-    "txt_mlp.2": "ff_context.linear_out",
+#: The same of a stream of a double-stream block; diffusers' for the image stream, and for the text stream.
+_STREAM = {
+    "attn.qkv": ("attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"),
+    "attn.proj": ("attn.to_out.0", "attn.to_add_out"),
+    "attn.norm.query_norm": ("attn.norm_q", "attn.norm_added_q"),
+    "attn.norm.key_norm": ("attn.norm_k", "attn.norm_added_k"),
+    "mlp.0": ("ff.linear_in", "ff_context.linear_in"),
+    "mlp.2": ("ff.linear_out", "ff_context.linear_out"),
 }
+_DOUBLE = {f"{stream}_{name}": sources for name, both in _STREAM.items()
+           for stream, sources in zip(("img", "txt"), both, strict=True)}
 _SINGLE = {
     "linear1": "attn.to_qkv_mlp_proj",
     "linear2": "attn.to_out",
@@ -55,27 +53,24 @@ _SWAPPED = "final_layer.adaLN_modulation.1.weight"
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
+def count_numbered(names: Iterable[str], pattern: str) -> int:
+    """How many different numbers the group of ``pattern`` takes at the start of ``names``."""
+    return len({int(match[1]) for name in names if (match := re.match(pattern, name))})
+
+
 def count_blocks(names: Mapping[str, object]) -> tuple[int, int]:
     """(double-stream, single-stream) blocks that the names, of either convention, speak of."""
-    double = {int(m[1]) for name in names if (m := re.match(r"(?:double|transformer)_blocks\.(\d{1,4})\.", name))}
-    single = {int(m[1]) for name in names if (m := re.match(r"single_(?:transformer_)?blocks\.(\d{1,4})\.", name))}
-    return len(double), len(single)
+    return (count_numbered(names, r"(?:double|transformer)_blocks\.(\d{1,4})\."),
+            count_numbered(names, r"single_(?:transformer_)?blocks\.(\d{1,4})\."))
 
 
 def name_map(double: int, single: int) -> dict[str, tuple[str, ...]]:
     """ComfyUI tensor name -> the one or three diffusers names it is made of, for so many blocks."""
-    pairs: list[tuple[str, str | tuple[str, ...]]] = list(_TOP.items())
-    for i in range(double):
-        for ours, theirs in _DOUBLE.items():
-            names = (theirs,) if isinstance(theirs, str) else theirs
-            pairs.append((f"double_blocks.{i}.{ours}", tuple(f"transformer_blocks.{i}.{name}" for name in names)))
-    for i in range(single):
-        pairs.extend((f"single_blocks.{i}.{ours}", f"single_transformer_blocks.{i}.{theirs}")
-                     for ours, theirs in _SINGLE.items())
-    return {
-        f"{ours}.weight": tuple(f"{name}.weight" for name in ((theirs,) if isinstance(theirs, str) else theirs))
-        for ours, theirs in pairs
-    }
+    tables = [("", "", _TOP)]
+    tables += [(f"double_blocks.{i}.", f"transformer_blocks.{i}.", _DOUBLE) for i in range(double)]
+    tables += [(f"single_blocks.{i}.", f"single_transformer_blocks.{i}.", _SINGLE) for i in range(single)]
+    return {f"{ours}{name}.weight": tuple(f"{theirs}{source}.weight" for source in sources.split())
+            for ours, theirs, table in tables for name, sources in table.items()}
 
 
 def is_packable(name: str) -> bool:
@@ -106,25 +101,17 @@ def normalise(path: Path, tensors: Mapping[str, Value]) -> dict[str, Value]:
     return result
 
 
-def cat_rows(weights: list[torch.Tensor]) -> torch.Tensor:
-    """Concatenate weights, all packed alike or all dense, along their rows."""
-    packed = [parts(weight) for weight in weights if is_packed(weight)]
-    if not packed:
-        return torch.cat(weights)
-    if len(packed) < len(weights) or len({(p.bits, p.form, p.group) for p in packed}) > 1:
+def alike(weights: list[torch.Tensor]) -> bool:
+    """Whether weights that ComfyUI joins into one are packed alike, or all dense."""
+    packings = {(parts(w).bits, parts(w).form, parts(w).group) if is_packed(w) else None for w in weights}
+    return len(packings) == 1
+
+
+def _join(weights: list[torch.Tensor]) -> torch.Tensor:
+    if not alike(weights):
         raise ValueError("q, k and v of one block are not packed alike")
-    shifts = [p.shift for p in packed if p.shift is not None]
-    joined = packed[0]._replace(codes=torch.cat([p.codes for p in packed]), scale=torch.cat([p.scale for p in packed]),
-                                shift=torch.cat(shifts) if shifts else None)
-    return rewrap(joined, weights[0].dtype)
-
-
-def split_rows(weight: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """Cut a packed or dense weight into ``count`` equal runs of rows (views)."""
-    if not is_packed(weight):
-        return list(weight.chunk(count))
-    rows = weight.shape[0] // count
-    return [rewrap(parts(weight).rows(slice(i * rows, (i + 1) * rows)), weight.dtype) for i in range(count)]
+    # Their scales may differ in dtype, but torch.cat keeps only those packed that present the same.
+    return torch.cat([w.to(dtype=weights[0].dtype) if is_packed(w) else w for w in weights])
 
 
 def _swap_halves(weight: torch.Tensor) -> torch.Tensor:
@@ -138,17 +125,18 @@ def to_comfyui(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return tensors
     result = {}
     for name, sources in name_map(*count_blocks(tensors)).items():
-        result[name] = tensors[sources[0]] if len(sources) == 1 else cat_rows([tensors[source] for source in sources])
+        weights = [tensors[source] for source in sources]
+        result[name] = _join(weights) if len(weights) > 1 else weights[0]
     result[_SWAPPED] = _swap_halves(result[_SWAPPED])
     return result
 
 
 def to_diffusers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of :func:`to_comfyui`."""
+    """The inverse of :func:`to_comfyui`. The parts of a joined weight are views of it."""
     if not is_comfyui(tensors):
         return tensors
     result: dict[str, torch.Tensor] = {}
     for name, targets in name_map(*count_blocks(tensors)).items():
         tensor = _swap_halves(tensors[name]) if name == _SWAPPED else tensors[name]
-        result.update(zip(targets, split_rows(tensor, len(targets)) if len(targets) > 1 else [tensor], strict=True))
+        result.update(zip(targets, tensor.chunk(len(targets)), strict=True))
     return result

@@ -7,20 +7,9 @@ import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import formats
-from .errors import DOWNLOAD_AGAIN, DOWNLOAD_FOLDER, ModelFileError, refusing
-from .files import (
-    PICKLE_SUFFIXES,
-    SAFETENSORS_SUFFIXES,
-    Progress,
-    Reader,
-    TensorFile,
-    no_progress,
-    read_json,
-    read_pickle,
-    read_safetensors,
-    refuse_stand_in,
-)
+from . import files, formats
+from .errors import DOWNLOAD_FOLDER, ModelFileError, refusing
+from .files import Progress, Reader, TensorFile, no_progress, read_json
 
 #: The names of weight files in published folders. The first of them that a folder holds is the model, whatever else
 #: lies there; safetensors come first.
@@ -29,11 +18,9 @@ WELL_KNOWN = ("diffusion_pytorch_model.safetensors", "model.safetensors", "state
 
 def _readers() -> dict[str, Reader]:
     """Suffix -> what reads a file of that name."""
-    readers: dict[str, Reader] = dict.fromkeys(SAFETENSORS_SUFFIXES, read_safetensors)
-    readers |= dict.fromkeys(PICKLE_SUFFIXES, lambda path, mmap: (read_pickle(path, mmap), {}))
-    for known in formats.FORMATS:
-        readers |= known.readers
-    return readers
+    readers: dict[str, Reader] = dict.fromkeys(files.SAFETENSORS_SUFFIXES, files.read_safetensors)
+    readers |= dict.fromkeys(files.PICKLE_SUFFIXES, files.read_pickle)
+    return readers | {suffix: reader for known in formats.FORMATS for suffix, reader in known.readers.items()}
 
 
 def _visible(folder: Path) -> Iterator[Path]:
@@ -56,43 +43,49 @@ def folders_in(folder: Path) -> list[Path]:
 
 def _shards(folder: Path) -> dict[str, set[str]]:
     """File name -> the tensors that the folder's index says it holds; ``{}`` without one. Raises ModelFileError."""
-    for index in _visible(folder):
-        if not index.name.endswith(".safetensors.index.json"):
-            continue
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelFileError(index, "a weight_map", "none", DOWNLOAD_AGAIN)
-        shards: dict[str, set[str]] = {}
-        for tensor, name in weight_map.items():
-            shards.setdefault(str(name), set()).add(tensor)
-        for name in shards:
-            inside = Path(name).name == name and name.endswith(SAFETENSORS_SUFFIXES)
-            if not inside or not os.path.isfile(folder / name):
-                raise ModelFileError(index, "the names of safetensors files beside it",
-                                     f"{reprlib.repr(name)}, which is not one", DOWNLOAD_FOLDER)
-        return shards
-    return {}
+    index = next((child for child in _visible(folder) if child.name.endswith(".safetensors.index.json")), None)
+    if index is None:
+        return {}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFileError(index, "a weight_map", "none")
+    shards: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        shards.setdefault(str(name), set()).add(tensor)
+    for name in shards:
+        inside = Path(name).name == name and name.endswith(files.SAFETENSORS_SUFFIXES)
+        if not inside or not os.path.isfile(folder / name):
+            raise ModelFileError(index, "the names of safetensors files beside it",
+                                 f"{reprlib.repr(name)}, which is not one", DOWNLOAD_FOLDER)
+    return shards
 
 
-def tensor_files(path: Path) -> list[Path]:
-    """The tensor files of a model: ``path`` itself, the shards its folder's index names, or the folder's one file."""
+def _contents(path: Path) -> dict[Path, set[str] | None]:
+    """The tensor files of a model, each with the tensors that an index says it holds, if there is one."""
     # os.path.* returns False for an over-long or invalid name where Path.* raises.
     if os.path.isfile(path):
-        return [path]
+        return {path: None}
     if not os.path.isdir(path):
         raise ModelFileError(path, "a file or folder", "nothing there", "check the path")
     if shards := _shards(path):
-        return [path / name for name in sorted(shards)]
+        return {path / name: shards[name] for name in sorted(shards)}
     found = files_in(path)
     if not found:
         raise ModelFileError(path, "a tensor file such as .safetensors or .pt", "none",
                              "choose the folder that holds the weights")
-    names = {file.name: file for file in found}
-    known = [names[name] for name in WELL_KNOWN if name in names]
+    known = [path / name for name in WELL_KNOWN if path / name in found]
     if len(found) > 1 and not known:
         raise ModelFileError(path, "one tensor file, or shards with an index", f"{len(found)} files",
                              "choose one of the files instead of the folder")
-    return known[:1] or found
+    return {(known or found)[0]: None}
+
+
+def tensor_files(path: Path) -> list[Path]:
+    """The tensor files of a model: ``path`` itself, the shards its folder's index names, or the folder's one file.
+
+    Raises ModelFileError.
+    """
+    return list(_contents(path))
 
 
 def open_tensors(path: Path, progress: Progress = no_progress, mmap: bool = True) -> TensorFile:
@@ -100,15 +93,15 @@ def open_tensors(path: Path, progress: Progress = no_progress, mmap: bool = True
 
     With ``mmap`` the tensors stay on disk until they are touched; without, they are read to memory.
     """
-    files = tensor_files(path)
-    folder = files[0].parent
-    shards = _shards(folder) if os.path.isdir(path) else {}
-    opened = TensorFile(files[0] if len(files) == 1 else folder, {}, config=read_json(folder / "config.json"),
+    contents = _contents(path)
+    first = next(iter(contents))
+    folder = first.parent
+    opened = TensorFile(first if len(contents) == 1 else folder, {}, config=read_json(folder / "config.json"),
                         quantization=read_json(folder / "quantization_config.json"), progress=progress, mapped=mmap)
-    for file in files:
-        refuse_stand_in(file)
-        part, opened.metadata = _readers().get(file.suffix.lower(), read_safetensors)(file, mmap)
-        if shards and (odd := sorted(part.keys() ^ shards[file.name])):
+    for file, listed in contents.items():
+        files.refuse_stand_in(file)
+        part, opened.metadata = _readers().get(file.suffix.lower(), files.read_safetensors)(file, mmap)
+        if listed and (odd := sorted(part.keys() ^ listed)):
             opened.warn(f"the index and {file.name} differ in {len(odd)} tensors, such as {odd[0]}")
         opened.tensors |= part
     return opened

@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 
-from .check import check_config, check_tensors
+from .check import Shapes, check_json, check_tensors, read_shapes
 from .errors import CHOOSE_TEXT_ENCODER, CHOOSE_UNMODIFIED, ModelFileError
 from .files import TensorFile
+from .names import count_numbered
 
 #: FLUX.2 Klein reads the hidden states after these layers, so the encoder needs at least 27, plus one so that the
 #: final norm of the library models does not fall on the last of them.
 TAPPED_LAYERS = (9, 18, 27)
+#: What no tensor shows, and what makes no difference to the hidden states.
+_FIXED = {"rms_norm_eps": 1e-6, "rope_theta": 1000000.0}
+_FREE = {"max_position_embeddings": 40960, "tie_word_embeddings": True}
 
 
 @dataclass(frozen=True)
@@ -41,31 +45,23 @@ class Qwen3Config:
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "intermediate_size": self.mlp,
-            "max_position_embeddings": 40960,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1000000.0,
-            "tie_word_embeddings": True,
+            **_FIXED,
+            **_FREE,
         }
 
 
-def qwen3_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
+def qwen3_shapes(config: Qwen3Config) -> Shapes:
     """The shape of every tensor, by its Hugging Face name."""
     h, q, kv = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (config.vocab, h), "norm": (h,)}
+    shapes: Shapes = {"embed_tokens": (config.vocab, h), "norm": (h,)}
+    layer = {
+        "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
+        "self_attn.q_norm": (config.head_dim,), "self_attn.k_norm": (config.head_dim,), "self_attn.o_proj": (h, q),
+        "mlp.gate_proj": (config.mlp, h), "mlp.up_proj": (config.mlp, h), "mlp.down_proj": (h, config.mlp),
+        "input_layernorm": (h,), "post_attention_layernorm": (h,),
+    }
     for i in range(config.layers):
-        shapes |= {
-            f"layers.{i}.self_attn.q_proj": (q, h),
-            f"layers.{i}.self_attn.k_proj": (kv, h),
-            f"layers.{i}.self_attn.v_proj": (kv, h),
-            f"layers.{i}.self_attn.o_proj": (h, q),
-            f"layers.{i}.self_attn.q_norm": (config.head_dim,),
-            f"layers.{i}.self_attn.k_norm": (config.head_dim,),
-            f"layers.{i}.mlp.gate_proj": (config.mlp, h),
-            f"layers.{i}.mlp.up_proj": (config.mlp, h),
-            f"layers.{i}.mlp.down_proj": (h, config.mlp),
-            f"layers.{i}.input_layernorm": (h,),
-            f"layers.{i}.post_attention_layernorm": (h,),
-        }
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     return {f"model.{name}.weight": shape for name, shape in shapes.items()}
 
 
@@ -85,27 +81,16 @@ def normalise(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
     return {name: tensor for name, tensor in named.items() if not name.startswith("lm_head")}
 
 
-def shapes(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight of the model in ``tensors``. Raises ModelFileError."""
-    return qwen3_shapes(read_config(path, tensors))
-
-
 def read_config(path: Path, tensors: Mapping[str, torch.Tensor]) -> Qwen3Config:
     """The dimensions of the Qwen3 decoder in ``tensors``, read off rows and norms, so that packed weights may be in any
     format. Raises ModelFileError."""
-    rows = {}
-    for name, dimensions in (("norm", 1), ("layers.0.self_attn.q_norm", 1), ("embed_tokens", 2),
-                             ("layers.0.self_attn.q_proj", 2), ("layers.0.self_attn.k_proj", 2),
-                             ("layers.0.mlp.gate_proj", 2)):
-        tensor = tensors.get(f"model.{name}.weight")
-        if not isinstance(tensor, torch.Tensor) or tensor.ndim != dimensions:
-            raise ModelFileError(path, "the tensors of a Qwen3 text encoder", f"no usable model.{name}.weight",
-                                 CHOOSE_TEXT_ENCODER)
-        rows[name.split(".")[-1]] = tensor.shape[0]
-    layers = len({int(m[1]) for name in tensors if (m := re.match(r"model\.layers\.(\d{1,4})\.", name))})
-    head_dim = rows["q_norm"]
-    config = Qwen3Config(rows["embed_tokens"], rows["norm"], layers, rows["q_proj"] // head_dim,
-                         rows["k_proj"] // head_dim, head_dim, rows["gate_proj"])
+    dimensions = {"norm": 1, "layers.0.self_attn.q_norm": 1, "embed_tokens": 2, "layers.0.self_attn.q_proj": 2,
+                  "layers.0.self_attn.k_proj": 2, "layers.0.mlp.gate_proj": 2}
+    hidden, head_dim, vocab, q, kv, mlp = (shape[0] for shape in read_shapes(
+        path, tensors, {f"model.{name}.weight": count for name, count in dimensions.items()},
+        "a Qwen3 text encoder", CHOOSE_TEXT_ENCODER))
+    layers = count_numbered(tensors, r"model\.layers\.(\d{1,4})\.")
+    config = Qwen3Config(vocab, hidden, layers, q // head_dim, kv // head_dim, head_dim, mlp)
     if not config.kv_heads or config.heads % config.kv_heads:
         raise ModelFileError(path, "query heads in whole groups per key-value head",
                              f"{config.heads} on {config.kv_heads}", CHOOSE_TEXT_ENCODER)
@@ -123,7 +108,6 @@ def check_qwen3(file: TensorFile, tensors: Mapping[str, torch.Tensor]) -> Qwen3C
     """
     config = read_config(file.path, tensors)
     check_tensors(file, tensors, qwen3_shapes(config))
-    known = {key: value for key, value in config.transformers().items()
-             if key not in ("max_position_embeddings", "tie_word_embeddings")}
-    check_config(file, known, fixed=("rms_norm_eps", "rope_theta"))
+    known = {key: value for key, value in config.transformers().items() if key not in _FREE}
+    check_json(file, file.config, known, _FIXED)
     return config

@@ -1,28 +1,42 @@
-"""A downloaded repository: the parts it consists of, and where its weights came from."""
+"""A downloaded repository: the parts it consists of, how they are told apart, and where its weights came from."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..published import PARTIAL, RECORD
-from .errors import DOWNLOAD_REPOSITORY, ModelFileError
-from .files import read_json
-from .kinds import part_of
+from ..published import PARTIAL, RECORD, weight_files
+from .errors import CHOOSE_MODEL, CHOOSE_TEXT_ENCODER, DOWNLOAD_REPOSITORY, ModelFileError
+from .files import TensorFile, read_json
+from .klein import is_klein
 from .opening import WELL_KNOWN, files_in, folders_in, open_tensors
+from .qwen3 import is_qwen3
+from .vae import is_vae
+
+#: The parts that hold weights, and how the names of their tensors show which they are.
+_PARTS: dict[str, Callable[[Mapping[str, object]], bool]] = {
+    "transformer": is_klein, "text_encoder": is_qwen3, "vae": is_vae}
+#: What they are called in sentences.
+WORDS = {"transformer": "diffusion model", "text_encoder": "text encoder", "vae": "VAE"}
+_CHOOSE = {"transformer": CHOOSE_MODEL, "text_encoder": CHOOSE_TEXT_ENCODER, "vae": "choose the VAE of Bonsai Image"}
+
+#: Files of other kinds that users confuse with ours: what they are called, and how their names show it.
+_OTHERS: tuple[tuple[str, Callable[[str], object]], ...] = (
+    ("a LoRA", re.compile(r"\.lora_|\.lokr_|\.hada_|(^|\.)lora_unet_").search),
+    ("a FLUX.1 model", re.compile(r"(^|\.)(double_blocks\.0\.img_mod|transformer_blocks\.0\.norm1_context)\.").search),
+    ("a VAE in another layout than diffusers'", re.compile(r"^decoder\.(up\.0|mid\.block_1)\.").search),
+    ("the VAE of another model", re.compile(r"^decoder\.conv_in\.weight$").search),
+)
+
+#: The folders in which repositories keep their parts, which are preferred to others with the same part.
+_FOLDERS = {*_PARTS, *(file.path.split("/")[0] for _, file in weight_files())}
 
 #: Files of which a tokenizer needs one of these sets.
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-
-#: The folders in which the published repositories keep their parts.
-_FOLDERS = {
-    "transformer": ("transformer", "transformer-packed-mflux", "transformer-gemlite-int1", "transformer-gemlite-int2"),
-    "text_encoder": ("text_encoder", "text_encoder-mlx-4bit", "text_encoder-hqq-4bit"),
-    "vae": ("vae",),
-}
 
 
 @dataclass
@@ -44,11 +58,26 @@ class Repository:
         """The path of the last of ``parts`` (names of fields). Raises ModelFileError for the first that is missing."""
         for part in parts:
             if getattr(self, part) is None:
-                if error := self.problems.get(part, self.problems.get("")):
-                    raise error
-                raise ModelFileError(self.path, f"a folder with the {part.replace('_', ' ')} of Bonsai Image", "none",
-                                     DOWNLOAD_REPOSITORY)
+                raise self.problems.get(part) or self.problems.get("") or ModelFileError(
+                    self.path, f"a folder with the {part.replace('_', ' ')} of Bonsai Image", "none",
+                    DOWNLOAD_REPOSITORY)
         return getattr(self, parts[-1])
+
+
+def part_of(tensors: Mapping[str, object]) -> str | None:
+    """Which part of a repository these tensors are: ``transformer``, ``text_encoder``, ``vae``, or None."""
+    return next((part for part, matches in _PARTS.items() if matches(tensors)), None)
+
+
+def require_part(file: TensorFile, part: str) -> None:
+    """Raise ModelFileError, saying what ``file`` is instead, unless its tensors are those of ``part``."""
+    found = part_of(file.tensors)
+    if found == part:
+        return
+    others = (label for label, matches in _OTHERS if any(map(matches, file.tensors)))
+    text = f"the {WORDS[found]} of Bonsai Image" if found else next(
+        others, f"tensors such as {next(iter(file.tensors), 'none')}")
+    raise ModelFileError(file.path, f"the {WORDS[part]} of Bonsai Image", text, _CHOOSE[part])
 
 
 def source(path: Path) -> str:
@@ -60,10 +89,8 @@ def source(path: Path) -> str:
         with contextlib.suppress(ModelFileError, KeyError):
             record = read_json(folder / RECORD)
             return f"{record['repository']}@{record['commit']}"
-    parts = path.parts
-    for part, marker, revision in zip(parts, parts[1:], parts[2:], strict=False):
-        if part.startswith("models--") and marker == "snapshots":
-            return f"{part.removeprefix('models--').replace('--', '/')}@{revision}"
+    if cached := re.search(r"/models--([^/]+)/snapshots/([^/]+)", path.as_posix()):
+        return f"{cached[1].replace('--', '/')}@{cached[2]}"
     return path.parent.parent.name if path.name in WELL_KNOWN else path.stem
 
 
@@ -103,11 +130,9 @@ def _folders(path: Path) -> Iterator[Path]:
     """The folders in ``path``, and those in folders without tensor files of their own."""
     for folder in folders_in(path):
         yield folder
-        try:
+        with contextlib.suppress(ModelFileError):  # find_repository meets the same error, and keeps it
             if not files_in(folder):
                 yield from folders_in(folder)
-        except ModelFileError:
-            continue  # find_repository meets the same error, and keeps it
 
 
 def find_repository(path: Path | str) -> Repository:
@@ -124,15 +149,15 @@ def find_repository(path: Path | str) -> Repository:
         raise ModelFileError(path, "a finished download", "an interrupted one",
                              "run the same bonsai-image download command again")
     repository = Repository(path)
-    found: dict[str, list[Path]] = {part: [] for part in _FOLDERS}
+    found: dict[str, list[Path]] = {part: [] for part in _PARTS}
     for folder in _folders(snapshot(path)):
         try:
             _sort(folder, repository, found)
         except ModelFileError as error:
-            part = next((part for part in _FOLDERS if folder.name.startswith(part)), "")
+            part = next((part for part in _PARTS if folder.name.startswith(part)), "")
             repository.problems.setdefault(part, error)
     for part, folders in found.items():
-        known = [folder for folder in folders if folder.name in _FOLDERS[part]] or folders
+        known = [folder for folder in folders if folder.name in _FOLDERS] or folders
         if len(known) == 1:
             setattr(repository, part, known[0])
         elif known:

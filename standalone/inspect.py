@@ -9,11 +9,10 @@ from typing import Any
 from tqdm import tqdm
 
 from ..loaders import Transformer, Vae, find_repository, is_repository, load_text_encoder, load_transformer, load_vae
-from ..loaders.description import count, publication, sha256
+from ..loaders.description import count, holds_code_3, publication, sha256, variant
 from ..loaders.errors import DOWNLOAD_AGAIN
-from ..loaders.kinds import WORDS, part_of
-from ..loaders.models import holds_code_3, variant
 from ..loaders.opening import open_tensors, tensor_files
+from ..loaders.repository import WORDS, part_of
 
 _LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_vae}
 
@@ -27,7 +26,7 @@ def inspect_part(path: Path, verify: bool = False) -> dict[str, Any]:
     counts = asdict(count(model.tensors))
     counts["packing"] = [{"bits": bits, "group_size": group, "form": form, "scale_dtype": dtype, "layers": layers}
                          for (bits, group, form, dtype), layers in counts["packing"].items()]
-    part = {"kind": WORDS[name], "path": str(path), "format": getattr(model, "format", "diffusers"), **counts,
+    part = {"kind": WORDS[name], "path": str(path), "format": model.format, **counts,
             "file_bytes": sum(file.stat().st_size for file in files),
             "published": [text for file in files if (text := publication(file, _hash(file) if verify else None))],
             "warnings": model.warnings, "problems": []}

@@ -8,6 +8,7 @@ import gc
 import os
 import pickle
 import shutil
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -214,6 +215,20 @@ def test_repository(kind, root, tmp_path):
     REPOSITORIES[kind](tmp_path)
     refusal(find_repository, tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+def test_vae_of_many_blocks_and_many_resnets(root, tmp_path):
+    """What is expected of it does not grow with the product of the two."""
+    tensors = read(root / "vae" / WEIGHTS)
+    for i in range(2, 400):
+        tensors |= {f"encoder.down_blocks.{i}.resnets.0.conv1.weight": torch.ones(1),
+                    f"encoder.down_blocks.0.resnets.{i}.conv1.weight": torch.ones(1)}
+    save_file(tensors, tmp_path / WEIGHTS)
+    tracemalloc.start()
+    refusal(load_vae, tmp_path / WEIGHTS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64e6
 
 
 # What a refusal leaves behind.

@@ -7,7 +7,7 @@ import os
 import pytest
 from command_line import BINARY, run, sentence
 
-from bonsai_image.loaders import ModelFileError, Transformer, load_transformer, save, save_transformer
+from bonsai_image.loaders import ModelFileError, Transformer, load_transformer, models, save_transformer
 from bonsai_image.loaders.formats import comfy
 
 
@@ -41,13 +41,13 @@ def test_a_dangling_symlink_counts_as_existing(model, tmp_path):
 
 
 def test_a_target_created_while_writing_is_kept(model, tmp_path, monkeypatch):
-    target, verify = tmp_path / "a.safetensors", save._verify
+    target, verify = tmp_path / "a.safetensors", models._verify
 
     def slow(*args):
         verify(*args)
         target.write_text("somebody else's")
 
-    monkeypatch.setattr(save, "_verify", slow)
+    monkeypatch.setattr(models, "_verify", slow)
     with pytest.raises(ModelFileError, match="existing"):
         save_transformer(model, target, "comfy")
     assert target.read_text() == "somebody else's" and list(tmp_path.iterdir()) == [target]

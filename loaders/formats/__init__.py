@@ -8,13 +8,11 @@ from pathlib import Path
 import torch
 
 from ...ops.packed import is_packed, parts
-from ..errors import DOWNLOAD_AGAIN, ModelFileError, refusing
+from ..check import check_json
+from ..errors import ModelFileError, refusing
 from ..files import TensorFile
 from . import comfy, dense, gemlite, gguf, hqq, mlx
-from .interface import About, Format, Tensors, Writer
-
-__all__ = ["FORMATS", "About", "Format", "Tensors", "Writer", "container_suffixes", "decode",
-           "refuse_other_than_tensors", "targets", "writer"]
+from .interface import Format, Tensors, Writer
 
 if sys.byteorder != "little":
     raise ImportError("Bonsai Image files are little-endian; this machine is not")
@@ -34,7 +32,9 @@ def decode(file: TensorFile) -> tuple[str, Tensors]:
                           "download it again, or choose another one", ValueError):
                 tensors = known.decode(file)
             for bits, group in {(parts(w).bits, parts(w).group) for w in tensors.values() if is_packed(w)}:
-                file.compare_packing(bits, group)
+                beside = file.quantization, file.config.get("quantization"), file.config.get("quantization_config")
+                for stated in beside:
+                    check_json(file, stated, {"bits": bits, "group_size": group}, where="the JSON beside them")
             return known.name, tensors
     name, value = next(iter(file.tensors.items()), ("no tensors", None))
     kind = str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else type(value).__name__
@@ -46,7 +46,7 @@ def refuse_other_than_tensors(file: TensorFile) -> None:
     """Raise ModelFileError if ``file``, a pickle, holds anything else."""
     for name, value in file.tensors.items():
         if not isinstance(value, torch.Tensor):
-            raise ModelFileError(file.path, f"{name} to be a tensor", f"a {type(value).__name__}", DOWNLOAD_AGAIN)
+            raise ModelFileError(file.path, f"{name} to be a tensor", f"a {type(value).__name__}")
 
 
 def container_suffixes() -> set[str]:

@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 
 from ...ops.packed import FORMAT_NAME, Form, packed_weight, parts, tag, unpack_codes
 from .. import names
-from ..errors import DOWNLOAD_AGAIN, ModelFileError
+from ..errors import ModelFileError
 from ..files import SAFETENSORS_SUFFIXES, TensorFile
 from ..klein import KleinConfig
-from .interface import About, Format, Tensors, Writer, decode_layers, encode_layers, take
+from .interface import About, Format, Tensors, Writer, decode_layers, encode_layers
 
 _TAG = ".comfy_quant"
 _BASE3_DIGITS = 5
@@ -44,25 +44,22 @@ def matches(file: TensorFile) -> bool:
 def decode(file: TensorFile) -> Tensors:
     """The canonical tensors, as their tags describe them."""
     stored = names.normalise(file.path, file.tensors)
-
-    def weight(layer: str) -> QuantizedTensor:
-        conf = _conf(file.path, layer, stored.pop(f"{layer}{_TAG}"))
-        codes, scale = take(stored, layer, "weight", "weight_scale")
-        return _weight(file, layer, conf, codes, scale, stored.pop(f"{layer}.weight_shift", None))
-
-    return decode_layers(file, [name.removesuffix(_TAG) for name in stored if name.endswith(_TAG)], weight) | stored
+    tags = [name for name in stored if name.endswith(_TAG)]
+    confs = {tag.removesuffix(_TAG): _conf(file.path, tag, stored.pop(tag)) for tag in tags}
+    return decode_layers(file, stored, confs, ("weight", "weight_scale"), lambda layer, codes, scale: _weight(
+        file, layer, confs[layer], codes, scale, stored.pop(f"{layer}.weight_shift", None)))
 
 
-def _conf(path: Path, layer: str, stored: torch.Tensor) -> dict:
+def _conf(path: Path, tag: str, stored: torch.Tensor) -> dict:
     # Checked first: bytes() takes a lone number for a length, and would allocate it.
     text = bytes(stored.tolist()) if stored.dtype == torch.uint8 and stored.ndim == 1 else b""
     try:
         conf = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ModelFileError(path, f"JSON in {layer}{_TAG}", "something else", DOWNLOAD_AGAIN) from error
+        raise ModelFileError(path, f"JSON in {tag}", "something else") from error
     if not isinstance(conf, dict) or conf.get("format") != FORMAT_NAME:
-        raise ModelFileError(path, f"{layer} in the format {FORMAT_NAME}", text.decode(errors="replace"),
-                             "load it with ComfyUI's Load Diffusion Model instead")
+        raise ModelFileError(path, f"{tag.removesuffix(_TAG)} in the format {FORMAT_NAME}",
+                             text.decode(errors="replace"), "load it with ComfyUI's Load Diffusion Model instead")
     return conf
 
 
@@ -94,14 +91,13 @@ def _read_once(file: TensorFile, layer: str, codes: torch.Tensor) -> torch.Tenso
 
 def encode(tensors: Tensors, base3: bool = False) -> Tensors:
     """ComfyUI-named canonical tensors -> those of our file. Raises ValueError where base 3 does not apply."""
-    def one(layer: str, weight: QuantizedTensor) -> Tensors:
+    def one(weight: QuantizedTensor) -> Tensors:
         packed = parts(weight).contiguous()
         if base3 and (packed.bits, packed.form) != (2, "symmetric"):
             raise ValueError(f"base 3 stores ternary weights, not {packed.bits}-bit {packed.form} ones")
-        result = {f"{layer}.weight": to_base3(packed.codes) if base3 else packed.codes,
-                  f"{layer}.weight_scale": packed.scale,
-                  f"{layer}{_TAG}": tag(weight, **({"storage": "base3"} if base3 else {}))}
-        return result if packed.shift is None else result | {f"{layer}.weight_shift": packed.shift}
+        result = {"weight": to_base3(packed.codes) if base3 else packed.codes, "weight_scale": packed.scale,
+                  "comfy_quant": tag(weight, **({"storage": "base3"} if base3 else {}))}
+        return result if packed.shift is None else result | {"weight_shift": packed.shift}
 
     return encode_layers(tensors, one)
 

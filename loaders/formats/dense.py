@@ -42,7 +42,7 @@ def decode(file: TensorFile) -> Tensors:
     layers = [name.removesuffix(".weight") for name in tensors if names.is_packable(name) and name.endswith(".weight")]
 
     def packed(bits: int) -> Tensors:
-        return tensors | decode_layers(file, layers, lambda layer: from_dense(tensors[f"{layer}.weight"], bits))
+        return decode_layers(file, dict(tensors), layers, ["weight"], lambda _, weight: from_dense(weight, bits))
 
     with refusing(file.path, "a Bonsai model, every group of 128 weights -s, 0 or s",
                   "load an ordinary FLUX.2 model with ComfyUI's Load Diffusion Model instead", ValueError):
@@ -90,8 +90,7 @@ def write(path: Path, tensors: Tensors, config: KleinConfig, about: About) -> No
     """A folder in diffusers' layout. One shard is expanded at a time: the whole dense model never exists in memory."""
     make_folder(path, config)
     tensors = names.to_diffusers(tensors)
-    outlines = {name: torch.empty(tensor.shape, dtype=parts(tensor).scale.dtype if is_packed(tensor) else tensor.dtype,
-                                  device="meta") for name, tensor in tensors.items()}
+    outlines = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
     split = split_torch_state_dict_into_shards(outlines, filename_pattern=f"{_WEIGHTS}{{suffix}}.safetensors",
                                                max_shard_size=_SHARD_SIZE)
     for filename, shard in split.filename_to_tensors.items():

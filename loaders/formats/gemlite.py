@@ -25,7 +25,7 @@ from ..check import check_scales
 from ..files import TensorFile, write_json
 from ..klein import KleinConfig
 from ..names import to_diffusers
-from .interface import About, Format, Tensors, Writer, decode_layers, encode_layers, make_packed_folder, take
+from .interface import About, Format, Tensors, Writer, decode_layers, encode_layers, from_affine, make_folder, to_affine
 
 _FORMS = {mode: form for form, mode in MODES.items()}
 #: What these fields may hold: group scales and zeros, with activations that are not quantised.
@@ -45,11 +45,10 @@ def decode(file: TensorFile) -> Tensors:
     layers = [name.removesuffix(".W_q") for name in stored if name.endswith(".W_q")]
     for layer in layers:
         stored.pop(f"{layer}.meta_scale", None)
-    return decode_layers(file, layers, lambda layer: _weight(
-        *take(stored, layer, "W_q", "scales", "zeros", "metadata", "orig_shape"))) | stored
+    return decode_layers(file, stored, layers, ("W_q", "scales", "zeros", "metadata", "orig_shape"), _weight)
 
 
-def _weight(w_q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, metadata: torch.Tensor,
+def _weight(_layer: str, w_q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, metadata: torch.Tensor,
             orig_shape: torch.Tensor) -> QuantizedTensor:
     if metadata.dtype not in (torch.int32, torch.int64) or metadata.shape != (len(METADATA),):
         raise ValueError(f"metadata {tuple(metadata.shape)} in {metadata.dtype}, not the {len(METADATA)} integers "
@@ -61,13 +60,9 @@ def _weight(w_q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, metada
         raise ValueError(f"W_q {tuple(w_q.shape)} in {w_q.dtype}")
     check_scales(scales, zeros)
     bits, form = meta["W_nbits"], _FORMS[meta["W_group_mode"]]
-    codes, scale, shift = from_w_q(w_q), scales.t().contiguous(), zeros.t().contiguous()
-    if form == "affine" and bits <= 2 and torch.equal(scale, -shift if bits == 2 else -2 * shift):
-        scale, = narrow_scales(-shift)
-        weight = packed_weight(codes, scale, bits, dtype=scale.dtype)
-    else:
-        scale, shift = narrow_scales(scale, shift)
-        weight = packed_weight(codes, scale, bits, form, shift, dtype=scale.dtype)
+    scale, shift = narrow_scales(scales.t().contiguous(), zeros.t().contiguous())
+    weight = (from_affine(from_w_q(w_q), scale, shift, bits) if form == "affine" else
+              packed_weight(from_w_q(w_q), scale, bits, form, shift, dtype=scale.dtype))
     stated = (orig_shape.tolist(), meta["group_size"], meta["elements_per_sample"], meta["unpack_mask"])
     if stated != (list(weight.shape), parts(weight).group, w_q.element_size() * 8 // bits, 2**bits - 1):
         raise ValueError(f"W_q {tuple(w_q.shape)} and scales {tuple(scales.shape)}, where the metadata say "
@@ -94,22 +89,16 @@ def encode(tensors: Tensors) -> Tensors:
     return encode_layers(tensors, _encode)
 
 
-def _encode(layer: str, weight: QuantizedTensor) -> Tensors:
+def _encode(weight: QuantizedTensor) -> Tensors:
     packed = parts(weight)
-    if packed.shift is not None:
-        scales, zeros = packed.scale.float(), packed.shift.float()
-    elif packed.bits <= 2:
-        zeros = -packed.scale.float()
-        scales = -zeros * (2 if packed.bits == 1 else 1)
-    else:
-        raise ValueError(f"symmetric {packed.bits}-bit weights have no GemLite form")
-    form = "affine" if packed.form == "symmetric" else packed.form
+    scales, zeros = (packed.scale, packed.shift) if packed.shift is not None else to_affine(packed)
+    mode = MODES["affine" if packed.form == "symmetric" else packed.form]
     return {
-        f"{layer}.W_q": packed.codes.t().contiguous(),
-        f"{layer}.scales": scales.t().contiguous(),
-        f"{layer}.zeros": zeros.t().contiguous(),
-        f"{layer}.metadata": torch.tensor(metadata_fields(packed, MODES[form], torch.float16), dtype=torch.int32),
-        f"{layer}.orig_shape": torch.tensor((packed.n, packed.k), dtype=torch.int32),
+        "W_q": packed.codes.t().contiguous(),
+        "scales": scales.float().t().contiguous(),
+        "zeros": zeros.float().t().contiguous(),
+        "metadata": torch.tensor(metadata_fields(packed, mode, torch.float16), dtype=torch.int32),
+        "orig_shape": torch.tensor((packed.n, packed.k), dtype=torch.int32),
     }
 
 
@@ -117,7 +106,7 @@ def write(path: Path, tensors: Tensors, config: KleinConfig, about: About) -> No
     """A folder like ``transformer-gemlite-int2`` of the published repositories."""
     tensors = to_diffusers(tensors)
     # The publisher's loader asks for the packing width, and for a table of autotuned launches, which may be empty.
-    make_packed_folder(path, config, tensors, packing_bitwidth=8)
+    make_folder(path, config, tensors, packing_bitwidth=8)
     write_json(path / "gemlite_autotune.json", {})
     torch.save(encode(tensors), path / "state_dict.pt")
 

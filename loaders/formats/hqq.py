@@ -38,7 +38,8 @@ def decode(file: TensorFile) -> Tensors:
     """The canonical tensors, without the language-model head, which shares the embedding."""
     stored = file.take_pickle()
     stored.pop("lm_head", None)
-    return decode_layers(file, list(stored), lambda module: _weight(file.path, module, stored.pop(module)))
+    return decode_layers(file, stored, list(stored), (), lambda module: _weight(
+        file.path, module, stored.pop(module)))
 
 
 def _weight(path: Path, module: str, entry: Any) -> torch.Tensor:

@@ -7,14 +7,14 @@ file's names stay its own until :mod:`..names` brings them to another convention
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ...ops.packed import is_packed, parts
+from ...ops.packed import LEVELS, Packed, is_packed, packed_weight, parts
 from ..files import Reader, TensorFile, write_json
 from ..klein import KleinConfig
 
@@ -28,8 +28,7 @@ class About(NamedTuple):
     source: str
 
 
-@dataclass(frozen=True)
-class Writer:
+class Writer(NamedTuple):
     """One choice of ``convert --to``.
 
     ``write(path, tensors, config, about)`` writes the diffusion model ``tensors`` (canonical, in either naming
@@ -44,8 +43,7 @@ class Writer:
     keeps_codes: bool = True
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """One way in which files hold weights."""
 
     name: str
@@ -55,37 +53,53 @@ class Format:
     #: holds what is not read here, and ModelFileError where the user can do something about it.
     decode: Callable[[TensorFile], Tensors]
     #: By the name under which ``convert --to`` offers them.
-    writers: Mapping[str, Writer] = field(default_factory=dict)
+    writers: Mapping[str, Writer] = MappingProxyType({})
     #: Suffix (lower case) -> how to read a container other than safetensors and pickles.
-    readers: Mapping[str, Reader] = field(default_factory=dict)
+    readers: Mapping[str, Reader] = MappingProxyType({})
     #: False where entries of a file may be something other than tensors, which ``decode`` then checks.
     only_tensors: bool = True
 
 
-def decode_layers(file: TensorFile, layers: Iterable[str], decode: Callable[[str], torch.Tensor]) -> Tensors:
-    """The weights of ``layers`` by name, each as ``decode(layer)`` returns it, with progress.
+def decode_layers(file: TensorFile, stored: dict[str, Any], layers: Iterable[str], names: Iterable[str],
+                  decode: Callable[..., torch.Tensor]) -> Tensors:
+    """All tensors of ``stored``, where a weight takes the place of the tensors ``names`` of each of ``layers``.
 
-    Raises ValueError, with the layer's name, where ``decode`` does.
+    ``decode(layer, *tensors)`` makes the weight. The tensors are removed from ``stored``, so that they can be freed one
+    layer after the other. Raises ValueError, with the layer's name, where one is missing and where ``decode`` does.
     """
     result: Tensors = {}
     for layer in file.each(layers):
         try:
-            result[f"{layer}.weight"] = decode(layer)
+            result[f"{layer}.weight"] = decode(layer, *[_take(stored, layer, name) for name in names])
         except ValueError as error:
             raise ValueError(f"{layer}: {error}") from error
-    return result
+    return result | stored
 
 
-def take(stored: dict[str, Any], layer: str, *names: str) -> list[torch.Tensor]:
-    """Remove the tensors ``{layer}.{name}`` from ``stored`` and return them. Raises ValueError if one is missing."""
-    tensors = [stored.pop(f"{layer}.{name}", None) for name in names]
-    if missing := [name for name, tensor in zip(names, tensors, strict=True) if tensor is None]:
-        raise ValueError(f"no {missing[0]}")
-    return tensors
+def _take(stored: dict[str, Any], layer: str, name: str) -> torch.Tensor:
+    if f"{layer}.{name}" not in stored:
+        raise ValueError(f"no {name}")
+    return stored.pop(f"{layer}.{name}")
 
 
-def encode_layers(tensors: Tensors, encode: Callable[[str, QuantizedTensor], Tensors]) -> Tensors:
-    """The tensors to store: dense ones as they are, packed ones as ``encode(layer, weight)`` stores them.
+def from_affine(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, bits: int) -> QuantizedTensor:
+    """The weight ``scale * code + shift``: symmetric where that is the same, as it is for Bonsai's diffusion models."""
+    if bits <= 2 and torch.equal(scale, -LEVELS[bits][0] * shift):
+        return packed_weight(codes, scale if bits == 2 else -shift, bits, dtype=scale.dtype)
+    return packed_weight(codes, scale, bits, "affine", shift, dtype=scale.dtype)
+
+
+def to_affine(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(scale, shift)`` of the weight as ``scale * code + shift``. Raises ValueError where that would round it."""
+    if packed.form == "affine" and packed.shift is not None:
+        return packed.scale, packed.shift
+    if packed.form == "symmetric" and packed.bits <= 2:
+        return packed.scale * LEVELS[packed.bits][0], -packed.scale
+    raise ValueError(f"{packed.bits}-bit {packed.form} weights have no form scale * code + shift")
+
+
+def encode_layers(tensors: Tensors, encode: Callable[[QuantizedTensor], Tensors]) -> Tensors:
+    """The tensors to store: dense ones as they are, packed ones as ``encode(weight)`` names and stores them.
 
     Raises ValueError, with the weight's name, where ``encode`` does.
     """
@@ -95,20 +109,19 @@ def encode_layers(tensors: Tensors, encode: Callable[[str, QuantizedTensor], Ten
             result[name] = tensor.contiguous()
             continue
         try:
-            result |= encode(name.removesuffix(".weight"), tensor)
+            result |= {f"{name.removesuffix('weight')}{part}": value for part, value in encode(tensor).items()}
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return result
 
 
-def make_folder(path: Path, config: KleinConfig) -> None:
-    """A new folder at ``path`` with the JSON file that describes the diffusion model to come."""
+def make_folder(path: Path, config: KleinConfig, tensors: Tensors | None = None, **more: int) -> None:
+    """A new folder at ``path`` with the JSON file that describes the diffusion model to come.
+
+    For packed ``tensors`` also the one that states bits and group size, those of the first of them, and ``more``.
+    """
     path.mkdir()
     write_json(path / "config.json", {"_class_name": "Flux2Transformer2DModel", **config.diffusers()})
-
-
-def make_packed_folder(path: Path, config: KleinConfig, tensors: Tensors, **more: int) -> None:
-    """The same with the JSON file that states bits and group size, those of the first packed weight, and ``more``."""
-    make_folder(path, config)
-    packed = next(parts(tensor) for tensor in tensors.values() if is_packed(tensor))
-    write_json(path / "quantization_config.json", {"bits": packed.bits, "group_size": packed.group, **more})
+    if tensors is not None:
+        packed = next(parts(tensor) for tensor in tensors.values() if is_packed(tensor))
+        write_json(path / "quantization_config.json", {"bits": packed.bits, "group_size": packed.group, **more})

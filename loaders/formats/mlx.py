@@ -15,12 +15,12 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from safetensors.torch import save_file
 
-from ...ops.packed import packed_weight, parts
+from ...ops.packed import parts
 from .. import klein, qwen3
 from ..check import check_scales
 from ..files import TensorFile
 from ..names import to_diffusers
-from .interface import About, Format, Tensors, Writer, decode_layers, encode_layers, make_packed_folder, take
+from .interface import About, Format, Tensors, Writer, decode_layers, encode_layers, from_affine, make_folder, to_affine
 
 
 def matches(file: TensorFile) -> bool:
@@ -33,27 +33,23 @@ def decode(file: TensorFile) -> Tensors:
     """The canonical tensors. Words alone do not say at how many bits they are packed: the shapes that the model has to
     have do, and JSON files that say otherwise only earn a warning."""
     if klein.is_klein(file.tensors):
-        stored, shapes = dict(file.tensors), klein.shapes(file.path, file.tensors)
+        stored = dict(file.tensors)
+        shapes = klein.shapes(klein.read_config(file.path, stored), stored)
     else:
         stored = qwen3.normalise(file.path, file.tensors)
-        shapes = qwen3.shapes(file.path, stored)
+        shapes = qwen3.qwen3_shapes(qwen3.read_config(file.path, stored))
     layers = [name.removesuffix(".weight") for name, tensor in stored.items()
               if tensor.dtype == torch.uint32 and name in shapes]
-    return decode_layers(file, layers, lambda layer: _weight(
-        shapes[f"{layer}.weight"], *take(stored, layer, "weight", "scales", "biases"))) | stored
 
+    def weight(layer: str, words: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor) -> QuantizedTensor:
+        check_scales(scales, biases)
+        shape = shapes[f"{layer}.weight"]
+        bits, rest = divmod(words.shape[-1] * 32, shape[-1]) if words.ndim == 2 else (0, 1)
+        if rest:
+            raise ValueError(f"words {tuple(words.shape)} for a weight {shape}")
+        return from_affine(from_words(words), scales, biases, bits)
 
-def _weight(shape: tuple[int, ...], words: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor) -> QuantizedTensor:
-    check_scales(scales, biases)
-    bits, rest = divmod(words.shape[-1] * 32, shape[-1]) if words.ndim == 2 else (0, 1)
-    if rest:
-        raise ValueError(f"words {tuple(words.shape)} for a weight {shape}")
-    codes = from_words(words)
-    if bits == 2 and torch.equal(biases, -scales):
-        return packed_weight(codes, scales, bits, dtype=scales.dtype)
-    if bits == 1 and torch.equal(scales, -2 * biases):
-        return packed_weight(codes, -biases, bits, dtype=scales.dtype)
-    return packed_weight(codes, scales, bits, "affine", biases, dtype=scales.dtype)
+    return decode_layers(file, stored, layers, ("weight", "scales", "biases"), weight)
 
 
 def from_words(words: torch.Tensor) -> torch.Tensor:
@@ -76,22 +72,16 @@ def encode(tensors: Tensors) -> Tensors:
     return encode_layers(tensors, _encode)
 
 
-def _encode(layer: str, weight: QuantizedTensor) -> Tensors:
+def _encode(weight: QuantizedTensor) -> Tensors:
     packed = parts(weight)
-    if packed.form == "affine" and packed.shift is not None:
-        scales, biases = packed.scale, packed.shift
-    elif packed.form == "symmetric" and packed.bits <= 2:
-        scales, biases = packed.scale * (2 if packed.bits == 1 else 1), -packed.scale
-    else:
-        raise ValueError(f"MLX cannot hold {packed.bits}-bit {packed.form} weights without rounding")
-    return {f"{layer}.weight": to_words(packed.codes), f"{layer}.scales": scales.contiguous(),
-            f"{layer}.biases": biases.contiguous()}
+    scales, biases = to_affine(packed)
+    return {"weight": to_words(packed.codes), "scales": scales.contiguous(), "biases": biases.contiguous()}
 
 
 def write(path: Path, tensors: Tensors, config: klein.KleinConfig, about: About) -> None:
     """A folder like ``transformer-packed-mflux`` of the published repositories."""
     tensors = to_diffusers(tensors)
-    make_packed_folder(path, config, tensors)
+    make_folder(path, config, tensors)
     save_file(encode(tensors), path / "diffusion_pytorch_model.safetensors", {"format": "mlx"})
 
 

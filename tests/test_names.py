@@ -1,0 +1,121 @@
+"""The two naming conventions of FLUX.2 Klein, and the way between them: nothing is lost, packed weights stay packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from random_model import random_transformer
+from reference import dense64
+from sound_files import KLEIN
+
+from bonsai_image.loaders import ModelFileError, names
+from bonsai_image.loaders.klein import comfyui_shapes, diffusers_shapes
+from bonsai_image.ops.packed import equal, is_packed, packed_weight, parts
+
+QKV, Q, K, V = "double_blocks.0.img_attn.qkv.weight", *(f"transformer_blocks.0.attn.to_{part}.weight" for part in "qkv")
+FINAL, NORM_OUT = "final_layer.adaLN_modulation.1.weight", "norm_out.linear.weight"
+CODES, SCALE, SHIFT = torch.arange(64, dtype=torch.uint8).view(4, 16), torch.rand(4, 1), torch.rand(4, 1)
+
+
+@pytest.fixture(scope="module")
+def diffusers() -> dict[str, torch.Tensor]:
+    return random_transformer(KLEIN, 2, torch.Generator().manual_seed(0))
+
+
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return equal(one, other) if is_packed(one) and is_packed(other) else torch.equal(one, other)
+
+
+def test_there_and_back(diffusers):
+    comfyui = names.to_comfyui(diffusers)
+    assert shapes(comfyui) == comfyui_shapes(KLEIN) and shapes(diffusers) == diffusers_shapes(KLEIN)
+    assert not names.is_comfyui(diffusers) and names.to_diffusers(diffusers) is diffusers
+    assert names.is_comfyui(comfyui) and names.to_comfyui(comfyui) is comfyui
+    back = names.to_diffusers(comfyui)
+    assert back.keys() == diffusers.keys() and all(same(tensor, back[name]) for name, tensor in diffusers.items())
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [
+    ("img_in", "x_embedder"), ("time_in.out_layer", "time_guidance_embed.timestep_embedder.linear_2"),
+    ("double_blocks.0.txt_attn.proj", "transformer_blocks.0.attn.to_add_out"),
+    ("double_blocks.0.img_attn.norm.key_norm", "transformer_blocks.0.attn.norm_k"),
+    ("double_blocks.0.txt_attn.norm.query_norm", "transformer_blocks.0.attn.norm_added_q"),
+    ("double_blocks.0.img_mlp.0", "transformer_blocks.0.ff.linear_in"),
+    ("double_blocks.0.txt_mlp.2", "transformer_blocks.0.ff_context.linear_out"),
+    ("single_blocks.0.linear1", "single_transformer_blocks.0.attn.to_qkv_mlp_proj"),
+    ("single_blocks.0.norm.key_norm", "single_transformer_blocks.0.attn.norm_k")])
+def test_renamed(ours, theirs, diffusers):
+    assert names.to_comfyui(diffusers)[f"{ours}.weight"] is diffusers[f"{theirs}.weight"]
+
+
+def test_every_block_has_its_own_number():
+    assert names.count_blocks(names.name_map(3, 11)) == (3, 11)
+    assert names.count_blocks(dict.fromkeys(sum(names.name_map(3, 11).values(), ()))) == (3, 11)
+    assert names.name_map(3, 11)["double_blocks.2.txt_attn.qkv.weight"] == tuple(
+        f"transformer_blocks.2.attn.add_{part}_proj.weight" for part in "qkv")
+
+
+def test_shift_and_scale_of_the_final_modulation_change_places(diffusers):
+    scale, shift = diffusers[NORM_OUT].chunk(2)
+    assert torch.equal(names.to_comfyui(diffusers)[FINAL], torch.cat((shift, scale))) and not torch.equal(scale, shift)
+
+
+def test_q_k_and_v_are_joined_in_order_and_stay_packed(diffusers):
+    joined = names.to_comfyui(diffusers)[QKV]
+    assert is_packed(joined) and parts(joined).bits == 2
+    assert torch.equal(dense64(joined), torch.cat([dense64(diffusers[name]) for name in (Q, K, V)]))
+    split = names.to_diffusers(names.to_comfyui(diffusers))
+    assert all(is_packed(split[name]) and equal(split[name], diffusers[name]) for name in (Q, K, V))
+    assert parts(split[K]).codes.untyped_storage().data_ptr() == parts(split[Q]).codes.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("form", ["affine", "zeropoint"])
+def test_shifts_are_joined_and_split(form, diffusers):
+    weight = packed_weight(CODES, SCALE, 4, form, SHIFT, torch.float32)
+    joined = names.to_comfyui({**diffusers, Q: weight, K: weight, V: weight})
+    assert torch.equal(parts(joined[QKV]).shift, torch.cat([SHIFT] * 3))
+    assert equal(names.to_diffusers(joined)[V], weight)
+
+
+def test_scales_of_several_dtypes_stay_exact(diffusers):
+    """GemLite's tables are narrowed layer by layer."""
+    mixed = {**diffusers, **{name: packed_weight(CODES, SCALE.to(dtype), 4, "symmetric", dtype=dtype)
+                             for name, dtype in ((Q, torch.bfloat16), (K, torch.float32), (V, torch.float16))}}
+    joined = names.to_comfyui(mixed)[QKV]
+    assert is_packed(joined) and torch.equal(dense64(joined), torch.cat([dense64(mixed[name]) for name in (Q, K, V)]))
+
+
+@pytest.mark.parametrize("other", [
+    packed_weight(CODES, SCALE, 4, "affine", SHIFT), packed_weight(CODES, SCALE, 2), torch.ones(4, 32),
+    packed_weight(CODES, SCALE.repeat(1, 2), 4)], ids=["form", "bits", "dense", "group"])
+def test_what_is_packed_differently_is_not_joined(other, diffusers):
+    weight = packed_weight(CODES, SCALE, 4)
+    assert names.alike([weight, weight, weight]) and not names.alike([weight, other, weight])
+    with pytest.raises(ValueError, match="not packed alike"):
+        names.to_comfyui({**diffusers, Q: weight, K: other, V: weight})
+
+
+@pytest.mark.parametrize("nested", ["", "model.diffusion_model.", "diffusion_model."])
+def test_normalise_takes_prefixes_and_older_names_of_norms_away(nested, diffusers):
+    comfyui = names.to_comfyui(diffusers)
+    older = {nested + name.replace("_norm.weight", "_norm.scale"): tensor for name, tensor in comfyui.items()}
+    assert names.prefix(older) == nested
+    assert names.normalise(Path("a"), older) == comfyui
+
+
+@pytest.mark.parametrize("more", ["diffusion_model.img_in.weight", "single_blocks.0.norm.key_norm.scale"])
+def test_two_names_of_one_tensor_are_refused(more):
+    with pytest.raises(ModelFileError, match="each tensor once"):
+        names.normalise(Path("a"), dict.fromkeys((*comfyui_shapes(KLEIN), more)))
+
+
+def test_packable_are_the_linears_inside_the_blocks(diffusers):
+    for tensors in (diffusers, names.to_comfyui(diffusers)):
+        assert {name for name in tensors if names.is_packable(name)} == {
+            name for name, tensor in tensors.items() if is_packed(tensor)}
