@@ -44,11 +44,9 @@ def read_shapes(path: Path, tensors: Mapping[str, torch.Tensor], dimensions: Map
 def check_tensors(file: TensorFile, tensors: Mapping[str, torch.Tensor], shapes: Shapes) -> None:
     """Raise ModelFileError unless ``tensors`` has exactly the names and shapes of ``shapes``, all of them finite."""
     path = file.path
-    missing = [name for name in shapes if name not in tensors]
-    if missing:
+    if missing := [name for name in shapes if name not in tensors]:
         raise ModelFileError(path, f"the tensor {missing[0]}", f"none ({len(missing)} of {len(shapes)} missing)")
-    surplus = [name for name in tensors if name not in shapes]
-    if surplus:
+    if surplus := [name for name in tensors if name not in shapes]:
         raise ModelFileError(path, "only the tensors of the model", f"{len(surplus)} more, such as {surplus[0]}",
                              CHOOSE_UNMODIFIED)
     for name, shape in shapes.items():

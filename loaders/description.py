@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -41,8 +41,7 @@ def holds_code_3(tensor: torch.Tensor) -> bool:
     return bool((codes & (codes >> 1) & 0x55).any())
 
 
-@dataclass
-class Counts:
+class Counts(NamedTuple):
     """Packed layers and dense tensors of one model. ``packing``: (bits, group, form, scale dtype) -> layers."""
 
     packed_layers: int

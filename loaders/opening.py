@@ -60,8 +60,9 @@ def _shards(folder: Path) -> dict[str, set[str]]:
     return shards
 
 
-def _contents(path: Path) -> dict[Path, set[str] | None]:
-    """The tensor files of a model, each with the tensors that an index says it holds, if there is one."""
+def tensor_files(path: Path) -> dict[Path, set[str] | None]:
+    """The tensor files of a model: ``path`` itself, the shards its folder's index names, or the folder's one file. A
+    shard comes with the names of the tensors that it should hold. Raises ModelFileError."""
     # os.path.* returns False for an over-long or invalid name where Path.* raises.
     if os.path.isfile(path):
         return {path: None}
@@ -80,25 +81,17 @@ def _contents(path: Path) -> dict[Path, set[str] | None]:
     return {(known or found)[0]: None}
 
 
-def tensor_files(path: Path) -> list[Path]:
-    """The tensor files of a model: ``path`` itself, the shards its folder's index names, or the folder's one file.
-
-    Raises ModelFileError.
-    """
-    return list(_contents(path))
-
-
 def open_tensors(path: Path, progress: Progress = no_progress, mmap: bool = True) -> TensorFile:
     """Open the model at ``path``, a file or folder, with the JSON files of its folder. Raises ModelFileError.
 
     With ``mmap`` the tensors stay on disk until they are touched; without, they are read to memory.
     """
-    contents = _contents(path)
-    first = next(iter(contents))
+    found = tensor_files(path)
+    first = next(iter(found))
     folder = first.parent
-    opened = TensorFile(first if len(contents) == 1 else folder, {}, config=read_json(folder / "config.json"),
+    opened = TensorFile(first if len(found) == 1 else folder, {}, config=read_json(folder / "config.json"),
                         quantization=read_json(folder / "quantization_config.json"), progress=progress, mapped=mmap)
-    for file, listed in contents.items():
+    for file, listed in found.items():
         files.refuse_stand_in(file)
         part, opened.metadata = _readers().get(file.suffix.lower(), files.read_safetensors)(file, mmap)
         if listed and (odd := sorted(part.keys() ^ listed)):

@@ -23,7 +23,7 @@ def inspect_part(path: Path, verify: bool = False) -> dict[str, Any]:
     name = part_of(open_tensors(path).tensors) or "transformer"
     model = _LOADERS[name](path)
     files = tensor_files(path)
-    counts = asdict(count(model.tensors))
+    counts = count(model.tensors)._asdict()
     counts["packing"] = [{"bits": bits, "group_size": group, "form": form, "scale_dtype": dtype, "layers": layers}
                          for (bits, group, form, dtype), layers in counts["packing"].items()]
     part = {"kind": WORDS[name], "path": str(path), "format": model.format, **counts,
