@@ -18,7 +18,6 @@ import torch
 from comfy.ldm.flux.model import Flux
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..ops.mlx import arrays as mlx_arrays
 from ..ops.mlx import backend as mlx_backend
 from ..ops.mlx import klein as mlx_klein
 from ..ops.packed import is_packed, parts
@@ -36,7 +35,7 @@ def install(patcher) -> MlxPath:
     path = MlxPath(patcher.model)
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, _KEY, path)
     # Free the memory of the activations after sampling: the VAE comes next.
-    patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, lambda _: mlx_arrays.clear_cache())
+    patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, lambda _: mlx_backend.clear_cache())
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, _KEY, path.detached)
     return path
 
@@ -119,7 +118,7 @@ class MlxPath:
 
     def _drop(self) -> None:
         self._tensors, self._weights, self._dtype = {}, {}, None
-        mlx_arrays.clear_cache()
+        mlx_backend.clear_cache()
 
     def describe(self, patcher) -> str:
         """Which path runs the steps, and why."""

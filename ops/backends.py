@@ -8,6 +8,7 @@ activations first, and means exact where no backend has them.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,9 +18,9 @@ import torch
 from . import gemlite_backend, selfcheck, torch_backend, triton_backend
 from .cpu import backend as cpu_backend
 from .devices import default_dtype
-from .interface import Backend
 from .mlx import backend as mlx_backend
 from .packed import Packed
+from .selfcheck import Backend
 
 #: In order of preference. The last one takes every exact product on every device.
 BACKENDS: tuple[Backend, ...] = (gemlite_backend, triton_backend, mlx_backend, cpu_backend, torch_backend)
@@ -66,18 +67,13 @@ def resolve(setting: Setting, device: torch.device, dtype: torch.dtype | None = 
     """The choice for a typical product of ``dtype`` (default: the device's) on ``device``, before any self-check: what
     to show to the user."""
     reasons = []
-    for backend, fast, named in _order(setting):
-        if not _runs_on(backend, device):
-            if named:
-                reasons.append(f"the backend {backend.NAME} does not run on {device.type}")
-        elif backend.serves(device, IMAGE_ROWS, _TYPICAL, dtype or default_dtype(device), fast, named):
-            found = _problem(backend, device, fast)
-            if found is None:
-                break
-            reasons.append(found)
-    if setting.precision == "fast" and not fast:
-        reasons.append("fast means exact here")
-    return Choice(backend.NAME, fast, "; ".join(dict.fromkeys(reasons)))
+    for backend, fast, found in _candidates(setting, device, IMAGE_ROWS, _TYPICAL, dtype or default_dtype(device)):
+        if found is None:
+            if setting.precision == "fast" and not fast:
+                reasons.append("fast means exact here")
+            return Choice(backend.NAME, fast, "; ".join(dict.fromkeys(reasons)))
+        reasons.append(found)
+    raise AssertionError("the torch backend takes every product")
 
 
 def multiply(x: torch.Tensor, packed: Packed, setting: Setting) -> torch.Tensor:
@@ -105,24 +101,24 @@ def choose(setting: Setting, device: torch.device, rows: int, packed: Packed,
     The first in order that takes the product, can be used, and has passed its self-check, which runs now if need be.
     """
     kind = selfcheck.Kind(packed.bits, packed.form, packed.group, dtype, packed.scale.dtype)
-    for backend, fast, named in _order(setting):
-        if (_runs_on(backend, device) and backend.serves(device, rows, packed, dtype, fast, named)
-                and _problem(backend, device, fast) is None
-                and (backend is torch_backend or selfcheck.passes(backend, device, kind, fast))):
+    for backend, fast, found in _candidates(setting, device, rows, packed, dtype):
+        if found is None and (backend is torch_backend or selfcheck.passes(backend, device, kind, fast)):
             return backend, fast
     raise AssertionError("the torch backend takes every product")
 
 
-def _order(setting: Setting) -> Iterator[tuple[Backend, bool, bool]]:
-    """Backends to try, best first: each with whether to round activations, and whether the user named it."""
+def _candidates(setting: Setting, device: torch.device, rows: int, packed: Packed,
+                dtype: torch.dtype) -> Iterator[tuple[Backend, bool, str | None]]:
+    """Backends that take the product, best first: each with whether to round activations, and why it cannot be used."""
     precisions = (True, False) if setting.precision == "fast" else (False,)
     named = [backend for backend in BACKENDS if setting.backend == backend.NAME]
     for group in (named, BACKENDS):
-        yield from ((backend, fast, group is named) for fast in precisions for backend in group)
-
-
-def _runs_on(backend: Backend, device: torch.device) -> bool:
-    return not backend.DEVICES or device.type in backend.DEVICES
+        for fast, backend in itertools.product(precisions, group):
+            if not backend.DEVICES or device.type in backend.DEVICES:
+                if backend.serves(device, rows, packed, dtype, fast, group is named):
+                    yield backend, fast, _problem(backend, device, fast)
+            elif group is named:
+                yield backend, fast, f"the backend {backend.NAME} does not run on {device.type}"
 
 
 @functools.cache

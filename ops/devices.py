@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import platform
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 
-#: Names that users choose from.
+#: Names that users choose from. The kernels of Triton and MLX compute in all of these.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 AMPERE = (8, 0)
@@ -44,11 +43,6 @@ def current(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def is_apple_silicon(device: torch.device) -> bool:
-    """Whether ``device`` is the GPU of an Apple silicon Mac."""
-    return device.type == "mps" and platform.machine() == "arm64"
-
-
 def default_dtype(device: torch.device) -> torch.dtype:
     """BF16 where the device multiplies it fast, else FP16 on CUDA GPUs before Ampere, else FP32.
 
@@ -67,7 +61,5 @@ def cpu_has_fast_bfloat16() -> bool:
     With AVX512-BF16, BF16 measured 4 times as fast as FP32, and FP16 3 times slower than FP32. Older releases of
     torch cannot tell (``get_capabilities`` is missing); then the answer is no.
     """
-    if not hasattr(torch.cpu, "get_capabilities"):
-        return False
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)

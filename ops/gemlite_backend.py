@@ -16,7 +16,6 @@ of a second for each shape. :func:`_unmeasured` prevents it.
 from __future__ import annotations
 
 import contextvars
-import importlib
 import importlib.metadata
 import importlib.util
 import threading
@@ -32,7 +31,7 @@ from .packed import LEVELS, Form, Packed
 from .tuning import tuning
 
 NAME = "gemlite"
-DEVICES = ("cuda", "xpu")
+DEVICES: tuple[str, ...] = ("cuda", "xpu")
 REMEDY = "update gemlite (pip install --upgrade gemlite)"
 
 #: The fields of GemLite's ``metadata``, in order.
@@ -93,9 +92,8 @@ def version(name: str) -> str | None:
     return importlib.import_module(name).__version__ if name == "triton" else importlib.metadata.version(name)
 
 
-def _release(text: str) -> tuple[int, int]:
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")[:2]))
 
 
 def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
@@ -155,7 +153,6 @@ def _unmeasured(tuner: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if measure is None:
-            del tuner.do_bench
-        else:
+        del tuner.do_bench
+        if measure is not None:
             tuner.do_bench = measure

@@ -1,4 +1,4 @@
-"""What a backend must get right before it is used: one small product, the same for all of them.
+"""What a backend is, and what it must get right before it is used: one small product, the same for all of them.
 
 The check runs when a backend is about to multiply a kind of weight for the first time in a process. A backend that
 fails it is logged once and not used for that kind; the next one takes over.
@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from typing import NamedTuple
+from collections.abc import Hashable
+from typing import NamedTuple, Protocol
 
 import torch
 
 from . import int8_reference
-from .interface import Backend
 from .packed import Form, Packed, dequantize
 
 _LOG = logging.getLogger(__name__)
@@ -22,6 +22,39 @@ _LOCK = threading.Lock()
 
 #: Few and many: backends have a kernel for each.
 _ROWS = (5, 80)
+
+
+class Backend(Hashable, Protocol):
+    """A module, or any object, that multiplies packed weights.
+
+    To add one, write a module with these names, and add it to ``backends.BACKENDS``.
+    """
+
+    #: What users choose it by.
+    NAME: str
+    #: The torch device types that it runs on; empty: all.
+    DEVICES: tuple[str, ...]
+    #: What to do where it fails its self-check, as half a sentence.
+    REMEDY: str
+
+    def problem(self, device: torch.device | None, fast: bool = False) -> str | None:
+        """Why it cannot be used on ``device``, with int8 activations if ``fast``; None if it can.
+
+        One sentence without its full stop. With no ``device``, only what is installed is judged.
+        """
+
+    def serves(self, device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool,
+               named: bool) -> bool:
+        """Whether it takes the product of ``rows`` activations of ``dtype`` with ``packed``. Waits for no device.
+
+        With ``named``, the user chose this backend: it takes all that it can, otherwise what it is the fastest for.
+        """
+
+    def multiply(self, x: torch.Tensor, packed: Packed, fast: bool) -> torch.Tensor:
+        """``x @ W.T`` for ``x`` ``(M, K)``, M at least 1; ``(M, N)`` in the dtype of ``x``.
+
+        With ``fast``, as ``ops/int8_reference.py`` defines it; else exact up to the rounding of the dtype.
+        """
 
 
 class Kind(NamedTuple):
@@ -78,8 +111,7 @@ def worst_error(backend: Backend, device: torch.device, kind: Kind, fast: bool) 
     worst = 0.0
     for rows in _ROWS:
         x = (torch.arange(rows * k, device=device) * 0.37).sin().view(rows, k).to(dtype)
-        expected = (int8_reference.multiply(x, packed) if fast else
-                    x.float() @ dequantize(packed, dtype).float().t())
+        expected = int8_reference.multiply(x, packed) if fast else x.float() @ dequantize(packed, dtype).float().t()
         error = (backend.multiply(x, packed, fast).float() - expected).norm() / expected.norm()
         worst = max(worst, float(error.nan_to_num(torch.inf)) / tolerance)
     return worst

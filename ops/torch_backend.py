@@ -11,7 +11,7 @@ import torch
 from .packed import Packed, dequantize
 
 NAME = "torch"
-DEVICES = ()
+DEVICES: tuple[str, ...] = ()
 REMEDY = "reinstall PyTorch"
 
 #: Elements of one dequantised block on a CPU: 9 MB in BF16. Measured best of 1.5 M to 9 M over the model's shapes.

@@ -20,19 +20,16 @@ import importlib.util
 
 import torch
 
-from .devices import AMPERE, current, gpu
+from .devices import AMPERE, DTYPES, current, gpu
 from .packed import Packed
 from .tuning import Tuning, tuning
 
 NAME = "triton"
-DEVICES = ("cuda", "xpu")
+DEVICES: tuple[str, ...] = ("cuda", "xpu")
 REMEDY = "update the GPU's driver and Triton"
 
 #: Linux gets Triton with PyTorch, Windows does not.
 NOT_INSTALLED = "triton is not installed (pip install triton, on Windows pip install triton-windows)"
-
-#: What the kernels compute in.
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 #: Groups whose products one int8 matrix instruction or several fill exactly. Bonsai Image has 128.
 INT8_GROUPS = (32, 64, 128)
@@ -63,9 +60,8 @@ def problem(device: torch.device | None, fast: bool = False) -> str | None:
 
 def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
     """Groups of whole words of 8 elements; with ``fast``, many rows of a symmetric weight, and :data:`INT8_GROUPS`."""
-    if dtype not in DTYPES or packed.group % 8:
-        return False
-    return not fast or (packed.form == "symmetric" and packed.group in INT8_GROUPS and rows >= INT8_MIN_ROWS)
+    int8 = packed.form == "symmetric" and packed.group in INT8_GROUPS and rows >= INT8_MIN_ROWS
+    return dtype in DTYPES.values() and packed.group % 8 == 0 and (int8 or not fast)
 
 
 def multiply(x: torch.Tensor, packed: Packed, fast: bool = False, tuned: Tuning | None = None) -> torch.Tensor:
@@ -73,10 +69,21 @@ def multiply(x: torch.Tensor, packed: Packed, fast: bool = False, tuned: Tuning 
 
     ``tuned``: in place of what ``ops/tuning.py`` has for the device.
     """
-    packed = packed.contiguous()
+    from .triton_kernels import expand, expand_levels, int8_matmul, quantise_rows
+
+    packed, tuned = packed.contiguous(), tuned or tuning(x.device)
     out = x.new_empty(x.shape[0], packed.n)
+    blocks = row_blocks(packed, 1 if fast else x.itemsize, tuned.workspace)
     with current(x.device):
-        (_multiply_int8 if fast else _multiply_exact)(x, packed, out, tuned or tuning(x.device))
+        if fast:
+            q, row = quantise_rows(x.contiguous())
+            for part in blocks:
+                int8_matmul(q, row, *expand_levels(packed.rows(part)), out[:, part], tuned.tile)
+        else:
+            workspace = x.new_empty(blocks[0].stop, packed.k)
+            for part in blocks:
+                weight = expand(packed.rows(part), workspace[: part.stop - part.start])
+                torch.mm(x, weight.t(), out=out[:, part])
     return out
 
 
@@ -84,21 +91,3 @@ def row_blocks(packed: Packed, itemsize: int, workspace: int) -> list[slice]:
     """Cut the rows of a weight so that a block of ``itemsize`` bytes an element fits ``workspace`` bytes."""
     step = max(_ROW_MULTIPLE, workspace // (packed.k * itemsize) // _ROW_MULTIPLE * _ROW_MULTIPLE)
     return [slice(start, min(start + step, packed.n)) for start in range(0, packed.n, step)]
-
-
-def _multiply_exact(x: torch.Tensor, packed: Packed, out: torch.Tensor, tuned: Tuning) -> None:
-    from .triton_kernels import expand
-
-    blocks = row_blocks(packed, x.itemsize, tuned.workspace)
-    workspace = x.new_empty(blocks[0].stop, packed.k)
-    for part in blocks:
-        weight = expand(packed.rows(part), workspace[: part.stop - part.start])
-        torch.mm(x, weight.t(), out=out[:, part])
-
-
-def _multiply_int8(x: torch.Tensor, packed: Packed, out: torch.Tensor, tuned: Tuning) -> None:
-    from .triton_kernels import expand_levels, int8_matmul, quantise_rows
-
-    q, row = quantise_rows(x.contiguous())
-    for part in row_blocks(packed, 1, tuned.workspace):
-        int8_matmul(q, row, *expand_levels(packed.rows(part)), out[:, part], tuned.tile)

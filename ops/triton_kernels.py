@@ -71,28 +71,23 @@ def _expand(words, scale, shift, out, scale_t, total, n, groups, GROUP_WORDS: tl
     tl.store(out + index[:, None] * 8 + lane[None, :], value.to(dtype), mask=inside[:, None])
 
 
-def expand(packed: Packed, out: torch.Tensor) -> torch.Tensor:
+def expand(packed: Packed, out: torch.Tensor, scale_t: torch.Tensor | None = None) -> torch.Tensor:
     """Fill ``out``, contiguous ``(N, K)`` in BF16, FP16 or FP32, with the weight. The parts of ``packed`` are
-    contiguous, and its group is a multiple of 8."""
-    _launch_expand(packed, packed.form, out, None)
+    contiguous, and its group is a multiple of 8. With ``scale_t``, see :func:`expand_levels`."""
+    step, origin = LEVELS[packed.bits]
+    words = packed.codes.view(_WORDS[packed.bits])
+    form = packed.form if scale_t is None else "levels"
+    grid = (triton.cdiv(words.numel(), EXPAND_WORDS),)
+    _expand[grid](words, packed.scale, packed.shift, out, scale_t, words.numel(), packed.n, packed.scale.shape[1],
+                  packed.group // 8, packed.bits, form, step, origin, EXPAND_WORDS, **EXPAND_LAUNCH)
     return out
 
 
 def expand_levels(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
     """The unscaled levels (``packed.LEVELS``) of a symmetric weight, int8 ``(N, K)``, and its scales transposed,
     ``(K / group, N)``."""
-    levels = packed.codes.new_empty(packed.n, packed.k, dtype=torch.int8)
     scale_t = packed.scale.new_empty(packed.scale.shape[::-1])
-    _launch_expand(packed, "levels", levels, scale_t)
-    return levels, scale_t
-
-
-def _launch_expand(packed: Packed, form: str, out: torch.Tensor, scale_t: torch.Tensor | None) -> None:
-    step, origin = LEVELS[packed.bits]
-    words = packed.codes.view(_WORDS[packed.bits])
-    grid = (triton.cdiv(words.numel(), EXPAND_WORDS),)
-    _expand[grid](words, packed.scale, packed.shift, out, scale_t, words.numel(), packed.n, packed.scale.shape[1],
-                  packed.group // 8, packed.bits, form, step, origin, EXPAND_WORDS, **EXPAND_LAUNCH)
+    return expand(packed, packed.codes.new_empty(packed.n, packed.k, dtype=torch.int8), scale_t), scale_t
 
 
 @triton.jit

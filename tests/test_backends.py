@@ -165,6 +165,13 @@ def test_mlx_is_the_choice_on_apple_silicon(machine, setting, device, machine_ty
     assert chosen(setting, device, dtype=torch.float32) == expected
 
 
+@pytest.mark.parametrize(("device", "machine_type", "expected"), [
+    (MPS, "arm64", True), (MPS, "x86_64", False), (CPU, "arm64", False)])
+def test_mlx_is_for_apple_silicon(machine, device, machine_type, expected):
+    machine(machine=machine_type)
+    assert mlx_backend.serves(device, 4608, TERNARY, torch.bfloat16, False, False) == expected
+
+
 def test_the_choice_is_logged_once(caplog):
     x, weight = torch.randn(3, 256), random_weight(2, "symmetric", 192, 256, 128)
     with caplog.at_level(logging.INFO):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bonsai_image.ops import devices
-from bonsai_image.ops.devices import Gpu, gpu, is_apple_silicon
+from bonsai_image.ops.devices import Gpu, gpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -49,13 +49,6 @@ def test_vendor_name_and_capability(monkeypatch, kind, hip, expected):
     assert gpu(torch.device(kind, 0)) == expected
     gpu.cache_clear()
     assert Gpu("nvidia", "x", (12, 0)).architecture == "sm_120"
-
-
-@pytest.mark.parametrize(("kind", "machine", "expected"), [
-    ("mps", "arm64", True), ("mps", "x86_64", False), ("cpu", "arm64", False)])
-def test_apple_silicon(monkeypatch, kind, machine, expected):
-    monkeypatch.setattr("platform.machine", lambda: machine)
-    assert is_apple_silicon(torch.device(kind)) == expected
 
 
 def test_current_makes_a_gpu_current_and_leaves_others(monkeypatch):

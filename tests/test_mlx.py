@@ -170,7 +170,7 @@ def test_transformer_equals_diffusers(bits, batch, height, width, references):
 def test_rotary_tables_at_far_positions():
     """In float32 an angle of 1234 radians would be off by up to 7e-5."""
     ids = torch.tensor([[70, 1234, 999, 511], [0, 3, 1, 0]])
-    cos, sin = mlx_klein.rotary_tables(ids)
+    cos, sin = mlx_klein.rotary_tables(ids, mlx_klein.ROPE_AXES, mlx_klein.ROPE_THETA)
     angles = np.concatenate([ids.numpy()[:, i, None] * 2000.0 ** (-np.arange(16) / 16) for i in range(4)], axis=1)
     assert np.abs(cos.numpy() - np.cos(angles)).max() < 1e-7 and np.abs(sin.numpy() - np.sin(angles)).max() < 1e-7
 

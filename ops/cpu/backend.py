@@ -27,7 +27,7 @@ import torch
 from ..packed import Packed
 
 NAME = "cpu"
-DEVICES = ("cpu",)
+DEVICES: tuple[str, ...] = ("cpu",)
 REMEDY = "pip install --upgrade llvmlite"
 
 NOT_INSTALLED = "llvmlite is not installed (pip install llvmlite)"

@@ -6,7 +6,8 @@ in any other, and hosts load in one thread and sample in another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -49,25 +50,22 @@ def to_mlx(tensors: Sequence[torch.Tensor]) -> list[mx.array]:
 
 
 def _array(tensor: torch.Tensor) -> mx.array:
-    if tensor.device.type == "cpu":
-        return mx.array(tensor)
-    try:
-        return mx.asarray(tensor, copy=False)
-    except _NOT_SHARED:
-        # Through the CPU: copying straight from Metal memory can hang in MLX before 0.32.4.
-        return mx.array(tensor.cpu())
+    if tensor.device.type != "cpu":
+        with suppress(*_NOT_SHARED):
+            return mx.asarray(tensor, copy=False)
+    # Through the CPU: copying straight from Metal memory can hang in MLX before 0.32.4.
+    return mx.array(tensor.cpu())
 
 
 def to_torch(array: mx.array, like: torch.Tensor) -> torch.Tensor:
     """The one crossing from MLX to torch: ``array`` on the device and in the dtype of ``like``."""
-    array = mx.contiguous(array)
+    array = mx.contiguous(array.astype(DTYPES[like.dtype]))
     mx.eval(array)
     try:
         tensor = torch.from_dlpack(array)
     except _NOT_SHARED:
-        dtype = next(key for key, value in DTYPES.items() if value == array.dtype)
-        tensor = torch.frombuffer(memoryview(array), dtype=dtype).view(array.shape)
-    return tensor.to(like.device, like.dtype)
+        tensor = torch.frombuffer(memoryview(array), dtype=like.dtype).view(array.shape)
+    return tensor.to(like.device)
 
 
 def weight_arrays(weights: Sequence[Packed | torch.Tensor], dtype: torch.dtype) -> list[PackedArrays | mx.array]:
@@ -76,21 +74,18 @@ def weight_arrays(weights: Sequence[Packed | torch.Tensor], dtype: torch.dtype) 
     Where memory is shared, all that is new is ``biases`` of a symmetric weight, and ``scales`` in another dtype than
     the file's. A dense weight keeps its dtype.
     """
-    tensors = [[part for part in weight[:3] if part is not None] if isinstance(weight, Packed) else [weight]
-               for weight in weights]
-    arrays = iter(to_mlx([tensor for group in tensors for tensor in group]))
-    result = []
-    for weight, group in zip(weights, tensors, strict=True):
-        own = [next(arrays) for _ in group]
-        result.append(_packed(weight, own, DTYPES[dtype]) if isinstance(weight, Packed) else own[0])
+    tensors = [part for weight in weights for part in (weight[:3] if isinstance(weight, Packed) else (weight,))]
+    arrays = iter(to_mlx([tensor for tensor in tensors if tensor is not None]))
+    result = [_packed(weight, arrays, DTYPES[dtype]) if isinstance(weight, Packed) else next(arrays)
+              for weight in weights]
     mx.eval(result)
     return result
 
 
-def _packed(weight: Packed, arrays: list[mx.array], dtype: mx.Dtype) -> PackedArrays:
-    codes, scale, *shift = arrays
-    if shift:
-        biases = shift[0]
+def _packed(weight: Packed, arrays: Iterator[mx.array], dtype: mx.Dtype) -> PackedArrays:
+    codes, scale = next(arrays), next(arrays)
+    if weight.shift is not None:
+        biases = next(arrays)
     else:
         step, origin = LEVELS[weight.bits]  # powers of two: the products are exact
         biases = scale * -origin
@@ -101,8 +96,7 @@ def _packed(weight: Packed, arrays: list[mx.array], dtype: mx.Dtype) -> PackedAr
 def product(x: mx.array, weight: PackedArrays | mx.array) -> mx.array:
     """``x @ weight.T`` for ``x`` ``(..., K)`` in the dtype of ``x``."""
     if isinstance(weight, PackedArrays):
-        return mx.quantized_matmul(x, weight.words, weight.scales, weight.biases, transpose=True,
-                                   group_size=weight.group, bits=weight.bits)
+        return mx.quantized_matmul(x, *weight[:3], transpose=True, group_size=weight.group, bits=weight.bits)
     return x @ weight.astype(x.dtype).T
 
 
@@ -120,8 +114,3 @@ def multiply_one_bit() -> None:
     """One small product of the smallest codes. Raises ValueError where MLX does not know them."""
     words, scales = mx.zeros((32, 4), dtype=mx.uint32), mx.zeros((32, 1))
     mx.eval(product(mx.zeros((1, 128)), PackedArrays(words, scales, scales, 1, 128)))
-
-
-def clear_cache() -> None:
-    """See ``backend.clear_cache``."""
-    mx.clear_cache()

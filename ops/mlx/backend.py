@@ -13,19 +13,18 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import platform
 import sys
 
 import torch
 
-from ..devices import is_apple_silicon
+from ..devices import DTYPES
 from ..packed import Packed
 
 NAME = "mlx"
-DEVICES = ("mps", "cpu")
+DEVICES: tuple[str, ...] = ("mps", "cpu")
 REMEDY = ("reinstall MLX for this macOS (pip install --force-reinstall --no-cache-dir mlx mlx-metal, in a native arm64 "
           "Python), or update MLX and, on macOS 26.0 or 26.1, macOS to 26.2")
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 #: Group sizes that ``mx.quantized_matmul`` takes.
 GROUPS = (32, 64, 128)
@@ -42,28 +41,25 @@ def problem(device: torch.device | None, fast: bool = False) -> str | None:
         from . import arrays
 
         arrays.multiply_one_bit()
-    except ImportError as failure:
+    except (ImportError, ValueError, RuntimeError) as failure:
+        said = next(iter(str(failure).splitlines()), type(failure).__name__)
+        if isinstance(failure, ValueError):
+            return f"MLX {importlib.metadata.version('mlx')} is too old ({said}): update it (pip install --upgrade mlx)"
+        if isinstance(failure, RuntimeError):
+            return f"MLX fails on this machine ({said}): {REMEDY}"
         # Left in sys.modules, the half-imported package would make einops import it on every torch tensor, and fail.
         for name in [name for name in sys.modules if name == "mlx" or name.startswith("mlx.")]:
             del sys.modules[name]
-        return f"MLX cannot be imported ({_first_line(failure)}): {REMEDY}"
-    except ValueError as failure:
-        return (f"MLX {importlib.metadata.version('mlx')} is too old ({_first_line(failure)}): update it "
-                "(pip install --upgrade mlx)")
-    except RuntimeError as failure:
-        return f"MLX fails on this machine ({_first_line(failure)}): {REMEDY}"
+        return f"MLX cannot be imported ({said}): {REMEDY}"
     return None
-
-
-def _first_line(failure: Exception) -> str:
-    return next(iter(str(failure).splitlines()), type(failure).__name__)
 
 
 def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
     """Weights whose form is exactly MLX's, on Apple silicon. By name also on a CPU, in float32 (there MLX accumulates
     half types in half precision)."""
-    here = is_apple_silicon(device) or (named and dtype == torch.float32)
-    return here and not fast and dtype in DTYPES and takes(packed)
+    apple_silicon = device.type == "mps" and platform.machine() == "arm64"
+    here = apple_silicon or (named and dtype == torch.float32)
+    return here and not fast and dtype in DTYPES.values() and takes(packed)
 
 
 def takes(packed: Packed) -> bool:
@@ -80,6 +76,6 @@ def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tenso
 
 def clear_cache() -> None:
     """Give the memory that MLX keeps for reuse back to the system. Call it when a model is dropped."""
-    from . import arrays
+    import mlx.core as mx
 
-    arrays.clear_cache()
+    mx.clear_cache()

@@ -16,9 +16,8 @@ import torch
 
 from ..packed import is_packed, parts
 from . import arrays
-from .arrays import PackedArrays, product
 
-Weights = dict[str, PackedArrays | mx.array]
+Weights = dict[str, arrays.PackedArrays | mx.array]
 
 _NORM_EPS = 1e-6
 #: The timestep, in thousandths, becomes 256 sinusoids with periods from 1 to 10,000 (BFL's flux2, ``model.py``).
@@ -33,8 +32,7 @@ def load(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Weights:
     return dict(zip(tensors, arrays.weight_arrays(weights, dtype), strict=True))
 
 
-def rotary_tables(ids: torch.Tensor, axes: Sequence[int] = ROPE_AXES,
-                  theta: float = ROPE_THETA) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(ids: torch.Tensor, axes: Sequence[int], theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines, each float32 ``(L, sum(axes) / 2)``, for position ids ``(L, len(axes))``.
 
     In float64 on the CPU: in float32 an angle of 1000 radians is off by up to 6e-5.
@@ -55,7 +53,7 @@ def time_embedding(timestep: torch.Tensor) -> torch.Tensor:
 
 def step(weights: Weights, img: torch.Tensor, img_ids: torch.Tensor, txt: torch.Tensor, txt_ids: torch.Tensor,
          timestep: torch.Tensor, qk_eps: float = _NORM_EPS, axes: Sequence[int] = ROPE_AXES,
-         theta: float = ROPE_THETA, after_block: Callable[[], None] | None = None) -> torch.Tensor:
+         theta: float = ROPE_THETA, after_block: Callable[[], object] = lambda: None) -> torch.Tensor:
     """One prediction ``(B, L_img, out channels)``, between torch tensors.
 
     ``img`` ``(B, L_img, in channels)``: image tokens, reference tokens behind them. ``txt`` ``(B, L_txt, width)``.
@@ -78,7 +76,7 @@ class Net(NamedTuple):
 
     def linear(self, x: mx.array, name: str) -> mx.array:
         """``x @ W.T`` with the weight of layer ``name``."""
-        return product(x, self.weights[f"{name}.weight"])
+        return arrays.product(x, self.weights[f"{name}.weight"])
 
     def heads(self, qkv: mx.array, norm: str) -> list[mx.array]:
         """Queries and keys (normalised) and values, each ``(B, heads, L, D)``, of fused ``(B, L, 3 * hidden)``."""
@@ -93,8 +91,7 @@ class Net(NamedTuple):
         return attended.transpose(0, 2, 1, 3).flatten(2)
 
 
-def forward(net: Net, img: mx.array, txt: mx.array, time: mx.array,
-            after_block: Callable[[], None] | None) -> mx.array:
+def forward(net: Net, img: mx.array, txt: mx.array, time: mx.array, after_block: Callable[[], object]) -> mx.array:
     """The transformer on arrays (see :func:`step`); ``time`` is the embedding of the timestep.
 
     Each block is evaluated on its own, which bounds the memory in flight. ``after_block`` is called after each: a host
@@ -108,13 +105,15 @@ def forward(net: Net, img: mx.array, txt: mx.array, time: mx.array,
             for stream in ("img", "txt")]
     for block in _blocks(net.weights, "double_blocks"):
         img, txt = double_block(net, block, img, txt, *mods)
-        _finish(after_block, img, txt)
+        mx.eval(img, txt)
+        after_block()
 
     x = mx.concatenate((txt, _finite(img)), axis=1)
     mod = mx.split(net.linear(condition, "single_stream_modulation.lin"), 3, axis=-1)
     for block in _blocks(net.weights, "single_blocks"):
         x = single_block(net, block, x, mod)
-        _finish(after_block, x)
+        mx.eval(x)
+        after_block()
 
     shift, scale = mx.split(net.linear(condition, "final_layer.adaLN_modulation.1"), 2, axis=-1)
     return net.linear(_modulate(x[:, text:], shift, scale), "final_layer.linear")
@@ -149,12 +148,6 @@ def single_block(net: Net, block: str, x: mx.array, mod: Sequence[mx.array]) -> 
     qkv, mlp = mx.split(fused, [3 * x.shape[-1]], axis=-1)
     attended = net.attention(*net.heads(qkv, f"{block}.norm"))
     return _finite(x + gate * net.linear(mx.concatenate((attended, _gated(mlp)), axis=-1), f"{block}.linear2"))
-
-
-def _finish(after_block: Callable[[], None] | None, *states: mx.array) -> None:
-    mx.eval(states)
-    if after_block is not None:
-        after_block()
 
 
 def _blocks(weights: Weights, kind: str) -> list[str]:
