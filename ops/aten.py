@@ -7,14 +7,15 @@ weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
-from .packed import PackedLayout, is_packed, packed_weight, parts
+from .packed import PackedLayout, is_packed, parts, rewrap
 
 _ATEN: Any = torch.ops.aten
 #: Operators that only move rows along dimension 0, and the position of their dimension argument. Inference mode shows
@@ -25,39 +26,29 @@ _IN_PLACE = ("add_", "sub_", "mul_", "div_", "addcmul_", "addcdiv_", "addmm_", "
              "fill_", "zero_", "masked_fill_", "index_add_", "index_copy_", "normal_", "uniform_")
 
 
-def alike(weights: Sequence) -> bool:
-    """Whether all weights are packed with the same bits, form, group and width, and present the same dtype."""
-    kinds = {(packed.bits, packed.form, packed.group, packed.k, weight.dtype)
-             for weight in weights if is_packed(weight) for packed in (parts(weight),)}
-    return len(kinds) == 1 and all(map(is_packed, weights))
+def _move_rows(operator: Callable, position: int, _first: Any, args: tuple, kwargs: dict) -> Any:
+    """Apply ``operator`` to codes, scales and shifts each: they have the same rows. Weights that are not all packed
+    alike, and other dimensions than the first, are dequantised."""
+    first, *rest = args
+    weights = first if isinstance(first, (list, tuple)) else [first]
+    dim = args[position] if len(args) > position else kwargs.get("dim", 0)
+    # At least one is packed, or torch would not have asked.
+    kinds = {(*parts(w)[3:], parts(w).group, w.shape[1], w.dtype) if is_packed(w) else None for w in weights}
+    if dim not in (0, -2) or len(kinds) > 1:
+        return operator(*dequantize_args(args), **dequantize_args(kwargs))
+    columns = zip(*map(PackedLayout.get_plain_tensors, weights), strict=True)
+    moved = [operator(list(column) if weights is first else column[0], *rest, **kwargs) for column in columns]
 
+    def wrap(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None) -> QuantizedTensor:
+        # Torch wants a view of a tensor made outside of inference mode to be like it.
+        with torch.inference_mode(weights[0].is_inference()):
+            return rewrap(parts(weights[0])._replace(codes=codes, scale=scale, shift=shift), weights[0].dtype)
 
-def _move_rows(operator: Callable, position: int) -> Callable:
-    """Apply ``operator`` to codes, scales and shifts each: they have the same rows."""
-    def handler(_first: Any, args: tuple, kwargs: dict) -> Any:
-        first, *rest = args
-        weights = first if isinstance(first, (list, tuple)) else [first]
-        dim = args[position] if len(args) > position else kwargs.get("dim", 0)
-        if dim not in (0, -2) or not alike(weights):
-            return operator(*dequantize_args(args), **dequantize_args(kwargs))
-        packed, dtype = parts(weights[0]), weights[0].dtype
-        columns = zip(*map(PackedLayout.get_plain_tensors, weights), strict=True)
-        moved = [operator(list(column) if weights is first else column[0], *rest, **kwargs) for column in columns]
-
-        def wrap(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None) -> QuantizedTensor:
-            # Torch wants a view of a tensor made outside of inference mode to be like it.
-            with torch.inference_mode(weights[0].is_inference()):
-                return packed_weight(codes, scale, packed.bits, packed.form, shift, dtype)
-
-        if isinstance(moved[0], torch.Tensor):
-            return wrap(*moved)
-        return [wrap(*piece) for piece in zip(*moved, strict=True)]
-
-    return handler
+    return wrap(*moved) if isinstance(moved[0], torch.Tensor) else [wrap(*piece) for piece in zip(*moved, strict=True)]
 
 
 for _operator, _position in _ROW_OPERATORS.items():
-    register_layout_op(_operator, PackedLayout)(_move_rows(_operator, _position))
+    register_layout_op(_operator, PackedLayout)(functools.partial(_move_rows, _operator, _position))
 
 
 @register_layout_op(_ATEN.to.device, PackedLayout)
@@ -71,6 +62,6 @@ def _refuse(weight: QuantizedTensor, args: tuple, kwargs: dict) -> None:
                               "Dequantize it first, or add the change beside the product, as a LoRA.")
 
 
-for _name in _IN_PLACE:
-    for _overload in getattr(_ATEN, _name).overloads():
-        register_layout_op(getattr(getattr(_ATEN, _name), _overload), PackedLayout)(_refuse)
+for _packet in (getattr(_ATEN, _name) for _name in _IN_PLACE):
+    for _overload in _packet.overloads():
+        register_layout_op(getattr(_packet, _overload), PackedLayout)(_refuse)

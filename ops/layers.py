@@ -1,17 +1,68 @@
-"""The layers that compute with packed weights, as plain ``torch.nn`` modules.
+"""``linear`` and ``embedding`` over packed or dense weights, as functions and as plain ``torch.nn`` modules.
 
-They are drop-in replacements of ``nn.Linear`` and ``nn.Embedding`` that take whatever weight a state dict brings:
-packed or dense. A host adapter subclasses them to add its own weight management.
+The packed product is one torch operator. The backend is chosen inside it, so that ``torch.compile`` sees one call
+whichever is used, and another number of rows recompiles nothing.
+
+The modules are drop-in replacements of ``nn.Linear`` and ``nn.Embedding`` that take whatever weight a state dict
+brings: packed or dense. A host adapter subclasses them to add its own weight management.
 """
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
-from .backends import AUTO
-from .linear import embedding, linear
-from .packed import is_packed, parts, rewrap, tag
+from . import backends
+from .backends import AUTO, Setting
+from .packed import Form, Packed, dequantize, is_packed, parts, rewrap, tag
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
+           setting: Setting = AUTO) -> torch.Tensor:
+    """``x @ weight.T + bias`` for ``x`` of shape ``(..., K)`` and a packed or dense ``weight`` ``(N, K)``.
+
+    Computed in the dtype of ``x``, which the result has, by the backend that ``setting`` gives where packed.
+    """
+    if is_packed(weight):
+        return _packed_linear(x, *parts(weight), bias, *setting)
+    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def embedding(indices: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Rows ``(..., K)`` of a packed or dense table ``(N, K)``, in ``dtype`` (default: the table's)."""
+    dtype = dtype or weight.dtype
+    if is_packed(weight):
+        return dequantize(parts(weight).rows(indices.reshape(-1)), dtype).view(*indices.shape, -1)
+    return torch.nn.functional.embedding(indices, weight).to(dtype)
+
+
+@torch.library.custom_op("bonsai_image::packed_linear", mutates_args=())
+def _packed_linear(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, bits: int,
+                   form: str, bias: torch.Tensor | None, backend: str, precision: str) -> torch.Tensor:
+    packed = Packed(codes, scale, shift, bits, cast(Form, form))
+    out = backends.multiply(x.reshape(-1, packed.k), packed, Setting(backend, precision))
+    if bias is not None:
+        out += bias.to(out.dtype)
+    return out.view(*x.shape[:-1], packed.n)
+
+
+@_packed_linear.register_fake
+def _(x, codes, scale, shift, bits, form, bias, backend, precision):
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.packed = Packed(*inputs[1:6])
+
+
+def _backward(ctx, grad):
+    """Only the activations have a gradient: the codes are not trainable."""
+    return grad @ dequantize(ctx.packed, grad.dtype), *[None] * 8
+
+
+_packed_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:
@@ -87,14 +138,11 @@ class PackedModule(nn.Module):
         return tag(self.loaded_weight())
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        if not is_packed(self.weight):
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-            return
-        for suffix, tensor in self.weight.state_dict().items():
-            destination[f"{prefix}weight{suffix}"] = tensor
-        destination[f"{prefix}comfy_quant"] = self.comfy_quant
-        if self.bias is not None:
-            destination[f"{prefix}bias"] = self.bias
+        # A packed weight is kept as it is: detaching it would copy its scales.
+        super()._save_to_state_dict(destination, prefix, keep_vars or is_packed(self.weight))
+        if is_packed(self.weight):
+            destination.update(self.weight.state_dict(f"{prefix}weight"))
+            destination[f"{prefix}comfy_quant"] = self.comfy_quant
 
     def _apply(self, fn, recurse=True):
         # nn.Module would assign into param.data, which a QuantizedTensor does not support.
@@ -114,8 +162,7 @@ class PackedLinear(PackedModule):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None):
         super().__init__((out_features, in_features), bias)
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., in_features)`` -> ``(..., out_features)`` in the dtype of ``x``."""
@@ -131,8 +178,7 @@ class PackedEmbedding(PackedModule):
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, device=None,
                  dtype=None):
         super().__init__((num_embeddings, embedding_dim), bias=False)
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """Integer indices ``(...)`` -> rows ``(..., embedding_dim)`` in the dtype of the table."""

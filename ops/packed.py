@@ -105,10 +105,8 @@ class PackedLayout(QuantizedLayout):
     @classmethod
     def quantize(cls, tensor, **kwargs):
         """Raises NotImplementedError: only the model's authors can make codes from a dense weight."""
-        raise NotImplementedError(
-            "Bonsai weights cannot be made from floating-point ones without changing the model; "
-            "load a packed file, or keep the changed layer dense."
-        )
+        raise NotImplementedError("Bonsai weights cannot be made from floating-point ones without changing the model; "
+                                  "load a packed file, or keep the changed layer dense.")
 
     @classmethod
     def dequantize(cls, qdata, params):
@@ -178,10 +176,9 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     codes, scale, shift, bits, form = packed
     exact = form == "symmetric" and bits <= 2
     wide = dtype if exact or dtype == torch.float64 else torch.float32
-    values = unpack_codes(torch.arange(256, dtype=torch.uint8, device=codes.device)[:, None], bits).to(wide)
-    if form == "symmetric":
-        step, origin = LEVELS[bits]
-        values = step * values - origin
+    step, origin = LEVELS[bits] if form == "symmetric" else (1, 0)
+    every_byte = torch.arange(256, dtype=torch.uint8, device=codes.device)[:, None]
+    values = step * unpack_codes(every_byte, bits).to(wide) - origin
     weight = _look_up(codes, values).view(*scale.shape, -1)
     factor = scale.to(wide)[..., None]
     if shift is None:
@@ -231,8 +228,7 @@ def packed_nbytes(weight: QuantizedTensor) -> int:
 
 def equal(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     """Whether two packed weights have identical codes, and scales and shifts of identical value in any dtype."""
-    one, other = parts(a), parts(b)
-    if (one.bits, one.form, a.shape) != (other.bits, other.form, b.shape):
+    if (parts(a).bits, parts(a).form, a.shape) != (parts(b).bits, parts(b).form, b.shape):
         return False
     pairs = zip(PackedLayout.get_plain_tensors(a), PackedLayout.get_plain_tensors(b), strict=True)
     return all(torch.equal(x, y.to(x.dtype)) and torch.equal(x.to(y.dtype), y) for x, y in pairs)
