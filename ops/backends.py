@@ -101,10 +101,9 @@ def choose(setting: Setting, device: torch.device, rows: int, packed: Packed,
     The first in order that takes the product, can be used, and has passed its self-check, which runs now if need be.
     """
     kind = selfcheck.Kind(packed.bits, packed.form, packed.group, dtype, packed.scale.dtype)
-    for backend, fast, found in _candidates(setting, device, rows, packed, dtype):
-        if found is None and (backend is torch_backend or selfcheck.passes(backend, device, kind, fast)):
-            return backend, fast
-    raise AssertionError("the torch backend takes every product")
+    # The torch backend takes every product, so there is a first one.
+    return next((backend, fast) for backend, fast, found in _candidates(setting, device, rows, packed, dtype)
+                if found is None and (backend is torch_backend or selfcheck.passes(backend, device, kind, fast)))
 
 
 def _candidates(setting: Setting, device: torch.device, rows: int, packed: Packed,

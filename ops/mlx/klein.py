@@ -99,7 +99,6 @@ def forward(net: Net, img: mx.array, txt: mx.array, time: mx.array, after_block:
     """
     condition = _silu(net.linear(_silu(net.linear(time, "time_in.in_layer")), "time_in.out_layer"))[:, None]
     img, txt = net.linear(img, "img_in"), net.linear(txt, "txt_in")
-    text = txt.shape[1]
 
     mods = [mx.split(net.linear(condition, f"double_stream_modulation_{stream}.lin"), 6, axis=-1)
             for stream in ("img", "txt")]
@@ -116,7 +115,7 @@ def forward(net: Net, img: mx.array, txt: mx.array, time: mx.array, after_block:
         after_block()
 
     shift, scale = mx.split(net.linear(condition, "final_layer.adaLN_modulation.1"), 2, axis=-1)
-    return net.linear(_modulate(x[:, text:], shift, scale), "final_layer.linear")
+    return net.linear(_modulate(x[:, txt.shape[1]:], shift, scale), "final_layer.linear")
 
 
 def double_block(net: Net, block: str, img: mx.array, txt: mx.array, img_mod: Sequence[mx.array],
