@@ -105,8 +105,8 @@ def multiply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
 
     Nothing is kept between calls: where memory is shared, making the arrays costs a table of ``N * K / group`` values.
     """
-    (weight,) = weight_arrays([packed], x.dtype)
-    (rows,) = to_mlx([x])
+    # The activations go along like a dense weight: one crossing.
+    rows, weight = weight_arrays([x, packed], x.dtype)
     return to_torch(product(rows, weight), x)
 
 
