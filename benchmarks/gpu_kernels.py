@@ -79,7 +79,7 @@ def kernels(device: torch.device, tiny: bool) -> dict:
         import interpreter  # noqa: F401 (our Triton kernels on the CPU)
 
         layers, text_layers, all_rows = ((256, 256), (384, 512)), ((192, 256),), (1, 70)
-    from bonsai_image.ops import int8_reference, selfcheck
+    from bonsai_image.ops import selfcheck
     from bonsai_image.ops.devices import default_dtype
     from bonsai_image.ops.packed import Packed, dequantize
 
@@ -102,7 +102,7 @@ def kernels(device: torch.device, tiny: bool) -> dict:
             calls = {"dense": functools.partial(torch.nn.functional.linear, x, weight)}
             calls |= {name: functools.partial(call, x, packed) for name, call in ways(packed, m, tiny, passes).items()}
             for way, call in calls.items():
-                target = int8_reference.multiply(x, packed) if way.startswith("int8") else expected
+                target = selfcheck.int8_reference(x, packed) if way.startswith("int8") else expected
                 error = (call().float() - target).norm() / target.norm()
                 table.append({"bits": bits, "n": n, "k": k, "rows": m, "way": way, "error": float(error),
                               "tolerance": max(torch.finfo(dtype).eps, 2**-9),

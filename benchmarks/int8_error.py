@@ -3,7 +3,7 @@ beside the two other ways in which cards multiply fewer bits.
 
     python benchmarks/int8_error.py
 
-Plain torch on the CPU, by ``ops/int8_reference.py``, which the Triton kernel equals (``tests/test_triton.py``). Random
+Plain torch on the CPU, by ``ops/selfcheck.py``, which the Triton kernel equals (``tests/test_triton.py``). Random
 models have no outlying activations: a trained one will show more.
 """
 
@@ -19,9 +19,9 @@ import torch
 
 from bonsai_image.loaders import Transformer
 from bonsai_image.loaders.klein import KleinConfig
-from bonsai_image.ops import int8_reference
 from bonsai_image.ops.layers import PackedLinear
 from bonsai_image.ops.packed import Packed, dequantize, parts
+from bonsai_image.ops.selfcheck import int8_reference, quantise_rows
 from bonsai_image.standalone import models
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
@@ -45,13 +45,13 @@ def fp8_blocks(x: torch.Tensor, packed: Packed) -> torch.Tensor:
 def folded_int8(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     """Activations and weight in int8 with one scale a row, into which the scales of the groups are folded: what an
     ordinary int8 product computes. It rounds the weight."""
-    q, row = int8_reference.quantise_rows(x)
+    q, row = quantise_rows(x)
     weight = dequantize(packed, torch.float32)
-    levels, column = int8_reference.quantise_rows(weight)
+    levels, column = quantise_rows(weight)
     return (q.double() @ levels.double().t()).float() * row[:, None] * column
 
 
-WAYS: dict[str, Product] = {"int8": int8_reference.multiply, "fp8 1x128": fp8_blocks, "int8 folded": folded_int8}
+WAYS: dict[str, Product] = {"int8": int8_reference, "fp8 1x128": fp8_blocks, "int8 folded": folded_int8}
 
 
 def sample(module: torch.nn.Module, seed: int) -> torch.Tensor:
@@ -70,7 +70,7 @@ def sample(module: torch.nn.Module, seed: int) -> torch.Tensor:
     return latent
 
 
-def round_activations(module: torch.nn.Module, errors: list[float], product: Product = int8_reference.multiply) -> None:
+def round_activations(module: torch.nn.Module, errors: list[float], product: Product = int8_reference) -> None:
     """Make every packed layer of ``module`` compute by ``product``, and note its error on what it is given."""
     for layer in module.modules():
         if isinstance(layer, PackedLinear):

@@ -1,4 +1,5 @@
-"""What a backend is, and what it must get right before it is used: one small product, the same for all of them.
+"""What a backend is, what it computes with int8 activations, and what it must get right before it is used: one small
+product, the same for all of them.
 
 The check runs when a backend is about to multiply a kind of weight for the first time in a process. A backend that
 fails it is logged once and not used for that kind; the next one takes over.
@@ -14,7 +15,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from . import int8_reference
 from .packed import Form, Packed, dequantize
 
 _LOG = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Backend(Hashable, Protocol):
     def multiply(self, x: torch.Tensor, packed: Packed, fast: bool) -> torch.Tensor:
         """``x @ W.T`` for ``x`` ``(M, K)``, M at least 1; ``(M, N)`` in the dtype of ``x``.
 
-        With ``fast``, as ``ops/int8_reference.py`` defines it; else exact up to the rounding of the dtype.
+        With ``fast``, as :func:`int8_reference` defines it; else exact up to the rounding of the dtype.
         """
 
 
@@ -111,7 +111,36 @@ def worst_error(backend: Backend, device: torch.device, kind: Kind, fast: bool) 
     worst = 0.0
     for rows in _ROWS:
         x = (torch.arange(rows * k, device=device) * 0.37).sin().view(rows, k).to(dtype)
-        expected = int8_reference.multiply(x, packed) if fast else x.float() @ dequantize(packed, dtype).float().t()
+        expected = int8_reference(x, packed) if fast else x.float() @ dequantize(packed, dtype).float().t()
         error = (backend.multiply(x, packed, fast).float() - expected).norm() / expected.norm()
         worst = max(worst, float(error.nan_to_num(torch.inf)) / tolerance)
     return worst
+
+
+def int8_reference(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """``x @ W.T`` with int8 activations for ``x`` ``(M, K)`` and a symmetric weight; float32 ``(M, N)``.
+
+    The definition of what a backend computes with ``fast``, in plain torch, slow but on any device. For
+    ``W[n, k] = scale[n, k // group] * level[n, k]``::
+
+        q[m, k] = round(x[m, k] * (127 / amax[m]))                      int8, amax[m] = max over k of |x[m, k]|
+        out[m, n] = amax[m] / 127 * sum_g scale[n, g] * sum_{k in g} q[m, k] * level[n, k]
+
+    The inner sum is exact. The outer sum and the two scales are float32.
+    """
+    groups = packed.scale.shape[1]
+    levels = dequantize(packed._replace(scale=torch.ones_like(packed.scale)), torch.float32)
+    q, row = quantise_rows(x)
+    total = torch.zeros(x.shape[0], packed.n, dtype=torch.float32, device=x.device)
+    for g, (left, right) in enumerate(zip(q.float().chunk(groups, 1), levels.chunk(groups, 1), strict=True)):
+        # Float32 holds the sums exactly: they are at most 127 * 8 * 128.
+        total += (left @ right.t()) * packed.scale[:, g].float()
+    return total * row[:, None]
+
+
+def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` ``(M, K)`` -> int8 ``(M, K)`` and float32 ``(M,)`` with ``x ~ q * row[:, None]``."""
+    amax = x.float().abs().amax(1)
+    # A number divided by a tensor would be computed as a reciprocal and a product, rounded twice.
+    inverse = torch.where(amax > 0, torch.full_like(amax, 127.0) / amax, 0.0)
+    return torch.round(x.float() * inverse[:, None]).to(torch.int8), amax / 127.0

@@ -7,7 +7,7 @@ exact
 fast
     The activations are rounded to int8 with one scale a row, and multiplied by the exact int8 levels. Every product
     and every sum inside a group is exact; the rounding of the activations is the whole error
-    (``ops/int8_reference.py``).
+    (``ops/selfcheck.py``).
 
 The dense copy (its size: ``ops/tuning.py``) comes from torch's allocator at every call. In steady state that is the
 same block each time without asking the driver; nothing is held between calls, two streams never share it, and

@@ -11,10 +11,11 @@ import threading
 import pytest
 import torch
 
-from bonsai_image.ops import backends, int8_reference, selfcheck
+from bonsai_image.ops import backends, selfcheck
 from bonsai_image.ops.backends import Setting
 from bonsai_image.ops.cpu import backend as cpu_backend
 from bonsai_image.ops.packed import Packed, dequantize
+from bonsai_image.ops.selfcheck import int8_reference
 
 llvm = pytest.importorskip("llvmlite.binding")
 kernels = pytest.importorskip("bonsai_image.ops.cpu.kernels")
@@ -87,10 +88,10 @@ def test_int8_products_are_their_definition(kind, bits, threads):
     for m, n, k in ((1, 64, 128), (8, 65, 256), (37, 200, 384), (130, 100, 1024)):
         packed = random_packed(n, k, bits)
         x = torch.randn(m, 2 * k, generator=torch.Generator().manual_seed(m))[:, k:] * 3
-        expected = int8_reference.multiply(x, packed)
+        expected = int8_reference(x, packed)
         assert torch.equal(cpu_backend.multiply_int8(x, packed, kind), expected)
         x = x.bfloat16()
-        assert torch.equal(cpu_backend.multiply_int8(x, packed, kind), int8_reference.multiply(x, packed).bfloat16())
+        assert torch.equal(cpu_backend.multiply_int8(x, packed, kind), int8_reference(x, packed).bfloat16())
 
 
 @pytest.mark.parametrize("fast", (False, True))
@@ -124,7 +125,7 @@ def test_what_it_leaves_to_torch(monkeypatch):
 def test_int8_products_in_several_blocks_of_rows(kind, monkeypatch, threads):
     monkeypatch.setattr(cpu_backend, "ACTIVATION_BYTES", 50 * 256)
     packed, x = random_packed(130, 256), torch.randn(137, 256)
-    assert torch.equal(cpu_backend.multiply_int8(x, packed, kind), int8_reference.multiply(x, packed))
+    assert torch.equal(cpu_backend.multiply_int8(x, packed, kind), int8_reference(x, packed))
 
 
 @pytest.mark.parametrize("kind", INT8)
@@ -135,7 +136,7 @@ def test_the_largest_sums_of_a_group_fit(kind):
     for sign in (1, -1):
         x = torch.full((9, 256), sign * 5.0)
         x[:, ::2] *= -1 if sign < 0 else 1
-        assert torch.equal(cpu_backend.multiply_int8(x, packed, kind), int8_reference.multiply(x, packed))
+        assert torch.equal(cpu_backend.multiply_int8(x, packed, kind), int8_reference(x, packed))
 
 
 @pytest.mark.parametrize("kind", INT8)
@@ -212,7 +213,7 @@ def test_amx_product_with_emulated_instructions(bits, monkeypatch):
         out = cpu_backend.multiply_int8(x, packed, "amx")
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(out, int8_reference.multiply(x, packed))
+    assert torch.equal(out, int8_reference(x, packed))
     assert not tiles.configured
 
 
@@ -254,7 +255,7 @@ def test_all_indices_once(threads):
 
 def test_products_from_several_threads_at_once(threads):
     packed, x = random_packed(200, 1024), torch.randn(40, 1024)
-    expected, results = int8_reference.multiply(x, packed), []
+    expected, results = int8_reference(x, packed), []
     callers = [threading.Thread(target=lambda: results.extend(
         torch.equal(cpu_backend.multiply_int8(x, packed, INT8[0]), expected) for _ in range(5))) for _ in range(4)]
     for caller in callers:

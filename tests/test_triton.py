@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bonsai_image.ops import int8_reference
 from bonsai_image.ops.packed import Packed, dequantize
+from bonsai_image.ops.selfcheck import int8_reference, quantise_rows
 from bonsai_image.ops.triton_backend import row_blocks
 from bonsai_image.ops.tuning import DEFAULT
 
@@ -93,9 +93,9 @@ def random_layer(m=64, n=256, k=1024, bits=2):
 def test_int8_error_is_the_rounding_of_activations_alone(bits):
     x, packed = random_layer(bits=bits)
     weight = dequantize(packed, torch.float64)
-    q, row = int8_reference.quantise_rows(x)
+    q, row = quantise_rows(x)
     rounded = q.double() * row.double()[:, None]
-    out = int8_reference.multiply(x, packed).double()
+    out = int8_reference(x, packed).double()
     assert torch.linalg.norm(out - rounded @ weight.t()) / torch.linalg.norm(out) < 1e-6
     # amax of 1024 normal numbers is about 3.4: the step is 3.4 / 127, its rounding 0.77 % of their size.
     error = torch.linalg.norm(out - x.double() @ weight.t()) / torch.linalg.norm(out)

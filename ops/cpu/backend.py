@@ -3,7 +3,7 @@
 exact
     A block of rows is expanded at memory speed, then multiplied by torch.
 fast
-    Activations are rounded to int8 with one scale a row and multiplied by the exact codes (``ops/int8_reference.py``),
+    Activations are rounded to int8 with one scale a row and multiplied by the exact codes (``ops/selfcheck.py``),
     by the best instruction of this CPU.
 
 Products use ``torch.get_num_threads()`` threads and hold nothing between calls. They can be interrupted between blocks,

@@ -1,4 +1,4 @@
-"""A few columns of an int8 product: int32 inside a group of 128, float32 across groups (``ops/int8_reference.py``).
+"""A few columns of an int8 product: int32 inside a group of 128, float32 across groups (``ops/selfcheck.py``).
 
 The codes of the columns become a panel of bytes, which stays in the L2 cache while it is multiplied with all rows of
 activations. All instructions share this text but for :func:`dot` and, for AMX, :func:`add_tiles`.

@@ -9,7 +9,6 @@ import torch
 from bonsai_image.ops import (
     Setting,
     gemlite_backend,
-    int8_reference,
     linear,
     parts,
     selfcheck,
@@ -19,6 +18,7 @@ from bonsai_image.ops import (
 )
 from bonsai_image.ops.devices import Gpu
 from bonsai_image.ops.packed import Packed, dequantize, rewrap
+from bonsai_image.ops.selfcheck import int8_reference
 
 GENERATOR = torch.Generator().manual_seed(0)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -83,7 +83,7 @@ def int8():
         x[3] = 0
         x[4, 5] = 1000
         q, row = triton_kernels.quantise_rows(x)
-        expected_q, expected_row = int8_reference.quantise_rows(x)
+        expected_q, expected_row = selfcheck.quantise_rows(x)
         report(f"quantise-rows-{name}", (q != expected_q).sum() + (row != expected_row).sum(), 0)
     for bits in (1, 2, 4):
         packed = weight(70, 384, bits, 128)
@@ -102,7 +102,7 @@ def int8():
         for name, dtype in DTYPES.items():
             tile = tuning.TILES[m % len(tuning.TILES)]
             out = triton_backend.multiply(x.to(dtype), packed, True, tuning.DEFAULT._replace(tile=tile))
-            expected = int8_reference.multiply(x.to(dtype), packed)
+            expected = int8_reference(x.to(dtype), packed)
             # The sum over groups is rounded in FP32 in both; then the result to its dtype.
             tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
             report(f"int8-{bits}-{group}-{m}x{n}-{name}", relative(out, expected), tolerance)
