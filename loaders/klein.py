@@ -16,9 +16,7 @@ from .errors import CHOOSE_MODEL, ModelFileError
 from .files import TensorFile
 from .names import alike, count_blocks, is_comfyui, is_packable, name_map, prefix
 
-HEAD_DIM = 128
-MLP_RATIO = 3
-TIMESTEP_CHANNELS = 256
+HEAD_DIM, MLP_RATIO, TIMESTEP_CHANNELS = 128, 3, 256
 #: What no tensor shows.
 _FIXED = {"patch_size": 1, "axes_dims_rope": [32, 32, 32, 32], "rope_theta": 2000, "eps": 1e-6}
 

@@ -114,15 +114,11 @@ def _verify(model: Transformer, keeps_codes: bool, path: Path, progress: Progres
     written = load_transformer(path, progress).tensors
     expected = to_comfyui(model.tensors) if is_comfyui(written) else to_diffusers(model.tensors)
     for name, tensor in expected.items():
-        if not _same(tensor, written[name], keeps_codes):
+        other = written[name]
+        same = equal(tensor, other) if is_packed(tensor) and is_packed(other) else torch.equal(tensor, other)
+        if not same and (keeps_codes or not torch.equal(expand(tensor), expand(other))):
             raise ModelFileError(model.path, f"{name} on disk as in memory", "a difference after writing",
                                  "check the disk")
-
-
-def _same(one: torch.Tensor, other: torch.Tensor, keeps_codes: bool) -> bool:
-    if is_packed(one) and is_packed(other):
-        return equal(one, other) or (not keeps_codes and torch.equal(expand(one), expand(other)))
-    return torch.equal(one, other)
 
 
 def _flush(path: Path) -> None:

@@ -84,11 +84,10 @@ def normalise(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
 def read_config(path: Path, tensors: Mapping[str, torch.Tensor]) -> Qwen3Config:
     """The dimensions of the Qwen3 decoder in ``tensors``, read off rows and norms, so that packed weights may be in any
     format. Raises ModelFileError."""
-    dimensions = {"norm": 1, "layers.0.self_attn.q_norm": 1, "embed_tokens": 2, "layers.0.self_attn.q_proj": 2,
-                  "layers.0.self_attn.k_proj": 2, "layers.0.mlp.gate_proj": 2}
-    hidden, head_dim, vocab, q, kv, mlp = (shape[0] for shape in read_shapes(
-        path, tensors, {f"model.{name}.weight": count for name, count in dimensions.items()},
-        "a Qwen3 text encoder", CHOOSE_TEXT_ENCODER))
+    hidden, head_dim, vocab, q, kv, mlp = (shape[0] for shape in read_shapes(path, tensors, {
+        "model.norm.weight": 1, "model.layers.0.self_attn.q_norm.weight": 1, "model.embed_tokens.weight": 2,
+        "model.layers.0.self_attn.q_proj.weight": 2, "model.layers.0.self_attn.k_proj.weight": 2,
+        "model.layers.0.mlp.gate_proj.weight": 2}, "a Qwen3 text encoder", CHOOSE_TEXT_ENCODER))
     layers = count_numbered(tensors, r"model\.layers\.(\d{1,4})\.")
     config = Qwen3Config(vocab, hidden, layers, q // head_dim, kv // head_dim, head_dim, mlp)
     if not config.kv_heads or config.heads % config.kv_heads:
