@@ -14,9 +14,9 @@ from ..ops.packed import is_packed
 from .check import Shapes, check_json, check_tensors, read_shapes
 from .errors import CHOOSE_MODEL, ModelFileError
 from .files import TensorFile
-from .names import alike, count_blocks, is_comfyui, is_packable, name_map, prefix
+from .names import MLP_RATIO, alike, count_blocks, is_comfyui, is_packable, layers, name_map, prefix
 
-HEAD_DIM, MLP_RATIO, TIMESTEP_CHANNELS = 128, 3, 256
+HEAD_DIM, TIMESTEP_CHANNELS = 128, 256
 #: What no tensor shows.
 _FIXED = {"patch_size": 1, "axes_dims_rope": [32, 32, 32, 32], "rope_theta": 2000, "eps": 1e-6}
 
@@ -49,42 +49,18 @@ class KleinConfig:
         }
 
 
-def diffusers_shapes(config: KleinConfig) -> Shapes:
-    """The shape of every tensor, by diffusers name."""
-    h, mlp = config.hidden, MLP_RATIO * config.hidden
-    shapes: Shapes = {
-        "x_embedder": (h, config.in_channels),
-        "context_embedder": (h, config.text_width),
-        "time_guidance_embed.timestep_embedder.linear_1": (h, TIMESTEP_CHANNELS),
-        "time_guidance_embed.timestep_embedder.linear_2": (h, h),
-        "double_stream_modulation_img.linear": (6 * h, h),
-        "double_stream_modulation_txt.linear": (6 * h, h),
-        "single_stream_modulation.linear": (3 * h, h),
-        "norm_out.linear": (2 * h, h),
-        "proj_out": (config.out_channels, h),
-    }
-    for i in range(config.double_blocks):
-        block = f"transformer_blocks.{i}"
-        for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
-            shapes[f"{block}.attn.{name}"] = (h, h)
-        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            shapes[f"{block}.attn.{name}"] = (HEAD_DIM,)
-        for name in ("ff", "ff_context"):
-            shapes |= {f"{block}.{name}.linear_in": (2 * mlp, h), f"{block}.{name}.linear_out": (h, mlp)}
-    for i in range(config.single_blocks):
-        block = f"single_transformer_blocks.{i}.attn"
-        shapes |= {f"{block}.to_qkv_mlp_proj": (3 * h + 2 * mlp, h), f"{block}.to_out": (h, h + mlp),
-                   f"{block}.norm_q": (HEAD_DIM,), f"{block}.norm_k": (HEAD_DIM,)}
-    return {f"{name}.weight": shape for name, shape in shapes.items()}
-
-
 def comfyui_shapes(config: KleinConfig) -> Shapes:
     """The shape of every tensor, by ComfyUI name."""
-    shapes = diffusers_shapes(config)
-    return {
-        name: (len(sources) * shapes[sources[0]][0], *shapes[sources[0]][1:])
-        for name, sources in name_map(config.double_blocks, config.single_blocks).items()
-    }
+    sizes = {**vars(config), "head_dim": HEAD_DIM, "timestep_channels": TIMESTEP_CHANNELS}
+    return {name: tuple(sizes[size] if isinstance(size, str) else size * config.hidden for size in shape)
+            for name, (_, shape) in layers(config.double_blocks, config.single_blocks).items()}
+
+
+def diffusers_shapes(config: KleinConfig) -> Shapes:
+    """The shape of every tensor, by diffusers name."""
+    joined = comfyui_shapes(config)
+    return {source: (joined[name][0] // len(sources), *joined[name][1:])
+            for name, sources in name_map(config.double_blocks, config.single_blocks).items() for source in sources}
 
 
 def is_klein(names: Mapping[str, object]) -> bool:

@@ -19,34 +19,40 @@ from .errors import CHOOSE_UNMODIFIED, ModelFileError
 
 Value = TypeVar("Value")
 
-#: ComfyUI's names -> diffusers' (three where ComfyUI joins them).
-_TOP = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
-    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
-    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
-    "single_stream_modulation.lin": "single_stream_modulation.linear",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-    "final_layer.linear": "proj_out",
+#: Width of an MLP in widths of the model.
+MLP_RATIO = 3
+#: In widths of the model, or by name where a dimension is none (see ``klein.comfyui_shapes``).
+Shape = tuple[int | str, ...]
+_NORM: Shape = ("head_dim",)
+
+#: ComfyUI's layers -> diffusers' (three where ComfyUI joins q, k and v), and the shape of the weight in ComfyUI.
+_TOP: dict[str, tuple[str, Shape]] = {
+    "img_in": ("x_embedder", (1, "in_channels")),
+    "txt_in": ("context_embedder", (1, "text_width")),
+    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1", (1, "timestep_channels")),
+    "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2", (1, 1)),
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear", (6, 1)),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear", (6, 1)),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear", (3, 1)),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear", (2, 1)),
+    "final_layer.linear": ("proj_out", ("out_channels", 1)),
 }
-#: The same of a stream of a double-stream block; diffusers' for the image stream, and for the text stream.
-_STREAM = {
-    "attn.qkv": ("attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"),
-    "attn.proj": ("attn.to_out.0", "attn.to_add_out"),
-    "attn.norm.query_norm": ("attn.norm_q", "attn.norm_added_q"),
-    "attn.norm.key_norm": ("attn.norm_k", "attn.norm_added_k"),
-    "mlp.0": ("ff.linear_in", "ff_context.linear_in"),
-    "mlp.2": ("ff.linear_out", "ff_context.linear_out"),
+#: The same of a stream in a double-stream block; diffusers' in the image stream, and in the text stream.
+_STREAM: dict[str, tuple[str, str, Shape]] = {
+    "attn.qkv": ("attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj", (3, 1)),
+    "attn.proj": ("attn.to_out.0", "attn.to_add_out", (1, 1)),
+    "attn.norm.query_norm": ("attn.norm_q", "attn.norm_added_q", _NORM),
+    "attn.norm.key_norm": ("attn.norm_k", "attn.norm_added_k", _NORM),
+    "mlp.0": ("ff.linear_in", "ff_context.linear_in", (2 * MLP_RATIO, 1)),
+    "mlp.2": ("ff.linear_out", "ff_context.linear_out", (1, MLP_RATIO)),
 }
-_DOUBLE = {f"{stream}_{name}": sources for name, both in _STREAM.items()
-           for stream, sources in zip(("img", "txt"), both, strict=True)}
-_SINGLE = {
-    "linear1": "attn.to_qkv_mlp_proj",
-    "linear2": "attn.to_out",
-    "norm.query_norm": "attn.norm_q",
-    "norm.key_norm": "attn.norm_k",
+_DOUBLE = {f"{stream}_{name}": (sources, shape) for name, (image, text, shape) in _STREAM.items()
+           for stream, sources in (("img", image), ("txt", text))}
+_SINGLE: dict[str, tuple[str, Shape]] = {
+    "linear1": ("attn.to_qkv_mlp_proj", (3 + 2 * MLP_RATIO, 1)),
+    "linear2": ("attn.to_out", (1, 1 + MLP_RATIO)),
+    "norm.query_norm": ("attn.norm_q", _NORM),
+    "norm.key_norm": ("attn.norm_k", _NORM),
 }
 _SWAPPED = "final_layer.adaLN_modulation.1.weight"
 #: Prefixes under which single-file checkpoints nest the diffusion model.
@@ -64,13 +70,18 @@ def count_blocks(names: Mapping[str, object]) -> tuple[int, int]:
             count_numbered(names, r"single_(?:transformer_)?blocks\.(\d{1,4})\."))
 
 
-def name_map(double: int, single: int) -> dict[str, tuple[str, ...]]:
-    """ComfyUI tensor name -> the one or three diffusers names it is made of, for so many blocks."""
+def layers(double: int, single: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
+    """ComfyUI tensor name -> the one or three diffusers names it is made of, and its shape, for so many blocks."""
     tables = [("", "", _TOP)]
     tables += [(f"double_blocks.{i}.", f"transformer_blocks.{i}.", _DOUBLE) for i in range(double)]
     tables += [(f"single_blocks.{i}.", f"single_transformer_blocks.{i}.", _SINGLE) for i in range(single)]
-    return {f"{ours}{name}.weight": tuple(f"{theirs}{source}.weight" for source in sources.split())
-            for ours, theirs, table in tables for name, sources in table.items()}
+    return {f"{ours}{name}.weight": (tuple(f"{theirs}{source}.weight" for source in sources.split()), shape)
+            for ours, theirs, table in tables for name, (sources, shape) in table.items()}
+
+
+def name_map(double: int, single: int) -> dict[str, tuple[str, ...]]:
+    """The names of :func:`layers` alone."""
+    return {name: sources for name, (sources, _) in layers(double, single).items()}
 
 
 def is_packable(name: str) -> bool:
