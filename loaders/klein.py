@@ -14,7 +14,7 @@ from ..ops.packed import is_packed
 from .check import Shapes, check_json, check_tensors, read_shapes
 from .errors import CHOOSE_MODEL, ModelFileError
 from .files import TensorFile
-from .names import MLP_RATIO, alike, count_blocks, is_comfyui, is_packable, layers, name_map, prefix
+from .names import MLP_RATIO, alike, count_blocks, is_comfyui, is_packable, layers, prefix
 
 HEAD_DIM, TIMESTEP_CHANNELS = 128, 256
 #: What no tensor shows.
@@ -60,7 +60,7 @@ def diffusers_shapes(config: KleinConfig) -> Shapes:
     """The shape of every tensor, by diffusers name."""
     joined = comfyui_shapes(config)
     return {source: (joined[name][0] // len(sources), *joined[name][1:])
-            for name, sources in name_map(config.double_blocks, config.single_blocks).items() for source in sources}
+            for name, (sources, _) in layers(config.double_blocks, config.single_blocks).items() for source in sources}
 
 
 def is_klein(names: Mapping[str, object]) -> bool:
@@ -106,7 +106,7 @@ def check_klein(file: TensorFile, tensors: Mapping[str, torch.Tensor]) -> KleinC
         if is_packed(tensor) and not is_packable(name):
             raise ModelFileError(file.path, f"{name} to be dense", "it packed, though Bonsai packs only the linears "
                                  "inside the blocks", CHOOSE_MODEL)
-    for sources in name_map(config.double_blocks, config.single_blocks).values():
+    for sources, _ in layers(config.double_blocks, config.single_blocks).values():
         if not is_comfyui(tensors) and not alike([tensors[source] for source in sources]):
             raise ModelFileError(file.path, f"{sources[0]} packed like the other projections of its block",
                                  "another packing")

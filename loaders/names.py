@@ -1,4 +1,4 @@
-"""Tensor names of FLUX.2 Klein: diffusers' and ComfyUI's, and the lossless way between them.
+"""The layers of FLUX.2 Klein: diffusers' and ComfyUI's names, shapes, and the lossless way between the two.
 
 Two things are more than a renaming: ComfyUI fuses the q, k and v projections of a double-stream block into one (rows
 concatenated, which works on packed rows), and stores the final modulation as (shift, scale) where diffusers has
@@ -19,9 +19,9 @@ from .errors import CHOOSE_UNMODIFIED, ModelFileError
 
 Value = TypeVar("Value")
 
-#: Width of an MLP in widths of the model.
+#: Width of an MLP in widths of the model. Its first layer computes a gate as well.
 MLP_RATIO = 3
-#: In widths of the model, or by name where a dimension is none (see ``klein.comfyui_shapes``).
+#: In widths of the model, or by name where a dimension is no multiple of it (see ``klein.comfyui_shapes``).
 Shape = tuple[int | str, ...]
 _NORM: Shape = ("head_dim",)
 
@@ -79,11 +79,6 @@ def layers(double: int, single: int) -> dict[str, tuple[tuple[str, ...], Shape]]
             for ours, theirs, table in tables for name, (sources, shape) in table.items()}
 
 
-def name_map(double: int, single: int) -> dict[str, tuple[str, ...]]:
-    """The names of :func:`layers` alone."""
-    return {name: sources for name, (sources, _) in layers(double, single).items()}
-
-
 def is_packable(name: str) -> bool:
     """Whether Bonsai packs the tensor of this name (either convention): the linears inside the blocks."""
     return bool(re.match(r"(single_|double_)?(transformer_)?blocks\.", name)) and "norm" not in name
@@ -135,7 +130,7 @@ def to_comfyui(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if is_comfyui(tensors):
         return tensors
     result = {}
-    for name, sources in name_map(*count_blocks(tensors)).items():
+    for name, (sources, _) in layers(*count_blocks(tensors)).items():
         weights = [tensors[source] for source in sources]
         result[name] = _join(weights) if len(weights) > 1 else weights[0]
     result[_SWAPPED] = _swap_halves(result[_SWAPPED])
@@ -147,7 +142,7 @@ def to_diffusers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if not is_comfyui(tensors):
         return tensors
     result: dict[str, torch.Tensor] = {}
-    for name, targets in name_map(*count_blocks(tensors)).items():
+    for name, (targets, _) in layers(*count_blocks(tensors)).items():
         tensor = _swap_halves(tensors[name]) if name == _SWAPPED else tensors[name]
         result.update(zip(targets, tensor.chunk(len(targets)), strict=True))
     return result
