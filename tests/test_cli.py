@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from command_line import BINARY, MINIATURE, SMALL, run
+from command_line import BINARY, MINIATURE, SMALL, run, sentence
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -129,8 +130,37 @@ def test_inspect_describes_a_repository(repository, capsys):
     dense = [tensor for name, tensor in tensors.items() if f"{name.rpartition('.')[0]}." not in packed]
     assert model["dense_tensors"] == len(dense) and model["dense_bytes"] == sum(tensor.nbytes for tensor in dense)
     assert model["file_bytes"] == file.stat().st_size
+    assert model["config"]["text_width"] == 384 and parts["VAE"]["config"]["latent_channels"]
+    assert run("inspect", repository) == 0
+    lines = (f"  {model['packed_weights']:,} packed weights in {model['packed_bytes']:,} bytes; {len(dense)} dense "
+             f"tensors in {model['dense_bytes']:,} bytes (bfloat16)\n  {model['file_bytes']:,} bytes on disk\n"
+             "  problem: none\n")
+    assert lines in capsys.readouterr().out
     assert run("inspect", repository / "vae") == 0
-    assert "VAE" in capsys.readouterr().out
+    assert "VAE, diffusers format" in capsys.readouterr().out
+
+
+def test_inspect_shows_warnings_and_counts_all_shards(copy, capsys):
+    folder = copy("sharded")
+    index = next(folder.glob("*.index.json"))
+    content = json.loads(index.read_text())
+    content["weight_map"]["gone.weight"] = "a.safetensors"
+    index.write_text(json.dumps(content))
+    assert run("inspect", folder) == 0
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    printed = capsys.readouterr().out
+    assert f"  {size:,} bytes on disk\n  warning: the index and a.safetensors differ in 1 tensors, such as " in printed
+
+
+def test_inspect_names_what_it_cannot_describe(repository, tmp_path, capsys):
+    whole = shutil.copytree(repository, tmp_path / "whole")
+    (whole / "mine").mkdir()
+    (whole / "mine" / "a.safetensors").write_bytes(b"cut short")
+    assert run("inspect", whole) == 0
+    assert f"{whole / 'mine' / 'a.safetensors'}\n  other folder\n  problem: " in capsys.readouterr().out
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    assert run("inspect", tmp_path / "other.safetensors") == 2
+    assert "expected the diffusion model of Bonsai Image, found tensors such as x;" in sentence(capsys)
 
 
 def test_inspect_finds_a_code_that_is_not_ternary(repository, tmp_path, capsys):
@@ -140,7 +170,9 @@ def test_inspect_finds_a_code_that_is_not_ternary(repository, tmp_path, capsys):
     save_file(tensors, tmp_path / "b.safetensors")
     capsys.readouterr()
     assert run("inspect", tmp_path / "b.safetensors") == 0
-    assert "comfy format, ternary" in capsys.readouterr().out, "no code is read without --verify"
+    printed = capsys.readouterr()
+    assert "comfy format, ternary" in printed.out and "problem: none" in printed.out, "no code is read without --verify"
+    assert not printed.err, "and no file hashed"
     assert run("inspect", tmp_path / "b.safetensors", "--verify") == 0
     printed = capsys.readouterr()
     assert "not ternary (first: single_blocks.0.linear1.weight)" in printed.out

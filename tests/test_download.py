@@ -10,6 +10,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -24,11 +25,13 @@ LARGE = "transformer-packed-mflux/diffusion_pytorch_model.safetensors"
 
 
 class Hub(ThreadingHTTPServer):
-    """The routes that a download uses. ``cut`` ends the next large transfer there; ``served`` overrides contents."""
+    """The routes that a download uses. ``cut`` ends the next large transfer there; ``served`` overrides contents;
+    ``extra`` are names that only the first list has."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.cut, self.served, self.ranges, self.tokens, self.paths, self.fetched = None, dict(FILES), [], [], [], []
+        self.cut, self.served, self.extra = None, dict(FILES), []
+        self.ranges, self.tokens, self.paths, self.fetched = [], [], [], []
 
     @property
     def url(self) -> str:
@@ -60,14 +63,16 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(b"{}", {"X-Error-Code": "RepoNotFound"}, 404)
 
     def entry(self, name: str) -> dict:
-        content = FILES[name]
+        content = FILES.get(name, b"")
         sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
         return {"size": len(content), "blobId": sha1, **({"lfs": lfs} if name == LARGE else {})}
 
     def description(self) -> dict:
+        names = [*FILES, *self.server.extra]
+        self.server.extra = []
         return {"_id": "1", "id": f"prism-ml/{NAME}", "modelId": f"prism-ml/{NAME}", "sha": COMMIT, "private": False,
-                "tags": [], "downloads": 0, "siblings": [{"rfilename": name, **self.entry(name)} for name in FILES]}
+                "tags": [], "downloads": 0, "siblings": [{"rfilename": name, **self.entry(name)} for name in names]}
 
     def tree(self) -> list[dict]:
         return [{"type": "file", "path": name, "oid": self.entry(name)["blobId"], "size": len(content),
@@ -107,15 +112,15 @@ def hub():
     server.server_close()
 
 
-#: Runs the command as if COMMIT, with one file of FILES as it should be or not, were the published one.
+#: Runs the command as if COMMIT, with one file, by its name, size and SHA-256 or "", were the published one.
 PUBLISHED = f"""
 import sys
 from bonsai_image import published
 from bonsai_image.__main__ import main
-size, sha256 = sys.argv[-2:]
-files = (published.File({LARGE!r}, int(size), sha256),)
+name, size, sha256 = sys.argv[-3:]
+files = (published.File(name, int(size), sha256 or None),)
 published.REPOSITORIES["ternary", "mlx"] = published.Repository("prism-ml/{NAME}", {COMMIT!r}, files)
-del sys.argv[-2:]
+del sys.argv[-3:]
 sys.exit(main())
 """
 
@@ -143,24 +148,28 @@ def test_a_repository_arrives_whole_without_an_account(hub, tmp_path):
     assert not any(hub.tokens), "no token is sent even where one is set"
     assert "%" in done.stderr, "a progress bar"
     assert [path.name for path in (tmp_path / "models").iterdir()] == [NAME]
+    assert any(path.is_file() for path in (folder / ".cache").rglob("*")), "the client's own records"
+    branch = [path for path in hub.paths if path.split("?")[0].endswith("/revision/main")]
+    assert len(branch) == 1, "a branch that moves meanwhile gives files of one commit"
 
 
-def test_by_default_it_takes_the_published_revision(hub, tmp_path):
+@pytest.mark.parametrize("sha256", [hashlib.sha256(FILES[LARGE]).hexdigest(), ""], ids=["hash", "no hash"])
+def test_by_default_it_takes_the_published_revision(hub, tmp_path, sha256):
     done = run(hub, home=tmp_path, revision=None)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert f"has no revision {REPOSITORIES['ternary', 'mlx'].commit}; use --revision main" in done.stderr
-    sha256 = hashlib.sha256(FILES[LARGE]).hexdigest()
-    done = run(hub, "16000000", sha256, home=tmp_path, command=("-c", PUBLISHED), revision=None)
+    done = run(hub, LARGE, "16000000", sha256, home=tmp_path, command=("-c", PUBLISHED), revision=None)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "models" / NAME / "bonsai-download.json").read_text())
     assert record["revision"] == record["commit"] == COMMIT
 
 
-@pytest.mark.parametrize(("size", "sha256"), [("16000001", None), ("16000000", "0" * 64)], ids=["size", "hash"])
-def test_another_file_than_the_published_one_is_not_fetched(hub, tmp_path, size, sha256):
-    sha256 = sha256 or hashlib.sha256(FILES[LARGE]).hexdigest()
-    done = run(hub, size, sha256, home=tmp_path, command=("-c", PUBLISHED), revision=None)
-    assert done.returncode == 2 and f"{LARGE} of prism-ml/{NAME} at {COMMIT} is not the published file" in done.stderr
+@pytest.mark.parametrize(("name", "size", "sha256"), [
+    (LARGE, "16000001", hashlib.sha256(FILES[LARGE]).hexdigest()), (LARGE, "16000000", "0" * 64),
+    ("vae/gone.safetensors", "16000000", "")], ids=["size", "hash", "gone"])
+def test_another_file_than_the_published_one_is_not_fetched(hub, tmp_path, name, size, sha256):
+    done = run(hub, name, size, sha256, home=tmp_path, command=("-c", PUBLISHED), revision=None)
+    assert done.returncode == 2 and f"{name} of prism-ml/{NAME} at {COMMIT} is not the published file" in done.stderr
     assert not hub.fetched
 
 
@@ -204,6 +213,26 @@ def test_a_hub_that_names_files_elsewhere_is_refused(name):
     with pytest.raises(ValueError, match="outside of the repository"):
         _inside(name)
     assert _inside("vae/config.json") == "vae/config.json"
+
+
+def test_such_a_hub_is_not_fetched_from(hub, tmp_path):
+    hub.extra = ["../victim.txt"]
+    done = run(hub, home=tmp_path)
+    assert done.returncode == 2 and "outside of the repository (../victim.txt)" in done.stderr and not hub.fetched
+
+
+def test_a_file_that_did_not_arrive_is_damaged(hub, tmp_path):
+    hub.extra = ["vae/gone.json"]
+    done = run(hub, home=tmp_path)
+    assert done.returncode == 2 and "bonsai-image: vae/gone.json arrived damaged" in done.stderr.splitlines()[-1]
+
+
+def test_an_error_without_a_message_is_named(tmp_path, monkeypatch):
+    from bonsai_image.standalone import download
+
+    monkeypatch.setattr(download.HfApi, "model_info", Mock(side_effect=TimeoutError))
+    with pytest.raises(ValueError, match=r"stopped \(TimeoutError\); whole files are kept"):
+        download.download(REPOSITORIES["ternary", "mlx"], None, tmp_path)
 
 
 def test_a_target_that_is_no_folder_is_said_before_the_network_is_used(hub, tmp_path):
