@@ -19,7 +19,7 @@ import torch
 
 from bonsai_image.loaders import Transformer
 from bonsai_image.loaders.klein import KleinConfig
-from bonsai_image.ops.layers import PackedLinear
+from bonsai_image.ops.linear import PackedLinear
 from bonsai_image.ops.packed import Packed, dequantize, parts
 from bonsai_image.ops.selfcheck import int8_reference, quantise_rows
 from bonsai_image.standalone import models

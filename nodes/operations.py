@@ -9,7 +9,7 @@ import comfy.ops
 import torch
 
 from ..ops.backends import AUTO, Setting
-from ..ops.layers import PackedEmbedding, PackedLinear, PackedModule, embedding, linear
+from ..ops.linear import PackedEmbedding, PackedLinear, PackedModule, embedding, linear
 from ..ops.packed import is_packed
 from .side_paths import Adapters
 

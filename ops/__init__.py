@@ -2,7 +2,7 @@
 
 from . import aten  # noqa: F401 (registers what torch operators do to a packed weight)
 from .backends import NAMES, PRECISIONS, Setting
-from .layers import PackedEmbedding, PackedLinear, embedding, linear
+from .linear import PackedEmbedding, PackedLinear, embedding, linear
 from .packed import Packed, dequantize, is_packed, pack_codes, packed_nbytes, packed_weight, parts, unpack_codes
 
 __all__ = ["NAMES", "PRECISIONS", "Packed", "PackedEmbedding", "PackedLinear", "Setting", "dequantize", "embedding",

@@ -17,7 +17,7 @@ from ..loaders.errors import DOWNLOAD_FOLDER, refusing
 from ..loaders.names import to_comfyui, to_diffusers
 from ..loaders.qwen3 import TAPPED_LAYERS
 from ..ops.backends import AUTO, Setting, multiplies
-from ..ops.layers import PackedEmbedding, PackedLinear
+from ..ops.linear import PackedEmbedding, PackedLinear
 from ..ops.packed import is_packed, parts
 
 

@@ -16,7 +16,7 @@ from bonsai_image.ops import backends, gemlite_backend, linear, selfcheck, torch
 from bonsai_image.ops.backends import AUTO, Choice, Setting
 from bonsai_image.ops.cpu import backend as cpu_backend
 from bonsai_image.ops.devices import Gpu
-from bonsai_image.ops.layers import PackedLinear
+from bonsai_image.ops.linear import PackedLinear
 from bonsai_image.ops.mlx import backend as mlx_backend
 from bonsai_image.ops.packed import parts
 

@@ -50,7 +50,7 @@ def test_links_and_files_exist(page):
 
 
 def test_a_broken_link_is_found(tmp_path):
-    (tmp_path / "page.md").write_text("# One\n[a](#one) [b](#two) [c](none.md) `ops/none.py` `ops/layers.py`\n")
+    (tmp_path / "page.md").write_text("# One\n[a](#one) [b](#two) [c](none.md) `ops/none.py` `ops/linear.py`\n")
     assert broken(tmp_path / "page.md") == ["ops/none.py", "#two", "none.md"]
 
 

@@ -9,7 +9,7 @@ import torch
 from reference import dense64, random_weight, relative
 
 from bonsai_image.ops import Setting, backends, torch_backend
-from bonsai_image.ops.layers import PackedEmbedding, PackedLinear, linear
+from bonsai_image.ops.linear import PackedEmbedding, PackedLinear, linear
 from bonsai_image.ops.packed import PackedLayout, packed_nbytes, parts
 
 CASES = [(1, "symmetric", 128), (2, "symmetric", 128), (2, "symmetric", 32), (4, "symmetric", 64), (1, "affine", 128),

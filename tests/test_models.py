@@ -11,7 +11,7 @@ import torch
 from reference import relative
 
 from bonsai_image.loaders import ModelFileError, load_text_encoder, load_transformer
-from bonsai_image.ops.layers import PackedLinear
+from bonsai_image.ops.linear import PackedLinear
 from bonsai_image.ops.packed import is_packed
 from bonsai_image.standalone.models import scheduler, text_encoder_module, transformer_module, vae_module
 

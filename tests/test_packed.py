@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import dense64, random_weight
 
-from bonsai_image.ops import layers
+from bonsai_image.ops.linear import _parameter
 from bonsai_image.ops.packed import (
     PackedLayout,
     dequantize,
@@ -139,7 +139,7 @@ def context(request):
 
 def held(bits: int = 2, form: str = "symmetric", n: int = 12, dtype=torch.bfloat16, seed: int = 0):
     """A weight as a layer holds it."""
-    return layers._parameter(random_weight(bits, form, n, 256, 64, dtype, seed))
+    return _parameter(random_weight(bits, form, n, 256, 64, dtype, seed))
 
 
 ROWS = {"slice": lambda w: [w[3:9]], "step": lambda w: [w[::2]], "narrow": lambda w: [w.narrow(0, 2, 5)],
