@@ -45,7 +45,7 @@ class Kind(NamedTuple):
 #: fill the registers (measured best of five and of four shapes). ``portable`` has no int8 product: no such CPU is
 #: measured.
 KINDS = {
-    "amx": Kind("amx-int8 avx512vnni avx512bw", "x86-64-v4", "+avx512vnni,+amx-tile,+amx-int8", 16, 32, 2, 16),
+    "amx": Kind("amx-int8 avx512vnni avx512bw", "x86-64-v4", "+avx512vnni,+amx-tile,+amx-int8", 16, 64, 4, 16),
     "vnni512": Kind("avx512vnni avx512bw avx512dq avx512vl", "x86-64-v4", "+avx512vnni", 16, 8, 3, 8),
     "vnni256": Kind("avxvnni avx2 fma bmi2", "x86-64-v3", "+avxvnni", 8, 6, 2, 6),
     "avx2": Kind("avx2 fma bmi2", "x86-64-v3", "", 8, 6, 2, 6),

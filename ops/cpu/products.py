@@ -119,37 +119,42 @@ def configure_tiles(b: Builder) -> None:
 
 def add_tiles(b: Builder, name: str, q: ir.Value, start: ir.Value, scale: ir.Value, columns: ir.Value,
               panel: ir.Value, acc: ir.Value, groups: ir.Value) -> None:
-    """As :func:`add_vectors` by AMX: tiles 0 to 3 hold 32 x 32 sums, 4 and 5 activations, 6 and 7 levels.
+    """As :func:`add_vectors` by AMX, a square of 32 x 32 sums at a time: tiles 0 to 3 hold them, 4 and 5 activations, 6
+    and 7 levels.
 
-    The sums of one group are added to ``acc`` while the next group is multiplied.
+    All squares of a group follow each other: its activations and levels come from the L2 cache once. The sums of one
+    square are added to ``acc`` while the next one is multiplied.
     """
     kind = KINDS[name]
+    corners = [(m, n) for m in range(0, kind.rows, 32) for n in range(0, kind.columns, 32)]  # an even number
     stored = b.at(acc, F32, kind.rows * kind.columns)  # behind the sums, twice four tiles
 
-    def place(g: ir.Value) -> ir.Value:
-        return b.at(stored, I32, b.times(b.and_(g, I64(1)), 4 * 256))
-
-    def convert(g: ir.Value) -> None:
-        scales = [b.read(scale, F32, b.plus(b.times(g, columns), v), 16) for v in (0, 16)]
-        source = place(g)
+    def add(g: ir.Value, square: int) -> None:
+        m, n = corners[square]
+        scales = [b.read(scale, F32, b.plus(b.times(g, columns), n + v), 16) for v in (0, 16)]
         for tile in range(4):
             for r in range(16):
-                sums = b.read(source, I32, 256 * tile + 16 * r, 16)
-                accumulate(b, sums, scales[tile % 2], acc, (tile // 2 * 16 + r) * kind.columns + tile % 2 * 16)
+                sums = b.read(stored, I32, 1024 * (square % 2) + 256 * tile + 16 * r, 16)
+                accumulate(b, sums, scales[tile % 2], acc,
+                           (m + tile // 2 * 16 + r) * kind.columns + n + tile % 2 * 16)
 
     with b.loop(groups) as g:
-        for tile in range(4):
-            amx(b, "tilezero", tile)
-        for half in range(2):
-            for i in range(2):
-                left = b.plus(b.times(groups, 16 * GROUP * i), b.times(g, 2048), 1024 * half)
-                amx(b, "tileloadd64", 4 + i, b.at(q, I8, left), I64(64))
-                right = b.plus(b.times(g, GROUP * kind.columns), 64 * kind.columns * half + 64 * i)
-                amx(b, "tileloadd64", 6 + i, b.at(panel, I8, right), I64(4 * kind.columns))
+        for square, (m, n) in enumerate(corners):
             for tile in range(4):
-                amx(b, "tdpbssd", tile, 4 + tile // 2, 6 + tile % 2)
-        with b.if_then(b.icmp_signed(">", g, I64(0))):
-            convert(b.sub(g, I64(1)))
-        for tile in range(4):
-            amx(b, "tilestored64", tile, b.at(place(g), I32, 256 * tile), I64(64))
-    convert(b.sub(groups, I64(1)))
+                amx(b, "tilezero", tile)
+            for half in range(2):
+                for i in range(2):
+                    left = b.plus(b.times(groups, GROUP * (m + 16 * i)), b.times(g, 2048), 1024 * half)
+                    amx(b, "tileloadd64", 4 + i, b.at(q, I8, left), I64(64))
+                    right = b.plus(b.times(g, GROUP * kind.columns), 64 * kind.columns * half + 4 * (n + 16 * i))
+                    amx(b, "tileloadd64", 6 + i, b.at(panel, I8, right), I64(4 * kind.columns))
+                for tile in range(4):
+                    amx(b, "tdpbssd", tile, 4 + tile // 2, 6 + tile % 2)
+            if square:
+                add(g, square - 1)
+            else:
+                with b.if_then(b.icmp_signed(">", g, I64(0))):
+                    add(b.sub(g, I64(1)), len(corners) - 1)
+            for tile in range(4):
+                amx(b, "tilestored64", tile, b.at(stored, I32, 1024 * (square % 2) + 256 * tile), I64(64))
+    add(b.sub(groups, I64(1)), len(corners) - 1)
