@@ -29,7 +29,8 @@ def _compute_inputs() -> list[io.Combo.Input]:
             "What computes with the packed weights. auto: the fastest backend that runs on this device.")),
         "precision": (backends.PRECISIONS, (
             "exact: activations keep their dtype. fast: activations are rounded to int8, which changes the image "
-            "slightly; NVIDIA GPUs since Ampere, same as exact elsewhere. The packed weights stay exact.")),
+            "slightly; NVIDIA GPUs since Ampere and CPUs with llvmlite; same as exact elsewhere. The packed weights "
+            "stay exact.")),
     }
     return [io.Combo.Input(name, options=list(options), default=options[0], optional=True, advanced=True, tooltip=text)
             for name, (options, text) in inputs.items()]
