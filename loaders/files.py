@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +25,11 @@ from .errors import DOWNLOAD_AGAIN, ModelFileError, refusing
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
+#: What ``torch.load(weights_only=True)`` and ``zipfile`` raise on damaged or hostile bytes: they let the parser's own
+#: exceptions escape.
+_UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError,
+                      AttributeError, AssertionError, OverflowError, MemoryError, ImportError, struct.error, OSError,
+                      zipfile.BadZipFile, zlib.error)
 _CHUNK = 1 << 20
 
 
@@ -138,7 +146,7 @@ def read_pickle(path: Path, mmap: bool = True) -> tuple[dict[str, Any], dict[str
     try:
         _check_archive(path, with_data=not mmap)
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # of any kind: what their parsers raise on damaged or hostile bytes escapes
+    except _UNPICKLING_ERRORS as error:
         raise ModelFileError(path, "a PyTorch file of plain tensors", f"one not safe to read, {_reason(error)}",
                              "download it again from its publisher, or use the MLX format") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

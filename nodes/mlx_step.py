@@ -31,7 +31,7 @@ def refusal(options: Mapping[Any, Any], inputs: Mapping[str, Any], patched: int,
     """
     active = [f"{name} ({kind})" for name in PATCH_OPTIONS
               for kind, functions in options.get(name, {}).items() if functions]
-    unknown_options = [str(name) for name in options if name not in HARMLESS_OPTIONS.union(PATCH_OPTIONS)]
+    unknown_options = [str(name) for name in options if name not in HARMLESS_OPTIONS and name not in PATCH_OPTIONS]
     unknown_inputs = [name for name, value in inputs.items() if value is not None and name not in HARMLESS_INPUTS]
     reasons = {
         f"patches on {patched} weights (LoRA or merge)": patched,
