@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from ...loaders import ModelFileError, Repository
+from ...loaders.errors import refusing
 from ...loaders.description import sha256
 from ...loaders.files import no_progress
 from ..generate import check_settings
@@ -82,7 +83,8 @@ def read(path: Path, defaults: Row) -> Iterator[Row | ValueError]:
     if path.suffix.lower() not in READERS:
         raise ModelFileError(path, f"prompts in a {', '.join(READERS)} file", path.suffix or "no suffix",
                              "give the file one of these names")
-    try:
+    # pyarrow's errors are ValueErrors, as JSON's are
+    with refusing(path, "a readable prompt file", "check the file", OSError, ValueError, csv.Error):
         for number, record in enumerate(READERS[path.suffix.lower()](path), 1):
             if not isinstance(record, dict) or (unknown := set(map(str, record)) - set(COLUMNS)):
                 found = f"column {min(unknown)}" if isinstance(record, dict) else "something else"
@@ -91,8 +93,6 @@ def read(path: Path, defaults: Row) -> Iterator[Row | ValueError]:
                 yield make(record, defaults, path.parent)
             except ValueError as error:
                 yield ValueError(f"row {number} of {path.name}: {error}")
-    except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors are ValueErrors, as JSON's are
-        raise ModelFileError(path, "a readable prompt file", str(error), "check the file") from error
 
 
 def make(record: dict[str, Any], defaults: Row, folder: Path) -> Row:
