@@ -18,8 +18,8 @@ from typing import Any
 from PIL import Image
 
 from ...loaders import ModelFileError, Repository
-from ...loaders.errors import refusing
 from ...loaders.description import sha256
+from ...loaders.errors import refusing
 from ...loaders.files import no_progress
 from ..generate import check_settings
 
