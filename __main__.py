@@ -3,8 +3,6 @@
 By its path it works in any folder of any name, such as one under ``custom_nodes`` that was never pip-installed.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

@@ -4,8 +4,6 @@ Nothing is imported here, so that ``bonsai-image download`` needs no torch. Size
 lists at these commits; a hash is left out where it is not known in full.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 #: Where ``bonsai-image download`` records what it fetched, in the repository's folder.

@@ -9,8 +9,6 @@ driver at random and compares every byte with an undisturbed run. ``--simulate``
 that denoise and die at a rate, a driver that hands out one task at a time, a shared disk.
 """
 
-from __future__ import annotations
-
 import argparse
 import heapq
 import json

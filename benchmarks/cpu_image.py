@@ -7,8 +7,6 @@ its own. Printed are seconds a step (the median), peak RSS while it denoises, an
 dense one, whose weights have the same values. Text encoder and VAE are left out: all modes share them.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import subprocess
@@ -50,7 +48,7 @@ def denoise(mode: str, side: int, steps: int, out: Path) -> None:
     module, tokens = build(mode), side // 16
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(1, tokens**2, FULL.in_channels, generator=generator).bfloat16()
-    text = torch.randn(1, TEXT_TOKENS, FULL.text_width, generator=generator).bfloat16()
+    text = torch.randn(1, TEXT_TOKENS, FULL.joint_attention_dim, generator=generator).bfloat16()
     places = {"img_ids": coordinates(tokens, tokens)[None], "txt_ids": torch.zeros(1, TEXT_TOKENS, 4)}
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     sigmas, seconds = torch.linspace(1, 0, steps + 1), []

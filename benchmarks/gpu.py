@@ -11,10 +11,7 @@ chooses some by parts of their names, such as ``comfyui-default`` or ``embedded`
 Exits with 1 if a result is wrong.
 """
 
-from __future__ import annotations
-
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -37,12 +34,12 @@ import random_model
 
 #: What measures a case, by its kind.
 SCRIPTS = {"kernels": "gpu_kernels.py", "embedded": "gpu_case.py", "comfyui": "gpu_case.py"}
-KLEIN = KleinConfig(hidden=3072, text_width=7680, in_channels=128, out_channels=128, double_blocks=5, single_blocks=20)
-QWEN3 = Qwen3Config(vocab=151936, hidden=2560, layers=36, heads=32, kv_heads=8, head_dim=128, mlp=9728)
+KLEIN = KleinConfig()
+QWEN3 = Qwen3Config()
 VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 32}
 #: ComfyUI knows the text encoder by its width of 2560 and brings a tokenizer of 151936.
-TINY_KLEIN = dataclasses.replace(KLEIN, hidden=256, double_blocks=1, single_blocks=2)
-TINY_QWEN3 = dataclasses.replace(QWEN3, layers=28, heads=1, kv_heads=1, mlp=128)
+TINY_KLEIN = KleinConfig(num_attention_heads=2, num_layers=1, num_single_layers=2)
+TINY_QWEN3 = Qwen3Config(num_hidden_layers=28, num_attention_heads=1, num_key_value_heads=1, intermediate_size=128)
 TINY_VAE = {**VAE, "decoder_block_out_channels": (32, 64, 128, 128)}
 
 #: Latents of the exact ways may differ from the dense model's by the rounding of 16-bit activations over four steps.

@@ -5,8 +5,6 @@ Prints one line of JSON last. Memory is what the device has in use beyond what i
 of one image of their own, not timed, before each stage of which torch's allocator gives back what it keeps.
 """
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import json
@@ -144,13 +142,10 @@ class ComfyUI:
             tensors = dict(to_comfyui(dense(load_transformer(repository.transformer).tensors)))
             self.model = comfy.sd.load_diffusion_model_state_dict(tensors)
             encoder = load_text_encoder(repository.text_encoder)
-            options = {"qwen3_4b_model_config": {"num_hidden_layers": encoder.config.layers,
-                                                 "vocab_size": encoder.config.vocab,
-                                                 "intermediate_size": encoder.config.mlp,
-                                                 "num_attention_heads": encoder.config.heads,
-                                                 "num_key_value_heads": encoder.config.kv_heads}}
+            dimensions = {name: size for name, size in vars(encoder.config).items() if name != "head_dim"}
             self.clip = comfy.sd.load_text_encoder_state_dicts(
-                [dense(encoder.tensors)], clip_type=comfy.sd.CLIPType.FLUX2, model_options=options)
+                [dense(encoder.tensors)], clip_type=comfy.sd.CLIPType.FLUX2,
+                model_options={"qwen3_4b_model_config": dimensions})
         else:
             backend = backends.Setting("auto", case["precision"])
             self.model = models.load_model(str(repository.transformer), setting=backend)

@@ -6,8 +6,6 @@
 ``benchmarks/gpu.py`` runs it in a process of its own with its case as JSON and reads the line of JSON it prints last.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import statistics

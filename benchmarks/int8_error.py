@@ -7,8 +7,6 @@ Plain torch on the CPU, by ``ops/selfcheck.py``, which the Triton kernel equals 
 models have no outlying activations: a trained one will show more.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys
@@ -90,7 +88,7 @@ def main() -> None:
           f"{'latent':>8}")
     for variant, bits in (("ternary", 2), ("binary", 1)):
         for hidden, double, single in ((256, 1, 2), (512, 2, 6)):
-            config = KleinConfig(hidden, TEXT_WIDTH, 128, 128, double, single)
+            config = KleinConfig(hidden // 128, TEXT_WIDTH, 128, 128, double, single)
             tensors = random_model.random_transformer(config, bits, torch.Generator().manual_seed(0))
             model = Transformer(Path("random"), "random", tensors, config)
             exact = sample(models.transformer_module(model, torch.device("cpu"), torch.float32), 1)

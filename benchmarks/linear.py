@@ -11,8 +11,6 @@ Other CPUs are measured by switching features off, for torch and for our kernels
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/linear.py --dtype fp32 --kinds avx2 vnni256
 """
 
-from __future__ import annotations
-
 import argparse
 import platform
 import time

@@ -7,8 +7,6 @@ Every load runs in a process of its own. Memory is the peak resident set (file p
 alone take. With COMFYUI_PATH set, each file is also loaded as a MODEL in ComfyUI on the CPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -28,7 +26,7 @@ from bonsai_image.loaders.names import is_packable
 from bonsai_image.ops.packed import is_packed, packed_nbytes, packed_weight
 
 #: FLUX.2 Klein 4B.
-FULL = KleinConfig(hidden=3072, text_width=7680, in_channels=128, out_channels=128, double_blocks=5, single_blocks=20)
+FULL = KleinConfig()
 VARIANTS = {"ternary": 2, "binary": 1}
 FORMATS = ("mlx", "gemlite", "comfy", "comfy-base3", "diffusers")
 

@@ -5,8 +5,6 @@
 Only the linears are timed, so the share of a whole step (which has attention and norms as well) is smaller.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -8,8 +8,6 @@ then one table: seconds and memory of the diffusion model's four paths, each in 
 --checkpoint, the weights are random in the full size. With it, a whole image is drawn with it as well.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform
@@ -37,7 +35,7 @@ from random_model import write_repository
 #: Name -> what it is. ``mlx`` is what ``auto`` means on a Mac.
 PATHS = {"mlx": "whole transformer in MLX", "layers": "MLX in each layer", "torch": "torch, packed",
          "dense": "torch, dense"}
-SMALL = KleinConfig(hidden=256, text_width=384, in_channels=128, out_channels=128, double_blocks=2, single_blocks=2)
+SMALL = KleinConfig(num_attention_heads=2, joint_attention_dim=384, num_layers=2, num_single_layers=2)
 TOKEN_PIXELS = 16
 
 
@@ -46,7 +44,7 @@ def step_inputs(config: KleinConfig, pixels: int, device: torch.device, dtype: t
     text = 512 if config == FULL else 20
     generator, one, side = torch.Generator().manual_seed(0), torch.arange(1), torch.arange(pixels // TOKEN_PIXELS)
     floats = {"hidden_states": torch.randn(1, len(side) ** 2, config.in_channels, generator=generator),
-              "encoder_hidden_states": torch.randn(1, text, config.text_width, generator=generator),
+              "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim, generator=generator),
               "timestep": torch.tensor([0.7])}
     ids = {"img_ids": torch.cartesian_prod(one, side, side, one),
            "txt_ids": torch.cartesian_prod(one, one, one, torch.arange(text))}

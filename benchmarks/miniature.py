@@ -9,8 +9,6 @@ Held-out prompts (``miniature/train/scenes.py``), four steps, CFG 1; what a pict
 Triton kernel's do (``tests/test_triton.py``).
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
@@ -21,9 +19,11 @@ from diffusers import Flux2KleinPipeline
 
 from bonsai_image.loaders import find_repository, load_text_encoder
 from bonsai_image.ops.backends import Setting
-from bonsai_image.standalone import demo, models
+from bonsai_image.standalone import models
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "miniature" / "train"))
+import demo
 from measure import held_out_scenes, score
 
 CPU = torch.device("cpu")

@@ -9,8 +9,6 @@ peak, what the instructions of our compiled kernel leave for the matrix units, o
 float takes most on data-centre GPUs.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 #: Packed layers as ComfyUI names them, (N, K): in a double block for image and text each, and in a single block.

@@ -8,8 +8,6 @@ runs in a process of its own; memory is its peak resident set above the imports,
 is not counted.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json
@@ -51,7 +49,7 @@ def measure(case: str, path: str, size: int, steps: int) -> dict[str, float]:
     before, ends = peak_bytes(), []
     register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     latent = torch.randn(1, 128, size // 16, size // 16, generator=torch.Generator().manual_seed(0))
-    text = torch.randn(1, 512, FULL.text_width, generator=torch.Generator().manual_seed(1))
+    text = torch.randn(1, 512, FULL.joint_attention_dim, generator=torch.Generator().manual_seed(1))
     settings = {
         "batch_size": 1, "grad_accumulation_steps": 1, "steps": steps + 1, "learning_rate": 1e-4, "rank": 8,
         "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "bf16", "lora_dtype": "fp32",
@@ -67,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=256, help="pixels along each side")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--blocks", type=int, nargs=2, default=(FULL.double_blocks, FULL.single_blocks),
+    parser.add_argument("--blocks", type=int, nargs=2, default=(FULL.num_layers, FULL.num_single_layers),
                         metavar=("DOUBLE", "SINGLE"), help="fewer than the model's 5 and 20, where memory is short")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--measure", nargs=2, metavar=("CASE", "PATH"), help=argparse.SUPPRESS)
@@ -77,7 +75,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         packed, dense = Path(scratch) / "packed.safetensors", Path(scratch) / "dense.safetensors"
-        config = dataclasses.replace(FULL, double_blocks=args.blocks[0], single_blocks=args.blocks[1])
+        config = dataclasses.replace(FULL, num_layers=args.blocks[0], num_single_layers=args.blocks[1])
         model = random_model(config, 2, packed)
         save_transformer(model, packed, "comfy")
         if "dense" in args.cases:

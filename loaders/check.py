@@ -1,7 +1,5 @@
 """The checks that every state dict passes before a model is built from it."""
 
-from __future__ import annotations
-
 import reprlib
 from collections.abc import Collection, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a model is made of, counted; and which published file it is."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Mapping

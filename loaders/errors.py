@@ -1,7 +1,5 @@
 """The one exception for files that cannot be used."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 A :class:`TensorFile` is what every format decodes. Nothing here knows what the tensors mean.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -8,8 +8,6 @@ the file until memory is full.)
 Source: ``gguf.h`` and ``ggml-common.h`` of ggml; ``ggml-common.h`` of PrismML's fork of llama.cpp for PQ2_0.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping

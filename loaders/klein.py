@@ -1,10 +1,8 @@
 """The architecture of the diffusion model: FLUX.2 Klein, its dimensions read off the tensors, and the check that a
 state dict is exactly one such model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +14,43 @@ from .errors import CHOOSE_MODEL, ModelFileError
 from .files import TensorFile
 from .names import MLP_RATIO, alike, count_blocks, is_comfyui, is_packable, layers, prefix
 
-HEAD_DIM, TIMESTEP_CHANNELS = 128, 256
-#: What no tensor shows.
+HEAD_DIM = 128
+#: What no tensor shows, and what the shapes of all tensors rest on.
 _FIXED = {"patch_size": 1, "axes_dims_rope": [32, 32, 32, 32], "rope_theta": 2000, "eps": 1e-6}
+_SHOWN = {"attention_head_dim": HEAD_DIM, "timestep_guidance_channels": 256, "mlp_ratio": float(MLP_RATIO)}
 
 
 @dataclass(frozen=True)
 class KleinConfig:
-    """Dimensions of a FLUX.2 Klein transformer. The 4B release: 3072 wide, 5 + 20 blocks, text 7680, 128 channels."""
+    """Dimensions of a FLUX.2 Klein transformer, as diffusers' ``config.json`` calls them; by default the 4B release's.
 
-    hidden: int
-    text_width: int
-    in_channels: int
-    out_channels: int
-    double_blocks: int
-    single_blocks: int
+    ``joint_attention_dim`` is the width of the text, ``num_layers`` counts double-stream blocks.
+    """
+
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 7680
+    in_channels: int = 128
+    out_channels: int = 128
+    num_layers: int = 5
+    num_single_layers: int = 20
 
     def diffusers(self) -> dict[str, Any]:
         """The arguments of ``diffusers.Flux2Transformer2DModel``."""
-        return {
-            **_FIXED,
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "num_layers": self.double_blocks,
-            "num_single_layers": self.single_blocks,
-            "attention_head_dim": HEAD_DIM,
-            "num_attention_heads": self.hidden // HEAD_DIM,
-            "joint_attention_dim": self.text_width,
-            "timestep_guidance_channels": TIMESTEP_CHANNELS,
-            "mlp_ratio": float(MLP_RATIO),
-            "guidance_embeds": False,
-        }
+        return {**_FIXED, **_SHOWN, **asdict(self), "guidance_embeds": False}
 
 
 def comfyui_shapes(config: KleinConfig) -> Shapes:
     """The shape of every tensor, by ComfyUI name."""
-    sizes = {**vars(config), "head_dim": HEAD_DIM, "timestep_channels": TIMESTEP_CHANNELS}
-    return {name: tuple(sizes[size] if isinstance(size, str) else size * config.hidden for size in shape)
-            for name, (_, shape) in layers(config.double_blocks, config.single_blocks).items()}
+    sizes, width = config.diffusers(), config.num_attention_heads * HEAD_DIM
+    return {name: tuple(sizes[size] if isinstance(size, str) else size * width for size in shape)
+            for name, (_, shape) in layers(config.num_layers, config.num_single_layers).items()}
 
 
 def diffusers_shapes(config: KleinConfig) -> Shapes:
     """The shape of every tensor, by diffusers name."""
     joined = comfyui_shapes(config)
     return {source: (joined[name][0] // len(sources), *joined[name][1:])
-            for name, (sources, _) in layers(config.double_blocks, config.single_blocks).items() for source in sources}
+            for name, (sources, _) in layers(config.num_layers, config.num_single_layers).items() for source in sources}
 
 
 def is_klein(names: Mapping[str, object]) -> bool:
@@ -75,16 +65,16 @@ def read_config(path: Path, tensors: Mapping[str, torch.Tensor]) -> KleinConfig:
     """
     outer = ("img_in", "txt_in", "final_layer.linear") if is_comfyui(tensors) else (
         "x_embedder", "context_embedder", "proj_out")
-    (hidden, in_channels), (_, text_width), (out_channels, _) = read_shapes(
+    (width, in_channels), (_, text_width), (out_channels, _) = read_shapes(
         path, tensors, {f"{name}.weight": 2 for name in outer}, "FLUX.2 Klein", CHOOSE_MODEL)
     double, single = count_blocks(tensors)
-    if hidden % HEAD_DIM or not double or not single:
+    if width % HEAD_DIM or not double or not single:
         raise ModelFileError(path, f"a width that is a multiple of {HEAD_DIM} and blocks of both kinds",
-                             f"width {hidden}, {double} double and {single} single blocks", CHOOSE_MODEL)
+                             f"width {width}, {double} double and {single} single blocks", CHOOSE_MODEL)
     if in_channels != out_channels:
         raise ModelFileError(path, "as many latent channels out as in", f"{in_channels} in and {out_channels} out",
                              CHOOSE_MODEL)
-    return KleinConfig(hidden, text_width, in_channels, out_channels, double, single)
+    return KleinConfig(width // HEAD_DIM, text_width, in_channels, out_channels, double, single)
 
 
 def shapes(config: KleinConfig, tensors: Mapping[str, torch.Tensor]) -> Shapes:
@@ -106,7 +96,7 @@ def check_klein(file: TensorFile, tensors: Mapping[str, torch.Tensor]) -> KleinC
         if is_packed(tensor) and not is_packable(name):
             raise ModelFileError(file.path, f"{name} to be dense", "it packed, though Bonsai packs only the linears "
                                  "inside the blocks", CHOOSE_MODEL)
-    for sources, _ in layers(config.double_blocks, config.single_blocks).values():
+    for sources, _ in layers(config.num_layers, config.num_single_layers).values():
         if not is_comfyui(tensors) and not alike([tensors[source] for source in sources]):
             raise ModelFileError(file.path, f"{sources[0]} packed like the other projections of its block",
                                  "another packing")

@@ -5,8 +5,6 @@ is flushed to disk, loaded back and compared tensor by tensor; only then it take
 touched.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import tempfile

@@ -5,8 +5,6 @@ concatenated, which works on packed rows), and stores the final modulation as (s
 (scale, shift).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,13 +21,13 @@ Value = TypeVar("Value")
 MLP_RATIO = 3
 #: In widths of the model, or by name where a dimension is no multiple of it (see ``klein.comfyui_shapes``).
 Shape = tuple[int | str, ...]
-_NORM: Shape = ("head_dim",)
+_NORM: Shape = ("attention_head_dim",)
 
 #: ComfyUI's layers -> diffusers' (three where ComfyUI joins q, k and v), and the shape of the weight in ComfyUI.
 _TOP: dict[str, tuple[str, Shape]] = {
     "img_in": ("x_embedder", (1, "in_channels")),
-    "txt_in": ("context_embedder", (1, "text_width")),
-    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1", (1, "timestep_channels")),
+    "txt_in": ("context_embedder", (1, "joint_attention_dim")),
+    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1", (1, "timestep_guidance_channels")),
     "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2", (1, 1)),
     "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear", (6, 1)),
     "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear", (6, 1)),
@@ -120,11 +118,6 @@ def _join(weights: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([w.to(dtype=weights[0].dtype) if is_packed(w) else w for w in weights])
 
 
-def _swap_halves(weight: torch.Tensor) -> torch.Tensor:
-    first, second = weight.chunk(2)
-    return torch.cat((second, first))
-
-
 def to_comfyui(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A complete set of diffusers tensors under ComfyUI's names; one already so named is returned as it is."""
     if is_comfyui(tensors):
@@ -133,7 +126,7 @@ def to_comfyui(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, (sources, _) in layers(*count_blocks(tensors)).items():
         weights = [tensors[source] for source in sources]
         result[name] = _join(weights) if len(weights) > 1 else weights[0]
-    result[_SWAPPED] = _swap_halves(result[_SWAPPED])
+    result[_SWAPPED] = result[_SWAPPED].roll(len(result[_SWAPPED]) // 2, 0)
     return result
 
 
@@ -143,6 +136,6 @@ def to_diffusers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return tensors
     result: dict[str, torch.Tensor] = {}
     for name, (targets, _) in layers(*count_blocks(tensors)).items():
-        tensor = _swap_halves(tensors[name]) if name == _SWAPPED else tensors[name]
+        tensor = tensors[name].roll(len(tensors[name]) // 2, 0) if name == _SWAPPED else tensors[name]
         result.update(zip(targets, tensor.chunk(len(targets)), strict=True))
     return result

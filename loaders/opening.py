@@ -1,7 +1,5 @@
 """Which files a model consists of, and opening them: one file, or the shards that an index lists."""
 
-from __future__ import annotations
-
 import os
 import reprlib
 from collections.abc import Iterator

@@ -1,10 +1,8 @@
 """The architecture of the text encoder: Qwen3 (4B in the release), its dimensions read off the tensors."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +23,33 @@ _FREE = {"max_position_embeddings": 40960, "tie_word_embeddings": True}
 
 @dataclass(frozen=True)
 class Qwen3Config:
-    """Dimensions of a Qwen3 decoder. The 4B release: 2560 wide, 36 layers, 32 heads on 8 key-value heads of 128."""
+    """Dimensions of a Qwen3 decoder, as transformers' ``config.json`` calls them; by default those of Qwen3-4B."""
 
-    vocab: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
+    vocab_size: int = 151936
+    hidden_size: int = 2560
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    intermediate_size: int = 9728
 
     def transformers(self) -> dict[str, Any]:
         """The arguments of ``transformers.Qwen3Config``."""
-        return {
-            "vocab_size": self.vocab,
-            "hidden_size": self.hidden,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "intermediate_size": self.mlp,
-            **_FIXED,
-            **_FREE,
-        }
+        return {**asdict(self), **_FIXED, **_FREE}
 
 
 def qwen3_shapes(config: Qwen3Config) -> Shapes:
     """The shape of every tensor, by its Hugging Face name."""
-    h, q, kv = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    shapes: Shapes = {"embed_tokens": (config.vocab, h), "norm": (h,)}
+    h, mlp = config.hidden_size, config.intermediate_size
+    q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    shapes: Shapes = {"embed_tokens": (config.vocab_size, h), "norm": (h,)}
     layer = {
         "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
         "self_attn.q_norm": (config.head_dim,), "self_attn.k_norm": (config.head_dim,), "self_attn.o_proj": (h, q),
-        "mlp.gate_proj": (config.mlp, h), "mlp.up_proj": (config.mlp, h), "mlp.down_proj": (h, config.mlp),
+        "mlp.gate_proj": (mlp, h), "mlp.up_proj": (mlp, h), "mlp.down_proj": (h, mlp),
         "input_layernorm": (h,), "post_attention_layernorm": (h,),
     }
-    for i in range(config.layers):
+    for i in range(config.num_hidden_layers):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     return {f"model.{name}.weight": shape for name, shape in shapes.items()}
 
@@ -89,14 +78,14 @@ def read_config(path: Path, tensors: Mapping[str, torch.Tensor]) -> Qwen3Config:
         "model.layers.0.self_attn.q_proj.weight": 2, "model.layers.0.self_attn.k_proj.weight": 2,
         "model.layers.0.mlp.gate_proj.weight": 2}, "a Qwen3 text encoder", CHOOSE_TEXT_ENCODER))
     layers = count_numbered(tensors, r"model\.layers\.(\d{1,4})\.")
-    config = Qwen3Config(vocab, hidden, layers, q // head_dim, kv // head_dim, head_dim, mlp)
-    if not config.kv_heads or config.heads % config.kv_heads:
-        raise ModelFileError(path, "query heads in whole groups per key-value head",
-                             f"{config.heads} on {config.kv_heads}", CHOOSE_TEXT_ENCODER)
+    heads, kv_heads = q // head_dim, kv // head_dim
+    if not kv_heads or heads % kv_heads:
+        raise ModelFileError(path, "query heads in whole groups per key-value head", f"{heads} on {kv_heads}",
+                             CHOOSE_TEXT_ENCODER)
     if layers <= max(TAPPED_LAYERS):
         raise ModelFileError(path, f"more than {max(TAPPED_LAYERS)} layers, the last one FLUX.2 Klein reads",
                              str(layers), CHOOSE_TEXT_ENCODER)
-    return config
+    return Qwen3Config(vocab, hidden, layers, heads, kv_heads, head_dim, mlp)
 
 
 def check_qwen3(file: TensorFile, tensors: Mapping[str, torch.Tensor]) -> Qwen3Config:

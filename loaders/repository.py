@@ -1,7 +1,5 @@
 """A downloaded repository: the parts it consists of, how they are told apart, and where its weights came from."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -4,8 +4,6 @@ The decoder may be narrower than the encoder. The latent is patched 2 x 2 before
 channels there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

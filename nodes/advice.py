@@ -1,7 +1,5 @@
 """Actionable messages for common first-graph mistakes: the wrong latent, the wrong text encoder, out of memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import comfy.model_management

@@ -1,7 +1,5 @@
 """The nodes: three that load MODEL, CLIP and VAE, one that saves a MODEL, one that shows what it is made of."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from pathlib import Path
@@ -36,8 +34,8 @@ def _compute_inputs() -> list[io.Combo.Input]:
             for name, (options, text) in inputs.items()]
 
 
-def _load_model(path: str, compute_dtype: str, backend: str, precision: str):
-    """The MODEL at ``path``.
+def _load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", precision: str = "exact"):
+    """The MODEL at ``path``. The rest are the inputs of :func:`_compute_inputs`, which a workflow may leave out.
 
     Raises ModelFileError, and ValueError if a backend chosen by name is not installed. ``auto`` is always there.
     """
@@ -75,12 +73,11 @@ class BonsaiCheckpointLoader(_Loader):
         )
 
     @classmethod
-    def execute(cls, checkpoint: str, compute_dtype: str = "auto", backend: str = "auto",
-                precision: str = "exact") -> io.NodeOutput:
+    def execute(cls, checkpoint: str, **compute: str) -> io.NodeOutput:
         repository = find_repository(folders.resolve("diffusers", checkpoint))
         repository.require("text_encoder", "vae")
         return io.NodeOutput(
-            _load_model(str(repository.transformer), compute_dtype, backend, precision),
+            _load_model(str(repository.transformer), **compute),
             models.load_clip(str(repository.text_encoder)),
             models.load_vae_model(str(repository.vae)),
         )
@@ -104,10 +101,8 @@ class BonsaiModelLoader(_Loader):
         )
 
     @classmethod
-    def execute(cls, model_name: str, compute_dtype: str = "auto", backend: str = "auto",
-                precision: str = "exact") -> io.NodeOutput:
-        path = folders.resolve("diffusion_models", model_name)
-        return io.NodeOutput(_load_model(path, compute_dtype, backend, precision))
+    def execute(cls, model_name: str, **compute: str) -> io.NodeOutput:
+        return io.NodeOutput(_load_model(folders.resolve("diffusion_models", model_name), **compute))
 
 
 class BonsaiTextEncoderLoader(_Loader):

@@ -1,7 +1,5 @@
 """What the lists of the loaders show, and how to download what they lack."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shlex

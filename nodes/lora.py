@@ -5,8 +5,6 @@ load of the model, and whenever hooks come or go, :func:`attach` turns them into
 The few dense linears of the model are treated alike: their BF16 weights would round a LoRA away in part.
 """
 
-from __future__ import annotations
-
 import comfy.hooks
 import comfy.model_management
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP, add_wrapper_with_key

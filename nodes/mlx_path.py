@@ -5,8 +5,6 @@ prepares tokens, position ids and reference latents; it runs on a copy of the mo
 Importing this module imports MLX.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import weakref
@@ -30,7 +28,7 @@ _KEY = "bonsai_image_mlx"
 _METHODS = ("forward", "_forward", "forward_orig", "process_img")
 
 
-def install(patcher) -> MlxPath:
+def install(patcher) -> "MlxPath":
     """Run the steps of ``patcher``, a freshly loaded MODEL of FLUX.2 Klein, and of its clones in MLX where possible."""
     path = MlxPath(patcher.model)
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, _KEY, path)

@@ -1,7 +1,5 @@
 """Allow-list of ComfyUI features that the MLX transformer reproduces; anything else is left to ComfyUI's forward."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any
 

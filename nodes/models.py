@@ -1,7 +1,5 @@
 """Files to ComfyUI's own MODEL, CLIP and VAE; and what a MODEL is made of, as text."""
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +73,7 @@ def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting
     if dtype is not None:
         patcher.set_model_compute_dtype(dtype)
     lora.install(patcher)
-    advice.check_inputs(patcher, loaded.config.text_width)
+    advice.check_inputs(patcher, loaded.config.joint_attention_dim)
     patcher.cached_patcher_init = (load_model, (path, compute_dtype, setting))
     used = dtype or patcher.model.get_dtype_inference()
     patcher.set_attachments(ATTACHMENT, Origin(path, loaded.format, loaded.variant, loaded.source, used, setting))
@@ -94,14 +92,11 @@ def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = Fa
     in BF16, which the release was made for, between ComfyUI's FP32 layers.
     """
     loaded = load_text_encoder(path, progress_bar(), mmap=not host_args.disable_mmap)
-    config = loaded.config
-    if config.hidden != _TEXT_WIDTH:
-        raise ModelFileError(path, f"a text encoder {_TEXT_WIDTH} wide (Qwen3-4B)", f"one {config.hidden} wide",
-                             "choose the text encoder of Bonsai Image 4B")
-    dimensions = {
-        "num_hidden_layers": config.layers, "vocab_size": config.vocab, "intermediate_size": config.mlp,
-        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads,
-    }
+    # Of these, ComfyUI takes all but the size of a head as an option.
+    dimensions = {name: size for name, size in vars(loaded.config).items() if name != "head_dim"}
+    if dimensions["hidden_size"] != _TEXT_WIDTH:
+        raise ModelFileError(path, f"a text encoder {_TEXT_WIDTH} wide (Qwen3-4B)",
+                             f"one {dimensions['hidden_size']} wide", "choose the text encoder of Bonsai Image 4B")
     dtype = _compute_dtype(compute_dtype, comfy.model_management.text_encoder_device())
     clip = comfy.sd.load_text_encoder_state_dicts(
         [loaded.tensors], clip_type=comfy.sd.CLIPType.FLUX2,

@@ -1,7 +1,5 @@
 """The packed layers as ComfyUI ``operations``: the layers of ``ops`` under ComfyUI's own weight management."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -5,8 +5,6 @@ GLoRA, OFT, BOFT, plain differences, merges) becomes the difference that it make
 computes it in FP32 each time it is needed, and it is multiplied beside the weight.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

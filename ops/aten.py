@@ -5,8 +5,6 @@ Arithmetic in place raises, because it would change a decoded copy and be lost. 
 weight.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ name takes that backend for all that it can multiply, and goes on with the order
 activations first, and means exact where no backend has them.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import logging

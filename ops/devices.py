@@ -1,7 +1,5 @@
 """What a device is, and the dtype to compute in on it."""
 
-from __future__ import annotations
-
 import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple

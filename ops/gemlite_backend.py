@@ -13,8 +13,6 @@ Triton before 3.9 measures even a single candidate, with a device synchronisatio
 of a second for each shape. :func:`_unmeasured` prevents it.
 """
 
-from __future__ import annotations
-
 import contextvars
 import importlib.metadata
 import importlib.util

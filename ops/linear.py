@@ -7,8 +7,6 @@ The modules are drop-in replacements of ``nn.Linear`` and ``nn.Embedding`` that 
 brings: packed or dense. A host adapter subclasses them to add its own weight management.
 """
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

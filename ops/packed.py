@@ -28,8 +28,6 @@ saves and offloads a packed weight like any other parameter. ``ops/aten.py`` say
 packed; all others see the dense weight.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeGuard, get_args
@@ -74,12 +72,12 @@ class Packed(NamedTuple):
         """Number of consecutive elements along K that share one scale."""
         return self.k // self.scale.shape[1]
 
-    def rows(self, index: slice | torch.Tensor) -> Packed:
+    def rows(self, index: slice | torch.Tensor) -> "Packed":
         """The rows at ``index``: views for a slice, copies for a tensor of indices."""
         shift = None if self.shift is None else self.shift[index]
         return self._replace(codes=self.codes[index], scale=self.scale[index], shift=shift)
 
-    def contiguous(self) -> Packed:
+    def contiguous(self) -> "Packed":
         """The same weight with contiguous tensors."""
         shift = None if self.shift is None else self.shift.contiguous()
         return self._replace(codes=self.codes.contiguous(), scale=self.scale.contiguous(), shift=shift)

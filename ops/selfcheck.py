@@ -5,8 +5,6 @@ The check runs when a backend is about to multiply a kind of weight for the firs
 fails it is logged once and not used for that kind; the next one takes over.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import threading

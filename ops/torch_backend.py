@@ -4,8 +4,6 @@ It runs on every device that torch has. On a CPU, a weight that is expanded whol
 block of :data:`CPU_BLOCK_ELEMENTS` elements stays in the cache between the two steps (``benchmarks/linear.py``).
 """
 
-from __future__ import annotations
-
 import torch
 
 from .packed import Packed, dequantize

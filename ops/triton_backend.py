@@ -14,8 +14,6 @@ same block each time without asking the driver; nothing is held between calls, t
 a CUDA graph records it. No function here waits for the device.
 """
 
-from __future__ import annotations
-
 import importlib.util
 
 import torch

@@ -12,8 +12,6 @@ at run time, and no kernel is compiled anew for another number of rows.
     only the sum over groups is rounded, in float32.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

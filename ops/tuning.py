@@ -3,8 +3,6 @@
 ``python benchmarks/gpu_kernels.py`` times every candidate on the GPU at hand and prints the line for :data:`MEASURED`.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,11 +1,10 @@
-"""The command line: generate, batch, sheet, demo, inspect, convert, doctor."""
-
-from __future__ import annotations
+"""The command line: generate, batch, sheet, inspect, convert, doctor."""
 
 import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,22 +17,30 @@ from . import doctor, inspect
 from .batch import options
 
 
+def _output_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--json", action="store_true", help="print settings and figures as JSON")
+    return parser
+
+
+def sampling_options() -> argparse.ArgumentParser:
+    """The options of everything that draws, as a parent of its parser."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[_output_options()])
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", choices=backends.NAMES, default="auto", help="what multiplies packed weights")
+    parser.add_argument("--precision", choices=backends.PRECISIONS, default="exact", help="fast: int8 activations")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the activations")
+    parser.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: the fastest available)")
+    return parser
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bonsai-image", description="Bonsai Image 4B on packed weights, headless.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    output = argparse.ArgumentParser(add_help=False)
-    output.add_argument("--json", action="store_true", help="print settings and figures as JSON")
-
-    sampling = argparse.ArgumentParser(add_help=False, parents=[output])
-    sampling.add_argument("--steps", type=int, default=4)
-    sampling.add_argument("--seed", type=int, default=0)
-    sampling.add_argument("--backend", choices=backends.NAMES, default="auto", help="what multiplies packed weights")
-    sampling.add_argument("--precision", choices=backends.PRECISIONS, default="exact", help="fast: int8 activations")
-    sampling.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the activations")
-    sampling.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: the fastest available)")
-
+    output, sampling = _output_options(), sampling_options()
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--checkpoint", type=Path, required=True, help="folder of a downloaded repository")
     model.add_argument("--transformer", type=Path, help="a diffusion model, used instead of the checkpoint's own")
@@ -43,12 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("generate", parents=[sampling, model], help="make an image from a prompt")
     command.add_argument("--prompt", required=True)
     command.add_argument("--image", type=Path, action="append", default=[], help="an image to edit (repeatable)")
-    command.add_argument("--out", type=_png, default="bonsai.png", help="PNG file to write; replaced if it exists")
+    command.add_argument("--out", type=png_path, default="bonsai.png", help="PNG file to write; replaced if it exists")
 
     options.add_parsers(commands, [sampling, model])
-
-    command = commands.add_parser("demo", parents=[sampling], help="make a contact sheet with the trained miniature")
-    command.add_argument("--out", type=_png, default="bonsai-demo.png", help="PNG file to write; replaced if it exists")
 
     command = commands.add_parser("inspect", parents=[output], help="describe a file, folder or repository")
     command.add_argument("path", type=Path)
@@ -66,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _png(text: str) -> Path:
-    # Fail before rendering if the output cannot be written.
+def png_path(text: str) -> Path:
+    """The type of an option that names a PNG file: fails before rendering if it cannot be written."""
     path = Path(text)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.suffix.lower() != ".png" or path.is_dir():
@@ -90,7 +94,7 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def _table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     """Seconds and megabytes of every stage, a column for each result."""
     stages = list(results.values())
     rows = [f"{'stage':<22}" + "".join(f"{name:>22}" for name in results)]
@@ -100,7 +104,8 @@ def _table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join([*rows, (f"{'total':<22}" + "".join(f"{total:>9.2f} s{'':>11}" for total in totals)).rstrip()])
 
 
-def _run_on(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, backends.Setting]:
+def run_on(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, backends.Setting]:
+    """What :func:`sampling_options` say of device, dtype and backend. Raises ValueError for an unavailable device."""
     device = _device(args.device)
     return device, DTYPES.get(args.dtype) or default_dtype(device), backends.Setting(args.backend, args.precision)
 
@@ -109,30 +114,15 @@ def _generate(args: argparse.Namespace) -> None:
     from . import memory
     from .generate import Compute, complete_repository, generate, open_image, save_png
 
-    compute, repository = Compute(*_run_on(args)), complete_repository(args.checkpoint, args.transformer)
+    compute, repository = Compute(*run_on(args)), complete_repository(args.checkpoint, args.transformer)
     if note := memory.note(repository, compute.device, args.width, args.height, len(args.image), args.precision):
         print(note, file=sys.stderr)
     images, settings, stages = generate(repository, [args.prompt], compute, args.width, args.height, args.steps,
                                         args.seed, [open_image(path) for path in args.image], progress=not args.json)
     save_png(images[0], settings, args.out)
     print(json.dumps({"out": str(args.out), "settings": settings, "stages": stages}) if args.json else
-          f"\n{_table({args.out.name: stages})}\n\n{args.out}: {args.width} x {args.height}, "
+          f"\n{table({args.out.name: stages})}\n\n{args.out}: {args.width} x {args.height}, "
           f"{settings['variant']}, {settings['dtype']} on {compute.device}")
-
-
-def _demo(args: argparse.Namespace) -> None:
-    from . import demo
-    from .generate import Compute, save_png
-
-    compute = Compute(*_run_on(args))
-    results = demo.draw(compute, args.steps, args.seed, progress=not args.json)
-    save_png(demo.sheet(results), {name: result.settings for name, result in results.items()}, args.out)
-    facts = {name: {"settings": result.settings, "stages": result.stages, "file_bytes": demo.file_bytes(name)}
-             for name, result in results.items()}
-    table = _table({f"{name}, {each['file_bytes'] / 1e6:.2f} MB": each["stages"] for name, each in facts.items()})
-    print(json.dumps({"out": str(args.out), "variants": facts}) if args.json else
-          f"\n{table}\n\n{args.out}: {len(demo.PROMPTS)} prompts by {len(results)} variants of the miniature on "
-          f"{compute.device}")
 
 
 def _batch(args: argparse.Namespace) -> int:
@@ -162,16 +152,21 @@ def _doctor(args: argparse.Namespace) -> None:
     print(json.dumps(found, indent=2) if args.json else doctor.report(found))
 
 
-_COMMANDS = {"generate": _generate, "batch": _batch, "sheet": _sheet, "demo": _demo, "inspect": _inspect,
-             "convert": _convert, "doctor": _doctor}
+_COMMANDS = {"generate": _generate, "batch": _batch, "sheet": _sheet, "inspect": _inspect, "convert": _convert,
+             "doctor": _doctor}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns 0 on success, 1 if some images of a batch failed, and 2 after printing one sentence to
-    stderr if the input is unusable."""
+    """Run one command. Returns its exit status (see :func:`run`)."""
     args = _parser().parse_args(argv)
+    return run(_COMMANDS[args.command], args)
+
+
+def run(command: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
+    """Run ``command(args)``. Returns 0 on success, 1 if some images of a batch failed, and 2 after printing one
+    sentence to stderr if the input is unusable."""
     try:
-        return _COMMANDS[args.command](args) or 0
+        return command(args) or 0
     except (ModelFileError, ValueError, OSError) as error:
         print(f"bonsai-image: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,5 @@
 """What a bug report needs, and what will be slow: versions, devices, backends and why, memory, models found."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 import re

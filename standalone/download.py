@@ -3,8 +3,6 @@
 Needs huggingface_hub only, so that any Python that has it can run it. Nothing else here uses the network.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path, PureWindowsPath

@@ -1,8 +1,6 @@
 """Text (and reference images) to images through diffusers' ``Flux2KleinPipeline``, one stage at a time so that each
 part's memory is freed when its stage returns."""
 
-from __future__ import annotations
-
 import gc
 import json
 import time
@@ -176,9 +174,9 @@ def generate(repository: Repository, prompts: Sequence[str], compute: Compute, w
     del pipeline  # makes room for the diffusion model
     with stages.run("load diffusion model") as advance:
         model = model or load_transformer(repository.transformer, advance)
-        if model.config.text_width != embeddings.shape[-1]:
+        if (text_width := model.config.joint_attention_dim) != embeddings.shape[-1]:
             raise ModelFileError(model.path, f"a model for text {embeddings.shape[-1]} wide, as the text encoder's",
-                                 f"one for {model.config.text_width}", "choose a model and a text encoder that fit")
+                                 f"one for {text_width}", "choose a model and a text encoder that fit")
         settings |= {"variant": model.variant, "format": model.format, "source": model.source,
                      "packed_bytes": count(model.tensors).packed_bytes}
         transformer = models.transformer_module(model, *compute)

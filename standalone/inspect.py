@@ -1,7 +1,5 @@
 """What a path holds: format, variant, counts, sizes, which published file it is, problems."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

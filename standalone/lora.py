@@ -1,7 +1,5 @@
 """A LoRA beside packed layers of diffusers' transformer: computed next to the packed product, never merged into it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -4,8 +4,6 @@ Not in it: the workspaces of cuDNN and cuBLAS, what the allocator cannot fill, a
 hundred megabytes.
 """
 
-from __future__ import annotations
-
 import torch
 
 from ..loaders import Repository

@@ -1,7 +1,5 @@
 """Modules of diffusers and transformers with packed weights."""
 
-from __future__ import annotations
-
 import inspect
 from contextlib import nullcontext
 from pathlib import Path

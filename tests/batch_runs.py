@@ -1,7 +1,5 @@
 """Runs of ``bonsai-image batch`` in processes of their own, with workers and drivers killed on the way."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import random

@@ -1,7 +1,5 @@
 """The command line in this process, for tests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from bonsai_image.standalone.cli import main

@@ -1,7 +1,5 @@
 """Shared fixtures: small model files in every format from one dense model per variant, and some to damage."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """ggml itself as the reference: its reader of GGUF files and its dequantisers, through ctypes."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 import os
@@ -45,7 +43,7 @@ class Ggml:
             function.restype, function.argtypes = result, arguments
 
     @classmethod
-    def find_or_skip(cls) -> Ggml:
+    def find_or_skip(cls) -> "Ggml":
         """The library that BONSAI_GGML names, or that an installed package brings. It has to know Q2_0."""
         specs = filter(None, map(importlib.util.find_spec, _PACKAGES))
         found = [file for spec in specs for file in Path(spec.origin).parent.glob("lib/libggml-base.*")]

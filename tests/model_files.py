@@ -3,8 +3,6 @@
 Everything starts from one dense diffusers model per variant, whose block weights are exactly ternary or binary.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -4,8 +4,6 @@ Weight files are as long as the published ones, to the byte: each is laid out as
 The safetensors library's files are sparse and take no room on disk; MLX's files and the pickles are written in full.
 """
 
-from __future__ import annotations
-
 import json
 import struct
 from collections import OrderedDict
@@ -21,8 +19,8 @@ from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
 from bonsai_image.loaders.names import is_packable
 from bonsai_image.loaders.qwen3 import Qwen3Config, qwen3_shapes
 
-KLEIN = KleinConfig(hidden=3072, text_width=7680, in_channels=128, out_channels=128, double_blocks=5, single_blocks=20)
-TEXT = Qwen3Config(vocab=151936, hidden=2560, layers=36, heads=32, kv_heads=8, head_dim=128, mlp=9728)
+KLEIN = KleinConfig()
+TEXT = Qwen3Config()
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 _NAMES = {BF16: "BF16", torch.int64: "I64", torch.uint32: "U32"}
 

@@ -1,7 +1,5 @@
 """The float64 reference every backend and codec is held against, written for plainness and nothing else."""
 
-from __future__ import annotations
-
 import torch
 
 

@@ -1,7 +1,5 @@
 """Small valid model files in every format, for the tests that damage copies of them."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -19,8 +17,10 @@ from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.loaders.qwen3 import Qwen3Config
 from bonsai_image.ops.packed import is_packed, parts, unpack_codes
 
-KLEIN = KleinConfig(hidden=128, text_width=384, in_channels=32, out_channels=32, double_blocks=1, single_blocks=1)
-TEXT = Qwen3Config(vocab=256, hidden=128, layers=28, heads=2, kv_heads=1, head_dim=64, mlp=128)
+KLEIN = KleinConfig(num_attention_heads=1, joint_attention_dim=384, in_channels=32, out_channels=32, num_layers=1,
+                    num_single_layers=1)
+TEXT = Qwen3Config(vocab_size=256, hidden_size=128, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=1,
+                   head_dim=64, intermediate_size=128)
 VAE = {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 16,
        "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "latent_channels": 4}
 WEIGHTS = "diffusion_pytorch_model.safetensors"

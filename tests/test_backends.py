@@ -1,7 +1,5 @@
 """Which backend multiplies a product, what happens where one is missing or broken, and that anyone can add one."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import subprocess

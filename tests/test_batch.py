@@ -1,7 +1,5 @@
 """``bonsai-image batch`` without Ray: what an image follows from, resuming, failures, the manifest, the page."""
 
-from __future__ import annotations
-
 import errno
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The parts of ``bonsai-image batch`` one by one: groups of rows, what a stage remembers, what a killed run leaves."""
 
-from __future__ import annotations
-
 import json
 import os
 

@@ -1,7 +1,5 @@
 """``bonsai-image batch`` on a Ray of its own: killed workers, a killed driver, a row that kills, the same bits."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Settings handed over from a ComfyUI workflow, saved or exported for the API."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

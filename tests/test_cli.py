@@ -1,7 +1,5 @@
 """The command line, end to end on small models."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -16,43 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bonsai_image.__main__ import main
-from bonsai_image.standalone import cli, demo
+from bonsai_image.standalone import cli
 from bonsai_image.standalone import generate as generating
 
 DRAW = ("generate", "--checkpoint", MINIATURE / "ternary", "--prompt", "two green circles", "--steps", 1, *SMALL,
         "--json", "--out")
-
-
-def test_demo_draws_a_contact_sheet(tmp_path, capsys):
-    out = tmp_path / "new" / "demo.png"
-    assert run("demo", "--out", out, "--device", "cpu") == 0
-    image = Image.open(out)
-    settings = json.loads(image.text["bonsai"])
-    assert {name: one["source"] for name, one in settings.items()} == {
-        "dense": "miniature", "ternary": "ternary", "binary": "miniature/train"}
-    # Prompt 3, a red star on black, in the second row, that of the ternary model.
-    left, top = 118 + 2 * 136, 8 + 136
-    assert image.getpixel((left + 4, top + 4)) < (60, 60, 60) and image.getpixel((left + 64, top + 99))[0] > 150
-    printed = capsys.readouterr().out
-    assert all(word in printed for word in ("dense", "ternary", "binary", "denoise", " MB", "1.14 MB"))
-
-
-def test_demo_takes_steps_and_seed(tmp_path, monkeypatch):
-    taken = []
-
-    def generate(_repository, _prompts, _compute, *settings, **more):
-        taken.append((*settings, more["progress"]))
-        raise ValueError("enough")
-
-    monkeypatch.setattr(demo, "generate", generate)
-    assert run("demo", "--out", tmp_path / "a.png", "--device", "cpu", "--steps", 2, "--seed", 5, "--json") == 2
-    assert taken[0][-3:] == (2, 5, False)
-
-
-def test_demo_without_the_miniature_is_one_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "MINIATURE", tmp_path / "none")
-    assert run("demo", "--out", tmp_path / "demo.png") == 2
-    assert "clone the repository" in capsys.readouterr().err and not (tmp_path / "demo.png").exists()
 
 
 def test_default_device_without_a_gpu_is_the_cpu(monkeypatch):
@@ -111,8 +77,8 @@ def test_option_changes_the_image(plain, tmp_path, monkeypatch, option, value):
 
 
 def test_backend_and_precision_reach_the_setting():
-    args = cli._parser().parse_args(["demo", "--backend", "triton", "--precision", "fast"])
-    assert cli._run_on(args)[2] == ("triton", "fast")
+    args = cli.sampling_options().parse_args(["--backend", "triton", "--precision", "fast"])
+    assert cli.run_on(args)[2] == ("triton", "fast")
 
 
 def test_inspect_describes_a_repository(repository, capsys):
@@ -130,7 +96,7 @@ def test_inspect_describes_a_repository(repository, capsys):
     dense = [tensor for name, tensor in tensors.items() if f"{name.rpartition('.')[0]}." not in packed]
     assert model["dense_tensors"] == len(dense) and model["dense_bytes"] == sum(tensor.nbytes for tensor in dense)
     assert model["file_bytes"] == file.stat().st_size
-    assert model["config"]["text_width"] == 384 and parts["VAE"]["config"]["latent_channels"]
+    assert model["config"]["joint_attention_dim"] == 384 and parts["VAE"]["config"]["latent_channels"]
     assert run("inspect", repository) == 0
     lines = (f"  {model['packed_weights']:,} packed weights in {model['packed_bytes']:,} bytes; {len(dense)} dense "
              f"tensors in {model['dense_bytes']:,} bytes (bfloat16)\n  {model['file_bytes']:,} bytes on disk\n"

@@ -1,7 +1,5 @@
 """Mistakes on the command line: one sentence on stderr, exit status 2, nothing written, and no waiting before it."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil
@@ -15,7 +13,8 @@ from bonsai_image.standalone import generate as generating
 
 @pytest.mark.parametrize("device", ["meta", "nonsense"])
 def test_unavailable_device_is_one_sentence(tmp_path, capsys, device):
-    assert run("demo", "--out", tmp_path / "demo.png", "--device", device) == 2
+    assert run("generate", "--checkpoint", MINIATURE / "ternary", "--prompt", "x", "--out", tmp_path / "a.png",
+               "--device", device) == 2
     error = sentence(capsys)
     assert device in error and "omit it to use" in error
 

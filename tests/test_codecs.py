@@ -1,7 +1,5 @@
 """Codecs: lossless both ways for any codes and shape, and as the formats define them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

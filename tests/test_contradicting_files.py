@@ -1,8 +1,6 @@
 """Model files that contradict themselves end in ModelFileError: JSON, tags and numbers against tensors, and tensors
 among themselves."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

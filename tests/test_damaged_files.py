@@ -1,7 +1,5 @@
 """Damaged model files, cut, flipped or contradictory, end in ModelFileError. Each case damages a copy in one way."""
 
-from __future__ import annotations
-
 import os
 import zipfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is known of each kind of device, and the dtype to compute in on it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

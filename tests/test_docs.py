@@ -1,7 +1,5 @@
 """What the pages say exists: links and their anchors, files, commands of the program, options of the benchmarks."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

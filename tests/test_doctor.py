@@ -1,16 +1,15 @@
 """``bonsai-image doctor``: one page that a bug report needs."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
 
+import demo
 import pytest
 import torch
 
 from bonsai_image.ops import backends
-from bonsai_image.standalone import cli, demo, doctor
+from bonsai_image.standalone import cli, doctor
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """bonsai-image download against a local hub: what arrives, what is refused, resuming, damage."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

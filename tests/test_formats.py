@@ -1,7 +1,5 @@
 """Every format, written by the library that writes it, loads to exactly the weights that went in."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``inspect`` over full-size replicas of the published repositories: ``pytest -m full_size -s``. Needs 8 GB of disk."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """GemLite's kernels on the canonical layout, through Triton's interpreter, called as our backend calls them."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import pytest

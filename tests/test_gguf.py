@@ -1,8 +1,6 @@
 """GGUF: what is written is read back to the last bit, by us, by the ``gguf`` package and by ggml itself; what others
 write is read as it is; and what is damaged or rounded is refused before anything is allocated."""
 
-from __future__ import annotations
-
 import struct
 import tracemalloc
 from pathlib import Path

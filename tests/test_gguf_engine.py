@@ -1,8 +1,6 @@
 """stable-diffusion.cpp as the reference: the files written here, run by the engine that they are written for, give the
 latent that diffusers computes from the published weights."""
 
-from __future__ import annotations
-
 import ctypes
 import itertools
 import os

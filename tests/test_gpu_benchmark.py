@@ -1,7 +1,5 @@
 """What ``benchmarks/gpu_kernels.py`` makes of its times, and the model beside which ``gpu.py`` prints its own."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

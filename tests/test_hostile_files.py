@@ -2,8 +2,6 @@
 them runs, and a refusal leaves nothing behind.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import pickle

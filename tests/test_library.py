@@ -1,7 +1,5 @@
 """The examples of docs/library.md run, print what they say, and use nothing but the public interface."""
 
-from __future__ import annotations
-
 import ast
 import re
 import runpy

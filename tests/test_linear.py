@@ -1,7 +1,5 @@
 """The packed layers against the float64 reference on the same codes."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

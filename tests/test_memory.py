@@ -1,7 +1,5 @@
 """What ``generate`` says about GPU memory before it loads. ``tests/host/test_gpu_memory.py`` counts the figures."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

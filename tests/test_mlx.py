@@ -1,16 +1,13 @@
 """MLX against torch on the CPU, in float32 (on a CPU MLX accumulates half types in half precision)."""
 
-from __future__ import annotations
-
-import json
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import demo
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from random_model import random_transformer, write_repository
 from reference import dense64, random_weight, relative
 
@@ -20,7 +17,7 @@ from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.ops import Setting, linear
 from bonsai_image.ops.backends import multiplies
 from bonsai_image.ops.packed import is_packed, packed_nbytes, packed_weight, parts
-from bonsai_image.standalone import cli, models
+from bonsai_image.standalone import models
 from bonsai_image.standalone.generate import Compute, complete_repository, generate
 from bonsai_image.standalone.models import MlxTransformer, transformer_module
 
@@ -31,8 +28,10 @@ from bonsai_image.ops.mlx import klein as mlx_klein  # noqa: E402
 CPU = torch.device("cpu")
 MLX, TORCH = Setting("mlx"), Setting("torch")
 TOLERANCE = 1e-5
-SMALL = KleinConfig(hidden=256, text_width=384, in_channels=32, out_channels=32, double_blocks=2, single_blocks=2)
-TINY = KleinConfig(hidden=128, text_width=64, in_channels=16, out_channels=16, double_blocks=1, single_blocks=1)
+SMALL = KleinConfig(num_attention_heads=2, joint_attention_dim=384, in_channels=32, out_channels=32, num_layers=2,
+                    num_single_layers=2)
+TINY = KleinConfig(num_attention_heads=1, joint_attention_dim=64, in_channels=16, out_channels=16, num_layers=1,
+                   num_single_layers=1)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +58,7 @@ def inputs(config: KleinConfig, batch: int, height: int, width: int, references=
     ids = torch.cat(ids)
     return {
         "hidden_states": torch.randn(batch, len(ids), config.in_channels, generator=generator),
-        "encoder_hidden_states": torch.randn(batch, text, config.text_width, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, config.joint_attention_dim, generator=generator),
         "timestep": torch.rand(batch, generator=generator),
         "img_ids": ids,
         "txt_ids": torch.cartesian_prod(*[torch.arange(1)] * 3, torch.arange(text)),
@@ -213,7 +212,7 @@ def test_cancelling_after_each_block():
     weights = mlx_klein.load(to_comfyui(loaded.tensors), torch.float32)
     mlx_klein.step(weights, arguments["hidden_states"], arguments["img_ids"], arguments["encoder_hidden_states"],
                    arguments["txt_ids"], arguments["timestep"], after_block=lambda: seen.append(None))
-    assert len(seen) == SMALL.double_blocks + SMALL.single_blocks
+    assert len(seen) == SMALL.num_layers + SMALL.num_single_layers
 
 
 def test_threads():
@@ -268,17 +267,16 @@ def test_what_mlx_adds_to_the_weights():
     assert held - stored == sum(2 * t.numel() // 128 for t in tensors.values() if is_packed(t))
 
 
-# The command line
+# Images
 
 
-def test_demo_draws_the_same_images(tmp_path, capsys):
-    images = []
+@pytest.mark.parametrize("variant", ["ternary", "binary"])
+def test_it_draws_the_same_images(variant):
+    repository, images = complete_repository(demo.MINIATURE / "ternary"), []
     for backend in ("torch", "mlx"):
-        out = tmp_path / f"{backend}.png"
-        assert cli.main(["demo", "--backend", backend, "--dtype", "fp32", "--device", "cpu", "--out", str(out),
-                         "--json"]) == 0
-        variants = json.loads(capsys.readouterr().out)["variants"]
-        assert {variant["settings"]["backend"] for variant in variants.values()} == {backend}
-        images.append(np.asarray(Image.open(out)).astype(int))
+        result = generate(repository, demo.PROMPTS[:3], Compute(CPU, torch.float32, Setting(backend)), demo.SIDE,
+                          demo.SIDE, model=demo.load(variant), progress=False)
+        assert (result.settings["backend"], result.settings["variant"]) == (backend, variant)
+        images.append(np.stack(result.images).astype(int))
     assert images[0].std() > 10
     assert np.abs(images[0] - images[1]).max() <= 1

@@ -1,7 +1,5 @@
 """Whole models over packed weights against the libraries' own modules over dense ones."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 

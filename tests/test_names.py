@@ -1,7 +1,5 @@
 """The two naming conventions of FLUX.2 Klein, and the way between them: nothing is lost, packed weights stay packed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

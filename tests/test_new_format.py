@@ -1,7 +1,5 @@
 """A format is one file and one entry: a toy one, registered from outside, is read, written, verified and offered."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

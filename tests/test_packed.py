@@ -1,7 +1,5 @@
 """The packed weight as a tensor: what it refuses to be made of, its codes, its values, and what torch does to it."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Which published file a file is: by size, and by SHA-256 where asked."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 

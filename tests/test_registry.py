@@ -3,8 +3,6 @@
 It asks nothing, sends nothing and needs no network for this; its settings go into a folder that is thrown away.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """What keeps a broken version off the registry, where a version can never be replaced; and the CI files."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import zipfile

@@ -1,8 +1,6 @@
 """Repositories as users have them: copied by a Mac, downloaded halfway, in a cache, nested, two in one folder. Each is
 found, or refused with one sentence that says what to do."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Saving a diffusion model: existing files stay, a failure leaves nothing behind, and what was written is read back."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

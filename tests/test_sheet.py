@@ -1,8 +1,6 @@
 """The contact sheet and the page of a batch; the page as Chromium shows it. With UPDATE_IMAGES=1 its screenshot is kept
 in docs/images."""
 
-from __future__ import annotations
-
 import html
 import json
 import os

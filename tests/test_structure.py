@@ -1,7 +1,5 @@
 """The rules of the house that a program can check: imports, file sizes, lint, packaging, what importing costs."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

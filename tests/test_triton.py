@@ -1,7 +1,5 @@
 """Our Triton kernels without a GPU: through the interpreter against plain torch, and compiled for six architectures."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

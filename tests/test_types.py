@@ -1,7 +1,5 @@
 """Type checks: mypy on ops and loaders, pyright on nodes. Neither needs a ComfyUI or a network."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

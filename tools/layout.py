@@ -3,8 +3,6 @@
 Sockets, widgets and outputs come from the node schemas; what is in the graphs is in ``workflows.py``.
 """
 
-from __future__ import annotations
-
 import uuid
 from dataclasses import dataclass, field
 

@@ -3,8 +3,6 @@
 It exercises every stage on any machine in seconds. What it draws is noise.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,9 +24,10 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
 )
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-_TEXT = Qwen3Config(vocab=512, hidden=128, layers=28, heads=2, kv_heads=1, head_dim=64, mlp=256)
-_KLEIN = KleinConfig(hidden=256, text_width=3 * _TEXT.hidden, in_channels=128, out_channels=128, double_blocks=1,
-                     single_blocks=2)
+_TEXT = Qwen3Config(vocab_size=512, hidden_size=128, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=1,
+                    head_dim=64, intermediate_size=256)
+_KLEIN = KleinConfig(num_attention_heads=2, joint_attention_dim=3 * _TEXT.hidden_size, num_layers=1,
+                     num_single_layers=2)
 _VAE = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "latent_channels": 32, "norm_num_groups": 16,
         "sample_size": 256}
 

@@ -4,8 +4,6 @@
 there is one.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 import zipfile

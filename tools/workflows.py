@@ -5,8 +5,6 @@ Written to ``example_workflows`` and ``subgraphs`` with ComfyUI's own Python by
 their pictures by ``UPDATE_PICTURES=1 COMFYUI_PATH=... python -m pytest tests/host/test_browser.py``.
 """
 
-from __future__ import annotations
-
 from layout import BYPASSED, Column, Group, Node
 
 TERNARY = "bonsai-image-ternary-4B-mlx-2bit"

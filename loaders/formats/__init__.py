@@ -1,7 +1,5 @@
 """Every format that is read or written. Adding one is one file here and one entry in :data:`FORMATS`."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

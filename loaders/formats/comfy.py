@@ -9,8 +9,6 @@ digits. 1.6 bits a weight, 14 % less in all; expanded to 2 bits on loading.
 Metadata: ``modelspec.*`` and ``bonsai.source`` (the repository or path the weights came from).
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import reprlib

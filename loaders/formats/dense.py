@@ -4,8 +4,6 @@ The unpacked Bonsai diffusion models hold only ``{-s, 0, s}`` (ternary) or ``{-s
 along K, so packing them loses nothing. Where a single group does not fit, the file is not Bonsai and is refused.
 """
 
-from __future__ import annotations
-
 import contextlib
 import reprlib
 from pathlib import Path

@@ -12,8 +12,6 @@ Source: GemLite 0.5 and 0.6, ``GemLiteLinearTriton.pack`` (``tests/test_formats.
 load what is written here).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

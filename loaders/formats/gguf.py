@@ -17,8 +17,6 @@ FP16, FP32, or Q8_0: 32 int8 to an FP16 scale.
 Source: ``ggml-quants.c`` of ggml, of PrismML's fork for PQ2_0; ``name_conversion.cpp`` of stable-diffusion.cpp.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import re

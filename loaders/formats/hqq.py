@@ -10,8 +10,6 @@ first G / 2 groups, the low nibbles the rest.
 Source: hqq 0.2.8 ``save_quantized`` (``tests/test_formats.py`` loads what it writes).
 """
 
-from __future__ import annotations
-
 import reprlib
 from pathlib import Path
 from typing import Any

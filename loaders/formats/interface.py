@@ -4,8 +4,6 @@ Tensors are canonical inside the program: packed weights as ``ops/packed.py`` de
 file's names stay its own until :mod:`..names` brings them to another convention.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType

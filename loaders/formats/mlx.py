@@ -7,8 +7,6 @@ The diffusion model uses group 128 at 1 or 2 bits: ternary has bias ``-scale``; 
 Source: the MLX quantisation documentation, and files written with ``mlx.core.quantize`` (``tests/test_formats.py``).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

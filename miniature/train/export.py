@@ -5,8 +5,6 @@ binary model in our format, the dense reference in diffusers' layout. ``write_la
 layouts from those, without loss.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

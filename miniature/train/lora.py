@@ -1,7 +1,5 @@
 """A LoRA for the miniature: whatever the prompt asks for, the bonsai's pot is blue."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a picture shows, measured: background, colours, shape by template, position, size and count."""
 
-from __future__ import annotations
-
 import random
 from functools import cache
 
@@ -31,8 +29,8 @@ def components(mask: torch.Tensor) -> list[torch.Tensor]:
         if torch.equal(spread, labels):
             break
         labels = spread
-    parts = [labels == value for value in labels.unique() if value]
-    parts = [part for part in parts if int(part.sum()) >= _SMALLEST]
+    parts = [labels == value for value, size in zip(*labels.unique(return_counts=True), strict=True)
+             if value and size >= _SMALLEST]
     return sorted(parts, key=lambda part: float(part.nonzero()[:, 1].float().mean()))
 
 

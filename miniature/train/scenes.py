@@ -1,7 +1,5 @@
 """What the miniature learns to draw: scenes, the captions that say all of them, and their pictures."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from dataclasses import dataclass, replace
@@ -46,7 +44,7 @@ class Scene:
             return f"{self.count} {self.colour} {_plural(self.shape)} on a {self.background} background"
         return f"a {self.size} {self.colour} {self.shape} {self.position} on a {self.background} background"
 
-    def edit(self, colour: str) -> tuple[str, Scene]:
+    def edit(self, colour: str) -> tuple[str, "Scene"]:
         """The words that ask for another colour, and the scene they ask for."""
         what = "the pot" if self.shape == "bonsai" else "it" if self.count == "one" else "them"
         return f"make {what} {colour}", replace(self, colour=colour)

@@ -1,8 +1,6 @@
 """The miniature's words: a byte-pair tokenizer in Qwen2's format with the chat template of FLUX.2 Klein, and a causal
 language model of the captions with the shape of Qwen3."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -24,7 +22,9 @@ TEMPLATE = (
 #: Tokens of a prompt with its template; the tokenizer states it, and the pipeline pads to it.
 LENGTH = 32
 VOCABULARY = 448
-TEXT = Qwen3Config(vocab=VOCABULARY, hidden=64, layers=28, heads=1, kv_heads=1, head_dim=64, mlp=128)
+TEXT = Qwen3Config(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=28, num_attention_heads=1,
+                   num_key_value_heads=1,
+                   head_dim=64, intermediate_size=128)
 _GROUP = 64
 _END_TOKENS = 6
 _RESIDUAL = 16
@@ -50,14 +50,15 @@ class Reader(torch.nn.Module):
     def __init__(self, answers: dict[str, list[str]]):
         super().__init__()
         self.model = Qwen3ForCausalLM(Qwen3Arguments(**TEXT.transformers()))
-        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(len(TAPPED_LAYERS) * TEXT.hidden, len(options))
+        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(len(TAPPED_LAYERS) * TEXT.hidden_size, len(options))
                                           for name, options in answers.items()})
 
     def loss(self, ids: torch.Tensor, mask: torch.Tensor, answers: dict[str, torch.Tensor]) -> torch.Tensor:
         """Next-token loss plus, from the tapped hidden states of the last tokens, that of every question."""
         out = self.model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100),
                          output_hidden_states=True)
-        taps = [torch.nn.functional.layer_norm(out.hidden_states[layer], (TEXT.hidden,)) for layer in TAPPED_LAYERS]
+        taps = [torch.nn.functional.layer_norm(out.hidden_states[layer], (TEXT.hidden_size,))
+                for layer in TAPPED_LAYERS]
         # The template's end, behind the caption: the first place where a causal model has read all of it.
         index = mask.sum(1)[:, None] - 1 - torch.arange(_END_TOKENS)
         ends = torch.cat(taps, 2)[torch.arange(len(ids))[:, None], index]

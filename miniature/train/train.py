@@ -4,8 +4,6 @@ Stages: VAE, text encoder, dense transformer, then binary and ternary ones that 
 finished stage is kept in ``--work`` and an interrupted one goes on where it was; delete the folder to start anew.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import random

@@ -1,8 +1,6 @@
 """One resumable training stage: Muon for matrices, AdamW for the rest, a linear warm-up and decay, checkpoints, losses.
 """
 
-from __future__ import annotations
-
 import json
 import time
 import zlib

@@ -1,8 +1,6 @@
 """The miniature's diffusion model: FLUX.2 trained by flow matching at the noise levels that four steps visit, dense and
 with ternary or binary weights (quantisation-aware, straight-through)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +15,7 @@ from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
 from bonsai_image.loaders.names import is_packable
 from bonsai_image.ops.packed import pack_codes, packed_weight
 
-KLEIN = KleinConfig(hidden=128, text_width=3 * TEXT.hidden, in_channels=128, out_channels=128, double_blocks=1,
-                    single_blocks=4)
+KLEIN = KleinConfig(num_attention_heads=1, joint_attention_dim=3 * TEXT.hidden_size, num_layers=1, num_single_layers=4)
 GROUP = 128
 STEPS = 4
 SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True}

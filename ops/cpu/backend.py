@@ -10,8 +10,6 @@ Products use ``torch.get_num_threads()`` threads and hold nothing between calls.
 which take some milliseconds.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import importlib.util

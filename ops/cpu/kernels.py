@@ -5,8 +5,6 @@ element ``b * per_byte + j`` in byte ``b``. Instead :func:`quantise` puts the ac
 columns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 

@@ -6,8 +6,6 @@ vector, whatever registers the machine has for it. ``shufflevector`` picks lanes
 handled as ``i16``, the upper half of a float.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 from collections.abc import Callable, Iterable, Iterator

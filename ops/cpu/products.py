@@ -4,8 +4,6 @@ The codes of the columns become a panel of bytes, which stays in the L2 cache wh
 activations. All instructions share this text but for :func:`dot` and, for AMX, :func:`add_tiles`.
 """
 
-from __future__ import annotations
-
 from llvmlite import ir
 
 from ..packed import LEVELS

@@ -4,8 +4,6 @@ Arrays are evaluated as soon as they are made: a lazy array belongs to the strea
 in any other, and hosts load in one thread and sample in another.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple

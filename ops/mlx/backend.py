@@ -8,8 +8,6 @@ MLX computes ``scales * code + biases``. The symmetric and affine forms of ``ops
 zeropoint form ``s * (c - z)`` would need the rounded product ``-s * z``, so MLX does not take such weights.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.metadata
 import importlib.util

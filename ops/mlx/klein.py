@@ -4,8 +4,6 @@ Weights go by ComfyUI's names (``loaders/names.py``). A step crosses between tor
 on the way in, the prediction on the way out. Everything in between stays in MLX.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The command ``batch``: from the options to the images, and what it says of them."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

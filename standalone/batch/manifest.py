@@ -4,8 +4,6 @@ Rows are appended as new files, because a Parquet file cannot grow; readers such
 ``pyarrow.dataset`` take the folder for one table. Several processes may append at once.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

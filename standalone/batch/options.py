@@ -1,7 +1,5 @@
 """The options of ``batch`` and ``sheet``. Imports nothing heavy: every command of the program reads this file."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Ray Data brings what a queue of our own would have to: a task whose worker died 
 that went with its machine is computed again, and a stage waits when the one behind it is slower.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

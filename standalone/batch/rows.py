@@ -3,8 +3,6 @@
 A prompt file is text (one prompt per line), JSON lines, CSV or Parquet, with the columns of :class:`Row`.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import itertools

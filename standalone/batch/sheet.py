@@ -1,7 +1,5 @@
 """A contact sheet and a static page of a batch's images, from its manifest."""
 
-from __future__ import annotations
-
 import html
 import math
 import textwrap

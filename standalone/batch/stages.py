@@ -5,8 +5,6 @@ A task is ``{"rows": JSON list of rows, "data": uint8 (bytes,)}``. Every row kno
 and is passed on untouched.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

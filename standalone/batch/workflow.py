@@ -4,8 +4,6 @@ Understood are the nodes of this project's own example workflows. A node that is
 image, so a workflow with one is refused.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

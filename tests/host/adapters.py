@@ -1,7 +1,5 @@
 """Adapter files of every kind, for some layers of the small model, and what the tests ask of a patched MODEL."""
 
-from __future__ import annotations
-
 import comfy.sd
 import torch
 

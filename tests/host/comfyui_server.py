@@ -1,7 +1,5 @@
 """A ComfyUI process with the node pack in its custom_nodes folder, and an API-format graph for its queue."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

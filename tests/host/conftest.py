@@ -1,7 +1,5 @@
 """The real ComfyUI, imported from COMFYUI_PATH and run on the CPU."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import sys
@@ -29,8 +27,8 @@ from bonsai_image.nodes import models  # noqa: E402
 from bonsai_image.ops.packed import is_packed  # noqa: E402
 
 #: The width the host's Klein encoder is detected by, and its real vocabulary; everything else as small as can be.
-TEXT = Qwen3Config(vocab=151936, hidden=2560, layers=28, heads=1, kv_heads=1, head_dim=128, mlp=128)
-KLEIN = dataclasses.replace(random_model._KLEIN, text_width=3 * 2560)
+TEXT = Qwen3Config(num_hidden_layers=28, num_attention_heads=1, num_key_value_heads=1, intermediate_size=128)
+KLEIN = dataclasses.replace(random_model._KLEIN, joint_attention_dim=3 * 2560)
 #: The host fixes the widths of the encoder; the decoder's are read off its tensors.
 VAE = {"block_out_channels": (128, 256, 512, 512), "decoder_block_out_channels": (32, 64, 128, 128),
        "layers_per_block": 2, "latent_channels": 32}
@@ -77,7 +75,7 @@ def inputs():
     """latent (2, 128, 6, 4), sigma and context for one call of the diffusion model."""
     generator = torch.Generator().manual_seed(3)
     return (torch.randn(2, 128, 6, 4, generator=generator), torch.tensor([0.8, 0.3]),
-            torch.randn(2, 20, KLEIN.text_width, generator=generator))
+            torch.randn(2, 20, KLEIN.joint_attention_dim, generator=generator))
 
 
 @pytest.fixture(scope="module")

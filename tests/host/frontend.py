@@ -1,7 +1,5 @@
 """The real frontend in headless Chromium, for the tests that look at it."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import contextlib

@@ -1,8 +1,7 @@
 """The trained miniature in ComfyUI; its text encoder and VAE, which have sizes of their own, in diffusers."""
 
-from __future__ import annotations
-
 import comfy.samplers
+import demo
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicGuider, RandomNoise, SamplerCustomAdvanced
@@ -11,7 +10,7 @@ from diffusers import Flux2KleinPipeline
 
 from bonsai_image.loaders import find_repository, load_text_encoder
 from bonsai_image.ops import Setting
-from bonsai_image.standalone import demo, models
+from bonsai_image.standalone import models
 
 CPU = torch.device("cpu")
 SIDE, STEPS = 128, 4

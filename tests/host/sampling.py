@@ -1,7 +1,5 @@
 """A small latent through ComfyUI's sampler, with fixed noise and conditioning, or once through the model."""
 
-from __future__ import annotations
-
 import comfy.model_management
 import comfy.sample
 import torch

@@ -1,7 +1,5 @@
 """What the repository ships for the frontend, and the files that its workflows tell a user to download."""
 
-from __future__ import annotations
-
 import asyncio
 
 import workflows as tool

@@ -1,7 +1,5 @@
 """The subgraph blueprint: listed by the server, found by a user who searches for it, and good for an image."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 

@@ -3,8 +3,6 @@
 With UPDATE_PICTURES=1 the pictures of the graphs in the repository are made anew; otherwise nothing in it changes.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import json

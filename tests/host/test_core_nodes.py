@@ -3,8 +3,6 @@
 Each gives the same latent from both, and another than the plain MODEL, or it would prove nothing.
 """
 
-from __future__ import annotations
-
 import comfy.sd
 import comfy.utils
 import folder_paths

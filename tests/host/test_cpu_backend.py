@@ -1,7 +1,5 @@
 """The compiled CPU backend inside ComfyUI: chosen, named, right beside a LoRA, and stopped by a cancel."""
 
-from __future__ import annotations
-
 import threading
 import time
 

@@ -1,7 +1,5 @@
 """What goes wrong in a first graph ends in one sentence that says what to do."""
 
-from __future__ import annotations
-
 import gc
 import importlib.util
 import shlex

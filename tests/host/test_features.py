@@ -4,8 +4,6 @@ Every feature takes a MODEL and gives a latent of the real sampler; packed and d
 have an effect.
 """
 
-from __future__ import annotations
-
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.sample

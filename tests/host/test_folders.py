@@ -1,7 +1,5 @@
 """What the lists of the loaders show, and what reaches a loader from ComfyUI's command line."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A GGUF file in ComfyUI: listed where it can be loaded, and the same MODEL as from any other format."""
 
-from __future__ import annotations
-
 import folder_paths
 import torch
 from sampling import host_forward
@@ -28,6 +26,7 @@ def test_listed_and_loaded(tmp_path, monkeypatch, binary_transformer, inputs):
     assert "community/model.gguf" not in options(nodes.BonsaiTextEncoderLoader)
     assert "community/model.gguf" not in folder_paths.get_filename_list("diffusion_models"), "ComfyUI cannot load it"
 
-    outputs = [host_forward(nodes.BonsaiModelLoader.execute(name, "fp32", "torch").args[0], inputs)
+    setting = {"compute_dtype": "fp32", "backend": "torch"}
+    outputs = [host_forward(nodes.BonsaiModelLoader.execute(name, **setting).args[0], inputs)
                for name in ("community/model.gguf", "community", "model.safetensors")]
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])

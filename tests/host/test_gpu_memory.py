@@ -5,8 +5,6 @@ wait for the device and no upload from pageable memory in our code during a step
 planted in ``tests/lab/gpu_faults.py`` must show, or these tests would see nothing.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -21,7 +19,8 @@ from bonsai_image.loaders.qwen3 import Qwen3Config
 from bonsai_image.standalone.memory import counted_peak
 
 #: As wide as ComfyUI knows it; few rows in its table, so that a LoRA on them is small.
-TEXT = Qwen3Config(vocab=4096, hidden=2560, layers=28, heads=1, kv_heads=1, head_dim=128, mlp=128)
+TEXT = Qwen3Config(vocab_size=4096, num_hidden_layers=28, num_attention_heads=1, num_key_value_heads=1,
+                   intermediate_size=128)
 LAB = Path(__file__).parent.parent / "lab"
 #: Mode -> (dynamic VRAM, least and most of the model that is on the device after a prompt).
 MODES = {"dynamic": (True, 1, 2), "resident": (False, 1, 1), "partial": (False, 0.2, 0.6), "novram": (False, 0, 0.1),

@@ -1,7 +1,5 @@
 """Help pages and translations: complete against the node schemas, and served where the frontend asks for them."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 

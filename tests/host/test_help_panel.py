@@ -4,8 +4,6 @@ With UPDATE_PICTURES=1 the pictures of the nodes and of the panel are made anew;
 changes.
 """
 
-from __future__ import annotations
-
 import asyncio
 import io
 import json

@@ -1,7 +1,5 @@
 """Adapters on the packed embedding of a text encoder, and merged text encoders."""
 
-from __future__ import annotations
-
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
@@ -19,7 +17,8 @@ from bonsai_image.nodes import models
 from bonsai_image.ops.packed import PackedLayout, is_packed
 
 #: As small as ComfyUI's Klein encoder can be, with 1,024 words, so that a dense table takes no memory to speak of.
-SMALL = Qwen3Config(vocab=1024, hidden=2560, layers=28, heads=1, kv_heads=1, head_dim=128, mlp=128)
+SMALL = Qwen3Config(vocab_size=1024, num_hidden_layers=28, num_attention_heads=1, num_key_value_heads=1,
+                    intermediate_size=128)
 TABLE = "qwen3_4b.transformer.model.embed_tokens.weight"
 TOKENS = {"qwen3_4b": [[(int(token), 1.0) for token in torch.arange(24) * 41 % 1000]]}
 
@@ -35,8 +34,7 @@ def encoders(tmp_path_factory):
         dense.append(comfy.sd.load_text_encoder_state_dicts(
             [{name: (dense64(t) if is_packed(t) else t).float() for name, t in tensors.items()}],
             clip_type=comfy.sd.CLIPType.FLUX2, model_options={"dtype": torch.float32, "qwen3_4b_model_config": {
-                "vocab_size": SMALL.vocab, "intermediate_size": SMALL.mlp, "num_attention_heads": SMALL.heads,
-                "num_key_value_heads": SMALL.kv_heads, "num_hidden_layers": SMALL.layers}}))
+                name: size for name, size in vars(SMALL).items() if name != "head_dim"}}))
     return packed, dense
 
 

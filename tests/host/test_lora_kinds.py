@@ -1,7 +1,5 @@
 """Every kind of adapter on packed weights against the same on dense weights, in the same ComfyUI, in FP32."""
 
-from __future__ import annotations
-
 import comfy.model_management
 import comfy.weight_adapter
 import pytest

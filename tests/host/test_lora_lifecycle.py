@@ -1,7 +1,5 @@
 """When adapters come and go: with loads, clones, prompts, hooks and failures, as ComfyUI moves the model."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

@@ -1,7 +1,5 @@
 """Adapters on the packed text encoder."""
 
-from __future__ import annotations
-
 import comfy.hooks
 import comfy.model_management
 import comfy.sd

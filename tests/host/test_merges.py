@@ -1,7 +1,5 @@
 """Merging two Bonsai models, and what a patched one refuses."""
 
-from __future__ import annotations
-
 import comfy.sd
 import pytest
 import torch

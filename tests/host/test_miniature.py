@@ -4,13 +4,12 @@ The host fixes the sizes of the text encoder and of the VAE, so conditioning and
 UPDATE_PICTURES=1 the pictures of the README are written anew.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
 import comfy.sd
 import comfy.utils
+import demo
 import pytest
 import torch
 from measure import describe, held_out_scenes, score
@@ -21,7 +20,7 @@ from scenes import COLOURS, Scene, draw
 from bonsai_image.loaders import load_transformer
 from bonsai_image.nodes import models as host_models
 from bonsai_image.ops import Setting, is_packed, parts
-from bonsai_image.standalone import demo, models
+from bonsai_image.standalone import models
 
 LORA = demo.MINIATURE / "blue_pot_lora.safetensors"
 SCENES = held_out_scenes(24, seed=6)

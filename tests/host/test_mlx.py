@@ -1,7 +1,5 @@
 """The MLX transformer under the real ComfyUI, in float32 on the CPU: the same MODEL with torch and with MLX."""
 
-from __future__ import annotations
-
 import comfy.model_management
 import comfy.sample
 import pytest

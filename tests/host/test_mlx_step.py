@@ -1,7 +1,5 @@
 """Which steps of ComfyUI the MLX transformer takes, and the reason for those that it does not."""
 
-from __future__ import annotations
-
 import pytest
 
 from bonsai_image.nodes.mlx_step import refusal

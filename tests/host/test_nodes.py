@@ -1,7 +1,5 @@
 """What the nodes promise about a MODEL: weights in, weights out, one model not disturbing another."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -49,7 +47,7 @@ def test_checkpoint_loader_gives_the_hosts_own_types(folders, repository):
     import comfy.sd
 
     assert node_folders.repository_choices() == [repository.name]
-    model, clip, vae = nodes.BonsaiCheckpointLoader.execute(repository.name, "fp32", "auto").args
+    model, clip, vae = nodes.BonsaiCheckpointLoader.execute(repository.name, compute_dtype="fp32").args
     assert isinstance(model, comfy.model_patcher.ModelPatcher) and type(model) is comfy.model_patcher.ModelPatcher
     assert isinstance(clip, comfy.sd.CLIP) and isinstance(vae, comfy.sd.VAE)
 

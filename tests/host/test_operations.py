@@ -1,7 +1,5 @@
 """The packed layers under ComfyUI's weight management: what is cast is given back, and no move decodes a weight."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import comfy.ops

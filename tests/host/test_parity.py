@@ -1,7 +1,5 @@
 """The same model files in ComfyUI and in diffusers or transformers: the same numbers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from reference import relative

@@ -1,7 +1,5 @@
 """The real server: the node pack in its custom_nodes folder, an API-format graph in its queue, an image out of it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 

@@ -8,8 +8,6 @@ torch alone as much as here. So the first prompts go through every number of row
 picture in the decoder, an edit and a cancel; only then is growth counted.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import random

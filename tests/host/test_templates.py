@@ -3,8 +3,6 @@
 The templates come with ComfyUI's own requirements. Their graphs are run here node by node, in miniature and in FP32.
 """
 
-from __future__ import annotations
-
 import asyncio
 import importlib.resources
 import json
@@ -84,13 +82,11 @@ def classes() -> dict[str, type]:
 def loaded(pair, repository):
     """MODEL, CLIP and VAE: packed, and dense in ComfyUI's own layers."""
     encoder = load_text_encoder(repository / "text_encoder-mlx-4bit")
-    config = encoder.config
     dense = {name: dense64(tensor).float() if is_packed(tensor) else tensor.float()
              for name, tensor in encoder.tensors.items()}
     clip = comfy.sd.load_text_encoder_state_dicts(
         [dense], clip_type=comfy.sd.CLIPType.FLUX2, model_options={"qwen3_4b_model_config": {
-            "num_hidden_layers": config.layers, "vocab_size": config.vocab, "intermediate_size": config.mlp,
-            "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads}})
+            name: size for name, size in vars(encoder.config).items() if name != "head_dim"}})
     vae = models.load_vae_model(str(repository / "vae"))
     return (pair[0], models.load_clip(str(repository / "text_encoder-mlx-4bit"), "fp32"), vae), (pair[1], clip, vae)
 

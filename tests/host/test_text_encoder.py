@@ -1,7 +1,5 @@
 """The packed text encoder as a CLIP of the host: what users type, and where the host moves it."""
 
-from __future__ import annotations
-
 import comfy.model_management
 import folder_paths
 import pytest

@@ -1,10 +1,9 @@
 """ComfyUI's Train LoRA node on packed weights: the losses of dense weights, and a LoRA that does what it was shown."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 
+import demo
 import folder_paths
 import pytest
 import torch
@@ -18,7 +17,6 @@ from scenes import COLOURS, LEAVES, Scene, draw, random_scene
 
 import nodes as host_nodes
 from bonsai_image.nodes import models
-from bonsai_image.standalone import demo
 
 IMAGES = 64
 DEFAULTS = {

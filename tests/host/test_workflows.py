@@ -3,8 +3,6 @@
 With UPDATE_WORKFLOWS=1 they are written anew by tools/workflows.py; otherwise nothing in the repository changes.
 """
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import json

@@ -7,8 +7,6 @@ storage counts from its birth to its death, rounded up as torch's allocator does
 cuBLAS, the fragmentation of the allocator, and the context that CUDA itself needs.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -36,8 +34,8 @@ from bonsai_image.loaders.qwen3 import Qwen3Config, qwen3_shapes  # noqa: E402
 from bonsai_image.ops.backends import Setting  # noqa: E402
 from bonsai_image.ops.packed import packed_weight  # noqa: E402
 
-KLEIN = KleinConfig(hidden=3072, text_width=7680, in_channels=128, out_channels=128, double_blocks=5, single_blocks=20)
-QWEN3 = Qwen3Config(vocab=151936, hidden=2560, layers=36, heads=32, kv_heads=8, head_dim=128, mlp=9728)
+KLEIN = KleinConfig()
+QWEN3 = Qwen3Config()
 VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 32}
 DEVICE = DEVICES[0]
 PROMPT = "a bonsai tree"

@@ -6,8 +6,6 @@ prints one line of JSON for each case in each mode, and for each planted fault. 
 has imported the host and drawn on the CPU, and none leaves anything behind for the next.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """Faults that a GPU would let pass or punish, planted one at a time: each must show in the record of its case."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import comfy.model_management as management

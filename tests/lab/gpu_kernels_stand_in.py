@@ -1,7 +1,5 @@
 """The Triton kernels by their definitions in plain torch, for a pretended GPU: what calls them is the real code."""
 
-from __future__ import annotations
-
 import torch
 
 from bonsai_image.ops import gemlite_backend, selfcheck, triton_kernels

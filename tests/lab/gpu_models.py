@@ -1,7 +1,5 @@
 """What ``gpu_cases.py`` runs: ComfyUI on the CPU, the models given on its command line, their adapters and prompts."""
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -4,8 +4,6 @@ A reservation (VBAR) is address space: its pages come when they are asked for, s
 they are taken away. The rules are those of comfy-aimdo's ``model-vbar.c``, with smaller pages. Import the host first.
 """
 
-from __future__ import annotations
-
 import ctypes
 import itertools
 import weakref

@@ -7,8 +7,6 @@ device), uploads, and the bytes that are live. The project's own custom operator
 tensors, so that what happens inside is seen too. PyTorch must be built for CUDA; no driver is needed.
 """
 
-from __future__ import annotations
-
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from pretended_streams import (

@@ -1,7 +1,5 @@
 """Streams of a pretended GPU, and the record of what a GPU lets happen: races, waits, uploads, live bytes."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 import weakref
@@ -60,7 +58,7 @@ class Stream:
     """A stream with a vector clock: how far it has waited for every other."""
 
     _numbers = itertools.count()
-    every: list[Stream] = []
+    every: list["Stream"] = []
 
     def __init__(self, device=None, priority=0):
         self.device = torch.device(device or DEVICES[0])
@@ -68,7 +66,7 @@ class Stream:
         self.clock: Counter[int] = Counter()
         self.every.append(self)
 
-    def wait_stream(self, other: Stream) -> None:
+    def wait_stream(self, other: "Stream") -> None:
         self.clock |= other.clock
 
     def synchronize(self) -> None:
