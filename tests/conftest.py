@@ -15,6 +15,8 @@ import torch
 from random_model import write_repository
 
 from bonsai_image.loaders.names import to_comfyui
+from bonsai_image.ops import backends, selfcheck
+from bonsai_image.ops.mlx import backend as mlx_backend
 
 #: tests/host needs a ComfyUI checkout; without one it is left out, and the summary says so.
 collect_ignore = [] if os.environ.get("COMFYUI_PATH") else ["host"]
@@ -29,6 +31,18 @@ def pytest_configure(config):
 def pytest_terminal_summary(terminalreporter):
     if collect_ignore:
         terminalreporter.write_line("tests/host not run: set COMFYUI_PATH to a ComfyUI checkout to run it")
+
+
+@pytest.fixture
+def fresh_backends(monkeypatch):
+    """Verdicts on backends are forgotten before and after: each test asks and checks anew."""
+    caches = (backends._problem, backends._log_choice, selfcheck._passes, mlx_backend.problem)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    monkeypatch.undo()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @dataclass

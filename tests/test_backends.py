@@ -1,20 +1,17 @@
-"""Which backend multiplies a product, what happens where one is missing or broken, and that anyone can add one."""
+"""Which backend is chosen for a product and for a device, and why."""
 
 import importlib.util
 import logging
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from reference import dense64, random_weight, relative
+from reference import random_weight
 
-from bonsai_image.ops import backends, gemlite_backend, linear, selfcheck, torch_backend, triton_backend, tuning
+from bonsai_image.ops import backends, gemlite_backend, linear, selfcheck, triton_backend, tuning
 from bonsai_image.ops.backends import AUTO, Choice, Setting
 from bonsai_image.ops.cpu import backend as cpu_backend
 from bonsai_image.ops.devices import Gpu
-from bonsai_image.ops.linear import PackedLinear
 from bonsai_image.ops.mlx import backend as mlx_backend
 from bonsai_image.ops.packed import parts
 
@@ -27,19 +24,8 @@ TERNARY = parts(random_weight(2, "symmetric", 192, 256, 128))
 AFFINE = parts(random_weight(4, "affine", 192, 256, 64))
 IMAGE = (512, 1024, 1536, 4096, 4608)
 
+pytestmark = pytest.mark.usefixtures("fresh_backends")
 needs_mlx = pytest.mark.skipif(importlib.util.find_spec("mlx") is None, reason="MLX is not installed")
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """Forget all verdicts before and after; every library is installed and every backend passes its self-check."""
-    caches = (backends._problem, backends._log_choice, selfcheck._passes, mlx_backend.problem)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    monkeypatch.undo()
-    for cache in caches:
-        cache.cache_clear()
 
 
 @pytest.fixture
@@ -209,223 +195,3 @@ def test_what_is_installed_is_judged_without_a_device(machine):
     assert backends.problem("gemlite").startswith("gemlite is not installed")
     assert backends.problem("triton") == triton_backend.NOT_INSTALLED
     assert backends.problem("torch") is backends.problem("auto") is None
-
-
-# The self-check
-
-
-@pytest.mark.parametrize("form", ["symmetric", "affine", "zeropoint"])
-def test_the_self_check_passes_what_is_right(form):
-    for bits, group in ((2, 128), (4, 64)):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            kind = selfcheck.Kind(bits, form, group, dtype, torch.bfloat16)
-            assert selfcheck.worst_error(torch_backend, CPU, kind, False) <= 1
-
-
-class Toy:
-    """A backend as somebody else would write it: plain torch, on the CPU, for symmetric weights."""
-
-    NAME, DEVICES, REMEDY = "toy", ("cpu",), "wind it up"
-
-    def __init__(self, change=lambda out: out, missing: str | None = None):
-        self.change, self.missing, self.calls = change, missing, []
-
-    def problem(self, device, fast=False):
-        return self.missing
-
-    def serves(self, device, rows, packed, dtype, fast, named):
-        return packed.form == "symmetric" and not fast
-
-    def multiply(self, x, packed, fast):
-        self.calls.append(x.shape)
-        return self.change(torch_backend.multiply(x, packed))
-
-
-@pytest.fixture
-def register(monkeypatch):
-    def add(toy: Toy) -> Toy:
-        monkeypatch.setattr(backends, "BACKENDS", (toy, *backends.BACKENDS))
-        return toy
-
-    return add
-
-
-def test_a_backend_from_outside_is_chosen_checked_used_compiled_and_differentiated(register):
-    toy = register(Toy())
-    assert backends.resolve(AUTO, CPU).backend == backends.resolve(Setting("toy"), CPU).backend == "toy"
-    layer = PackedLinear(256, 24, bias=False)
-    layer.load_state_dict({"weight": random_weight(2, "symmetric", 24, 256, 128)})
-    reference = dense64(layer.weight)
-    x = torch.randn(3, 256, requires_grad=True)
-    out = layer(x)
-    assert toy.calls == [(5, 1024), (80, 1024), (3, 256)], "two products to check it, then the layer's"
-    out.sum().backward()
-    assert relative(out.detach(), x.detach().double() @ reference.T) < 1e-6
-    assert relative(x.grad, reference.sum(0).expand(3, -1)) < 1e-6
-    x.grad = None
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
-    compiled.sum().backward()
-    assert torch.equal(compiled, out) and relative(x.grad, reference.sum(0).expand(3, -1)) < 1e-6
-    assert toy.calls[3:] == [(3, 256)]
-    linear(x, random_weight(4, "affine", 24, 256, 64))
-    assert len(toy.calls) == 4, "what it does not serve goes to the next"
-
-
-@pytest.mark.parametrize("change", [lambda out: out.roll(1, 1), lambda out: out * float("nan"),
-                                    lambda out: out * 1.01], ids=["rolled", "nan", "1 % off"])
-def test_a_wrong_backend_is_found_and_logged_once(register, caplog, change):
-    toy = register(Toy(change))
-    x, weight = torch.randn(3, 256), random_weight(2, "symmetric", 24, 256, 128)
-    for _ in range(3):
-        assert relative(linear(x, weight), x.double() @ dense64(weight).T) < 1e-6
-    assert len(toy.calls) == 2
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("Bonsai Image: the backend toy fails its self-check on cpu (2 bits, symmetric: ")
-    assert message.endswith("times the tolerance) and is not used. To repair it: wind it up.")
-
-
-def test_a_backend_that_raises_is_logged_once(register, caplog):
-    def broken(_out):
-        raise RuntimeError("no C compiler\nand a long story")
-
-    register(Toy(broken))
-    for _ in range(3):
-        linear(torch.randn(3, 256), random_weight(2, "symmetric", 24, 256, 128))
-    assert [record.getMessage() for record in caplog.records] == [
-        "Bonsai Image: the backend toy fails its self-check on cpu (no C compiler) and is not used. To repair it: "
-        "wind it up."]
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-                                   RuntimeError("Triton Error [CUDA]: out of memory")])
-def test_running_out_of_memory_refuses_nothing(register, error):
-    full = [error]
-
-    def change(out):
-        if full:
-            raise full.pop()
-        return out
-
-    toy, weight = register(Toy(change)), random_weight(2, "symmetric", 24, 256, 128)
-    with pytest.raises(type(error)):
-        linear(torch.randn(3, 256), weight)
-    linear(torch.randn(3, 256), weight)
-    assert toy.calls[-1] == (3, 256)
-
-
-def test_asking_for_one_backend_does_not_check_the_others(register):
-    toy = register(Toy())
-    assert not backends.multiplies("torch", AUTO, CPU, TERNARY, torch.float32) and not toy.calls
-    assert backends.multiplies("toy", AUTO, CPU, TERNARY, torch.float32) and len(toy.calls) == 2
-    assert not backends.multiplies("toy", AUTO, CPU, AFFINE, torch.float32)
-
-
-def test_a_missing_backend_is_named_to_who_asks_for_it(register):
-    register(Toy(missing="the toy is broken"))
-    assert backends.problem("toy") == "the toy is broken"
-    assert backends.resolve(Setting("toy"), CPU) == Choice("cpu", False, "the toy is broken")
-    assert chosen(Setting("toy"), CPU) == "cpu"
-
-
-@pytest.mark.parametrize("name", backends.NAMES)
-@pytest.mark.parametrize("precision", backends.PRECISIONS)
-def test_every_setting_multiplies_on_a_cpu(name, precision):
-    weight, x = random_weight(2, "symmetric", 64, 256, 128), torch.randn(3, 256)
-    assert relative(linear(x, weight, None, Setting(name, precision)), x.double() @ dense64(weight).T) < 0.02
-
-
-@pytest.mark.parametrize("name", backends.NAMES)
-def test_every_backend_compiles_to_one_graph_and_has_a_gradient(name):
-    layer, x = PackedLinear(256, 64, bias=False), torch.randn(3, 256, requires_grad=True)
-    layer.load_state_dict({"weight": random_weight(2, "symmetric", 64, 256, 128)})
-    layer.setting = Setting(name)
-    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
-    out.sum().backward()
-    assert torch.equal(out, layer(x))
-    assert relative(x.grad, dense64(layer.weight).sum(0).expand(3, -1)) < 1e-6
-
-
-def test_no_rows():
-    weight = random_weight(2, "symmetric", 64, 256, 128)
-    assert linear(torch.empty(2, 0, 256), weight, None, Setting("mlx")).shape == (2, 0, 64)
-
-
-# MLX
-
-
-_IMPORTS = """
-import sys, torch
-import bonsai_image.standalone.cli, bonsai_image.loaders
-from bonsai_image.ops import Setting, linear, packed_weight
-weight = packed_weight(torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 1), 2)
-linear(torch.ones(1, 128), weight)
-assert not [name for name in sys.modules if name.split(".")[0] == "mlx"], "imported unasked"
-linear(torch.ones(1, 128), weight, None, Setting("mlx"))
-assert "mlx.core" in sys.modules, "not imported when asked for"
-"""
-
-
-@needs_mlx
-def test_mlx_is_imported_only_when_asked_for():
-    done = subprocess.run([sys.executable, "-c", _IMPORTS], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-_BROKEN_IMPORT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import einops, torch
-from bonsai_image.ops import Setting, linear, packed_weight
-weight = packed_weight(torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 1), 2)
-assert linear(torch.ones(1, 128), weight, None, Setting("mlx")).shape == (1, 8)
-assert not [name for name in sys.modules if name.split(".")[0] == "mlx"]
-assert einops.rearrange(torch.ones(2, 3), "a b -> b a").shape == (3, 2)
-"""
-
-
-def test_an_mlx_that_cannot_be_imported_leaves_nothing_behind(tmp_path):
-    """einops imports the core of whatever is in sys.modules by the name of a framework."""
-    pytest.importorskip("einops")
-    (tmp_path / "mlx").mkdir()
-    (tmp_path / "mlx" / "__init__.py").touch()
-    (tmp_path / "mlx" / "core.py").write_text("raise ImportError('Failed to load the default metallib')\n")
-    done = subprocess.run([sys.executable, "-c", _BROKEN_IMPORT, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("failure", ["wrong", "kernel", "bits", "missing"])
-def test_a_broken_mlx_is_logged_once_and_the_next_multiplies(failure, monkeypatch, caplog):
-    mx = pytest.importorskip("mlx.core")
-    product = mx.quantized_matmul
-
-    def broken(x, *args, **kwargs):
-        if failure == "kernel":
-            raise RuntimeError("[metal::Device] Unable to load kernel affine_qmm_t\nand more")
-        if failure == "bits" and kwargs["bits"] == 1:
-            raise ValueError("[quantized_matmul] the requested number of bits 1 is not supported")
-        # As the miscompiled matrix kernels did: right for a few rows, wrong for many.
-        return product(x, *args, **kwargs) * (2 if failure == "wrong" and x.shape[0] > 8 else 1)
-
-    if failure == "missing":
-        find = importlib.util.find_spec
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlx" else find(name))
-    monkeypatch.setattr(mx, "quantized_matmul", broken)
-    weight, x = random_weight(1, "symmetric", 64, 512, 128), torch.randn(20, 512)
-    with caplog.at_level(logging.INFO):
-        for _ in range(2):
-            assert torch.equal(linear(x, weight, None, Setting("mlx")), linear(x, weight))
-    (message,) = [text for text in caplog.messages if "mlx" in text.lower()]
-    assert "\n" not in message
-    if failure == "missing":
-        assert "pip install mlx" in message
-    elif failure == "bits":
-        assert "is too old" in message and "pip install --upgrade mlx" in message
-    else:
-        assert "--force-reinstall" in message and "macOS to 26.2" in message
-
-
-@pytest.mark.skipif(sys.platform == "darwin", reason="on a Mac it would measure")
-def test_the_mac_script_refuses_other_machines():
-    script = Path(__file__).parent.parent / "benchmarks" / "mac.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "Nothing was run" in done.stdout and not done.stderr

@@ -6,17 +6,17 @@ columns.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
 from ..packed import LEVELS
-from .llvm import F32, I8, I16, I32, I64, VECTOR, Builder, compiled, const
+from .llvm import F32, I8, I16, I32, I64, POINTER, VECTOR, Builder, compiled, const
 
-#: Arguments of a kernel when it runs.
-Address: TypeAlias = ir.Value
-Integer: TypeAlias = ir.Value
+#: Arguments of a kernel when it runs, with their types.
+Address: TypeAlias = Annotated[ir.Value, POINTER]
+Integer: TypeAlias = Annotated[ir.Value, I64]
 
 #: Elements along K that share a scale, the only size that ``multiply`` handles.
 GROUP = 128

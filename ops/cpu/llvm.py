@@ -94,9 +94,8 @@ class Builder(ir.IRBuilder):
 
 
 def assemble(kernel: Callable[..., None], **constants: Any) -> tuple[str, list[ir.Type]]:
-    """The IR of ``kernel`` as text, and the types of its arguments: those annotated ``Address`` or ``Integer``."""
-    types = {"Address": POINTER, "Integer": I64}
-    arguments = [types[hint] for hint in kernel.__annotations__.values() if hint in types]
+    """The IR of ``kernel`` as text, and the types of its arguments, which its annotations state."""
+    arguments = [hint.__metadata__[0] for hint in kernel.__annotations__.values() if hasattr(hint, "__metadata__")]
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), "kernel")
     builder = Builder(function.append_basic_block())

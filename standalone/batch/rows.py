@@ -43,7 +43,6 @@ class Row:
 
 #: What a prompt file may have, with their types.
 COLUMNS = {field.name: field.type for field in fields(Row)}
-_KINDS = {"int": int, "float": float, "str": str}
 
 
 def _text(path: Path) -> Iterator[dict[str, Any]]:
@@ -100,7 +99,7 @@ def make(record: dict[str, Any], defaults: Row, folder: Path) -> Row:
         if value is None or value == "":
             continue
         try:
-            given[name] = _KINDS[COLUMNS[name]](value)
+            given[name] = COLUMNS[name](value)
             if (isinstance(value, float) and given[name] != value) or isinstance(value, bool):
                 raise ValueError
             str(given[name]).encode()  # half a character cannot be recorded

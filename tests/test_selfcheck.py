@@ -1,0 +1,152 @@
+"""A backend is used only once it has multiplied right, what happens otherwise, and that anyone can add one."""
+
+import pytest
+import torch
+from reference import dense64, random_weight, relative
+
+from bonsai_image.ops import backends, linear, selfcheck, torch_backend
+from bonsai_image.ops.backends import AUTO, Choice, Setting
+from bonsai_image.ops.linear import PackedLinear
+from bonsai_image.ops.packed import parts
+
+CPU = torch.device("cpu")
+TERNARY = parts(random_weight(2, "symmetric", 192, 256, 128))
+AFFINE = parts(random_weight(4, "affine", 192, 256, 64))
+
+pytestmark = pytest.mark.usefixtures("fresh_backends")
+
+
+@pytest.mark.parametrize("form", ["symmetric", "affine", "zeropoint"])
+def test_the_self_check_passes_what_is_right(form):
+    for bits, group in ((2, 128), (4, 64)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            kind = selfcheck.Kind(bits, form, group, dtype, torch.bfloat16)
+            assert selfcheck.worst_error(torch_backend, CPU, kind, False) <= 1
+
+
+class Toy:
+    """A backend as somebody else would write it: plain torch, on the CPU, for symmetric weights."""
+
+    NAME, DEVICES, REMEDY = "toy", ("cpu",), "wind it up"
+
+    def __init__(self, change=lambda out: out, missing: str | None = None):
+        self.change, self.missing, self.calls = change, missing, []
+
+    def problem(self, device, fast=False):
+        return self.missing
+
+    def serves(self, device, rows, packed, dtype, fast, named):
+        return packed.form == "symmetric" and not fast
+
+    def multiply(self, x, packed, fast):
+        self.calls.append(x.shape)
+        return self.change(torch_backend.multiply(x, packed))
+
+
+@pytest.fixture
+def register(monkeypatch):
+    def add(toy: Toy) -> Toy:
+        monkeypatch.setattr(backends, "BACKENDS", (toy, *backends.BACKENDS))
+        return toy
+
+    return add
+
+
+def test_a_backend_from_outside_is_chosen_checked_used_compiled_and_differentiated(register):
+    toy = register(Toy())
+    assert backends.resolve(AUTO, CPU).backend == backends.resolve(Setting("toy"), CPU).backend == "toy"
+    layer = PackedLinear(256, 24, bias=False)
+    layer.load_state_dict({"weight": random_weight(2, "symmetric", 24, 256, 128)})
+    reference = dense64(layer.weight)
+    x = torch.randn(3, 256, requires_grad=True)
+    out = layer(x)
+    assert toy.calls == [(5, 1024), (80, 1024), (3, 256)], "two products to check it, then the layer's"
+    out.sum().backward()
+    assert relative(out.detach(), x.detach().double() @ reference.T) < 1e-6
+    assert relative(x.grad, reference.sum(0).expand(3, -1)) < 1e-6
+    x.grad = None
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    compiled.sum().backward()
+    assert torch.equal(compiled, out) and relative(x.grad, reference.sum(0).expand(3, -1)) < 1e-6
+    assert toy.calls[3:] == [(3, 256)]
+    linear(x, random_weight(4, "affine", 24, 256, 64))
+    assert len(toy.calls) == 4, "what it does not serve goes to the next"
+
+
+@pytest.mark.parametrize("change", [lambda out: out.roll(1, 1), lambda out: out * float("nan"),
+                                    lambda out: out * 1.01], ids=["rolled", "nan", "1 % off"])
+def test_a_wrong_backend_is_found_and_logged_once(register, caplog, change):
+    toy = register(Toy(change))
+    x, weight = torch.randn(3, 256), random_weight(2, "symmetric", 24, 256, 128)
+    for _ in range(3):
+        assert relative(linear(x, weight), x.double() @ dense64(weight).T) < 1e-6
+    assert len(toy.calls) == 2
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("Bonsai Image: the backend toy fails its self-check on cpu (2 bits, symmetric: ")
+    assert message.endswith("times the tolerance) and is not used. To repair it: wind it up.")
+
+
+def test_a_backend_that_raises_is_logged_once(register, caplog):
+    def broken(_out):
+        raise RuntimeError("no C compiler\nand a long story")
+
+    register(Toy(broken))
+    for _ in range(3):
+        linear(torch.randn(3, 256), random_weight(2, "symmetric", 24, 256, 128))
+    assert [record.getMessage() for record in caplog.records] == [
+        "Bonsai Image: the backend toy fails its self-check on cpu (no C compiler) and is not used. To repair it: "
+        "wind it up."]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+                                   RuntimeError("Triton Error [CUDA]: out of memory")])
+def test_running_out_of_memory_refuses_nothing(register, error):
+    full = [error]
+
+    def change(out):
+        if full:
+            raise full.pop()
+        return out
+
+    toy, weight = register(Toy(change)), random_weight(2, "symmetric", 24, 256, 128)
+    with pytest.raises(type(error)):
+        linear(torch.randn(3, 256), weight)
+    linear(torch.randn(3, 256), weight)
+    assert toy.calls[-1] == (3, 256)
+
+
+def test_asking_for_one_backend_does_not_check_the_others(register):
+    toy = register(Toy())
+    assert not backends.multiplies("torch", AUTO, CPU, TERNARY, torch.float32) and not toy.calls
+    assert backends.multiplies("toy", AUTO, CPU, TERNARY, torch.float32) and len(toy.calls) == 2
+    assert not backends.multiplies("toy", AUTO, CPU, AFFINE, torch.float32)
+
+
+def test_a_missing_backend_is_named_to_who_asks_for_it(register):
+    register(Toy(missing="the toy is broken"))
+    assert backends.problem("toy") == "the toy is broken"
+    assert backends.resolve(Setting("toy"), CPU) == Choice("cpu", False, "the toy is broken")
+    assert backends.choose(Setting("toy"), CPU, 4608, TERNARY, torch.bfloat16)[0].NAME == "cpu"
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+@pytest.mark.parametrize("precision", backends.PRECISIONS)
+def test_every_setting_multiplies_on_a_cpu(name, precision):
+    weight, x = random_weight(2, "symmetric", 64, 256, 128), torch.randn(3, 256)
+    assert relative(linear(x, weight, None, Setting(name, precision)), x.double() @ dense64(weight).T) < 0.02
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_every_backend_compiles_to_one_graph_and_has_a_gradient(name):
+    layer, x = PackedLinear(256, 64, bias=False), torch.randn(3, 256, requires_grad=True)
+    layer.load_state_dict({"weight": random_weight(2, "symmetric", 64, 256, 128)})
+    layer.setting = Setting(name)
+    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    out.sum().backward()
+    assert torch.equal(out, layer(x))
+    assert relative(x.grad, dense64(layer.weight).sum(0).expand(3, -1)) < 1e-6
+
+
+def test_no_rows():
+    weight = random_weight(2, "symmetric", 64, 256, 128)
+    assert linear(torch.empty(2, 0, 256), weight, None, Setting("mlx")).shape == (2, 0, 64)
