@@ -15,7 +15,7 @@ from .files import TensorFile
 from .names import MLP_RATIO, alike, count_blocks, is_comfyui, is_packable, layers, prefix
 
 HEAD_DIM = 128
-#: What no tensor shows, and what the shapes of all tensors rest on.
+#: What no tensor shows, and what every shape rests on.
 _FIXED = {"patch_size": 1, "axes_dims_rope": [32, 32, 32, 32], "rope_theta": 2000, "eps": 1e-6}
 _SHOWN = {"attention_head_dim": HEAD_DIM, "timestep_guidance_channels": 256, "mlp_ratio": float(MLP_RATIO)}
 

@@ -13,10 +13,10 @@ from batch_runs import COMMON, PROMPTS, assert_whole, disturbed, driver, finishe
 
 def test_ray_makes_the_images_of_a_single_process_though_workers_are_killed(tmp_path):
     prompts = write_prompts(tmp_path)
-    finished(driver(prompts, tmp_path / "a", "--shards", "1/1", "--seeds", 60))
-    killed = disturbed(prompts, tmp_path / "b", 120, kills=2, driver_kills=0)
+    finished(driver(prompts, tmp_path / "a", "--shards", "1/1", "--seeds", 30))
+    killed = disturbed(prompts, tmp_path / "b", 60, kills=2, driver_kills=0)
     assert killed["workers"] == 2
-    assert_whole(tmp_path / "b", tmp_path / "a", 120)
+    assert_whole(tmp_path / "b", tmp_path / "a", 60)
 
 
 @pytest.mark.slow
