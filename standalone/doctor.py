@@ -36,7 +36,9 @@ def diagnose(program: Path) -> dict[str, Any]:
     return {
         "versions": {"bonsai-image": __version__, "python": platform.python_version(),
                      "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-                     "ComfyUI": _comfyui_version(comfyui), **{name: _version(name) for name in _LIBRARIES}},
+                     "ComfyUI": _comfyui_version(comfyui), **{name: _version(name) for name in _LIBRARIES},
+                     # PyPI's metadata do not say for which GPUs it was built.
+                     "torch": str(torch.__version__)},
         "devices": devices,
         "memory": {"total": psutil.virtual_memory().total, "free": psutil.virtual_memory().available},
         "models": list(_models(comfyui)) if comfyui else [],
