@@ -4,10 +4,15 @@ import hashlib
 import re
 
 import pytest
+import torch
+from published_files import mlx, write_sparse
 
 from bonsai_image import published
 from bonsai_image.loaders.description import publication, sha256
 from bonsai_image.loaders.files import no_progress
+from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
+from bonsai_image.loaders.names import is_packable
+from bonsai_image.loaders.qwen3 import Qwen3Config, qwen3_shapes
 from bonsai_image.standalone.download import main
 
 CONTENT = b"weights" * 1000
@@ -59,6 +64,16 @@ def test_what_is_known_is_whole():
     for repository in published.REPOSITORIES.values():
         assert repository.commit is None or re.fullmatch("[0-9a-f]{40}", repository.commit)
         assert all(file.sha256 is None or re.fullmatch("[0-9a-f]{64}", file.sha256) for file in repository.files)
+
+
+@pytest.mark.parametrize(("variant", "bits"), [("ternary", 2), ("binary", 1)])
+def test_a_config_is_by_default_that_of_the_release(variant, bits, tmp_path):
+    shapes = mlx(diffusers_shapes(KleinConfig()), bits, 128, lambda name, _: is_packable(name))
+    write_sparse(tmp_path / "model.safetensors", shapes)
+    assert (tmp_path / "model.safetensors").stat().st_size == published.REPOSITORIES[variant, "mlx"].files[0].size
+    text = mlx(qwen3_shapes(Qwen3Config()), 4, 64, lambda _, shape: len(shape) == 2)
+    # As the published model.safetensors.index.json says.
+    assert sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in text.values()) == 2262920192
 
 
 def test_what_is_not_offered_is_not_downloaded(capsys):
