@@ -142,10 +142,9 @@ class ComfyUI:
             tensors = dict(to_comfyui(dense(load_transformer(repository.transformer).tensors)))
             self.model = comfy.sd.load_diffusion_model_state_dict(tensors)
             encoder = load_text_encoder(repository.text_encoder)
-            dimensions = {name: size for name, size in vars(encoder.config).items() if name != "head_dim"}
             self.clip = comfy.sd.load_text_encoder_state_dicts(
                 [dense(encoder.tensors)], clip_type=comfy.sd.CLIPType.FLUX2,
-                model_options={"qwen3_4b_model_config": dimensions})
+                model_options={"qwen3_4b_model_config": models.text_dimensions(encoder.config)})
         else:
             backend = backends.Setting("auto", case["precision"])
             self.model = models.load_model(str(repository.transformer), setting=backend)

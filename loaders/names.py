@@ -118,6 +118,10 @@ def _join(weights: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([w.to(dtype=weights[0].dtype) if is_packed(w) else w for w in weights])
 
 
+def _swap_halves(weight: torch.Tensor) -> torch.Tensor:
+    return weight.roll(len(weight) // 2, 0)
+
+
 def to_comfyui(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A complete set of diffusers tensors under ComfyUI's names; one already so named is returned as it is."""
     if is_comfyui(tensors):
@@ -126,7 +130,7 @@ def to_comfyui(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, (sources, _) in layers(*count_blocks(tensors)).items():
         weights = [tensors[source] for source in sources]
         result[name] = _join(weights) if len(weights) > 1 else weights[0]
-    result[_SWAPPED] = result[_SWAPPED].roll(len(result[_SWAPPED]) // 2, 0)
+    result[_SWAPPED] = _swap_halves(result[_SWAPPED])
     return result
 
 
@@ -136,6 +140,6 @@ def to_diffusers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return tensors
     result: dict[str, torch.Tensor] = {}
     for name, (targets, _) in layers(*count_blocks(tensors)).items():
-        tensor = tensors[name].roll(len(tensors[name]) // 2, 0) if name == _SWAPPED else tensors[name]
+        tensor = _swap_halves(tensors[name]) if name == _SWAPPED else tensors[name]
         result.update(zip(targets, tensor.chunk(len(targets)), strict=True))
     return result

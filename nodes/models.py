@@ -16,6 +16,7 @@ from ..loaders.description import count, publication
 from ..loaders.files import Progress
 from ..loaders.names import is_packable, to_comfyui
 from ..loaders.opening import tensor_files
+from ..loaders.qwen3 import Qwen3Config
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
 from ..ops.packed import is_packed, parts
@@ -85,6 +86,11 @@ def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting
     return patcher
 
 
+def text_dimensions(config: Qwen3Config) -> dict[str, int]:
+    """What ComfyUI's option ``qwen3_4b_model_config`` takes of the dimensions: all but the size of a head."""
+    return {name: size for name, size in vars(config).items() if name != "head_dim"}
+
+
 def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = False):
     """The CLIP at ``path``, its linears computing in ``compute_dtype``. Raises ModelFileError.
 
@@ -92,17 +98,16 @@ def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = Fa
     in BF16, which the release was made for, between ComfyUI's FP32 layers.
     """
     loaded = load_text_encoder(path, progress_bar(), mmap=not host_args.disable_mmap)
-    # Of these, ComfyUI takes all but the size of a head as an option.
-    dimensions = {name: size for name, size in vars(loaded.config).items() if name != "head_dim"}
-    if dimensions["hidden_size"] != _TEXT_WIDTH:
-        raise ModelFileError(path, f"a text encoder {_TEXT_WIDTH} wide (Qwen3-4B)",
-                             f"one {dimensions['hidden_size']} wide", "choose the text encoder of Bonsai Image 4B")
+    width = loaded.config.hidden_size
+    if width != _TEXT_WIDTH:
+        raise ModelFileError(path, f"a text encoder {_TEXT_WIDTH} wide (Qwen3-4B)", f"one {width} wide",
+                             "choose the text encoder of Bonsai Image 4B")
     dtype = _compute_dtype(compute_dtype, comfy.model_management.text_encoder_device())
     clip = comfy.sd.load_text_encoder_state_dicts(
         [loaded.tensors], clip_type=comfy.sd.CLIPType.FLUX2,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         model_options={"custom_operations": packed_operations(compute_dtype=dtype),
-                       "qwen3_4b_model_config": dimensions},
+                       "qwen3_4b_model_config": text_dimensions(loaded.config)},
         disable_dynamic=disable_dynamic)
     lora.install(clip.patcher)
     advice.on_out_of_memory(clip.patcher, ("encode_token_weights",), (

@@ -21,7 +21,7 @@ from ..ops.devices import cpu_has_fast_bfloat16, default_dtype
 from ..ops.packed import Packed
 
 #: What the nodes need, then what makes them faster or adds a command.
-_LIBRARIES = ("torch", "comfy-kitchen", "safetensors", "triton", "triton-windows", "gemlite", "llvmlite", "mlx", "gguf",
+_LIBRARIES = ("comfy-kitchen", "safetensors", "triton", "triton-windows", "gemlite", "llvmlite", "mlx", "gguf",
               "diffusers", "transformers", "ray")
 #: One layer of each kind of Bonsai Image: bits, group, form, scale dtype.
 _KINDS = {"ternary": (2, 128, "symmetric", torch.bfloat16), "binary": (1, 128, "symmetric", torch.bfloat16),
@@ -36,9 +36,9 @@ def diagnose(program: Path) -> dict[str, Any]:
     return {
         "versions": {"bonsai-image": __version__, "python": platform.python_version(),
                      "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-                     "ComfyUI": _comfyui_version(comfyui), **{name: _version(name) for name in _LIBRARIES},
-                     # PyPI's metadata do not say for which GPUs it was built.
-                     "torch": str(torch.__version__)},
+                     # torch's metadata on PyPI do not say for which GPUs it was built.
+                     "ComfyUI": _comfyui_version(comfyui), "torch": str(torch.__version__),
+                     **{name: _version(name) for name in _LIBRARIES}},
         "devices": devices,
         "memory": {"total": psutil.virtual_memory().total, "free": psutil.virtual_memory().available},
         "models": list(_models(comfyui)) if comfyui else [],

@@ -45,6 +45,8 @@ _QWEN3 = {
     "intermediate_size": 9728, "model_type": "qwen3", "num_attention_heads": 32, "num_hidden_layers": 36,
     "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
     "tie_word_embeddings": True, "vocab_size": 151936}
+#: All tensors of the 4-bit encoder, as its published index says.
+MLX_TEXT_BYTES = 2262920192
 MLX_TEXT_JSON = {**_QWEN3, "quantization": {"group_size": 64, "bits": 4},
                  "quantization_config": {"group_size": 64, "bits": 4}, "torch_dtype": "bfloat16"}
 HQQ_TEXT_JSON = {**_QWEN3, "dtype": "float16", "layer_types": ["full_attention"] * 36}
@@ -189,7 +191,7 @@ def write_mlx(path: Path, bits: int) -> Path:
     encoder = path / "text_encoder-mlx-4bit"
     shapes = mlx(qwen3_shapes(TEXT), 4, 64, lambda _, shape: len(shape) == 2)
     write_json(encoder / "config.json", MLX_TEXT_JSON)
-    write_json(encoder / "model.safetensors.index.json", {"metadata": {"total_size": 2262920192}, "weight_map": {
+    write_json(encoder / "model.safetensors.index.json", {"metadata": {"total_size": MLX_TEXT_BYTES}, "weight_map": {
         name: "model.safetensors" for name in shapes}})
     write_by_mlx(encoder / "model.safetensors", shapes)
     for folder in (encoder, path / "tokenizer"):

@@ -26,9 +26,10 @@ def program(tmp_path) -> Path:
     return tmp_path / "custom_nodes" / "bonsai-image"
 
 
-def test_it_finds_comfyui_its_version_and_the_models(program):
+def test_it_finds_comfyui_its_version_and_the_models(program, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")  # PyPI's metadata would say 2.13.0
     found = doctor.diagnose(program)
-    assert found["versions"]["ComfyUI"] == "0.29.0" and found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["ComfyUI"] == "0.29.0" and found["versions"]["torch"] == "2.13.0+cu130"
     models = {Path(model["path"]).relative_to(program.parent.parent / "models").as_posix(): model
               for model in found["models"]}
     assert "diffusion_models/bonsai.safetensors" in models and "diffusion_models/other.safetensors" not in models

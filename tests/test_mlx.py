@@ -274,7 +274,7 @@ def test_what_mlx_adds_to_the_weights():
 def test_it_draws_the_same_images(variant):
     repository, images = complete_repository(demo.MINIATURE / "ternary"), []
     for backend in ("torch", "mlx"):
-        result = generate(repository, demo.PROMPTS[:3], Compute(CPU, torch.float32, Setting(backend)), demo.SIDE,
+        result = generate(repository, demo.PROMPTS, Compute(CPU, torch.float32, Setting(backend)), demo.SIDE,
                           demo.SIDE, model=demo.load(variant), progress=False)
         assert (result.settings["backend"], result.settings["variant"]) == (backend, variant)
         images.append(np.stack(result.images).astype(int))

@@ -23,8 +23,7 @@ TEMPLATE = (
 LENGTH = 32
 VOCABULARY = 448
 TEXT = Qwen3Config(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=28, num_attention_heads=1,
-                   num_key_value_heads=1,
-                   head_dim=64, intermediate_size=128)
+                   num_key_value_heads=1, head_dim=64, intermediate_size=128)
 _GROUP = 64
 _END_TOKENS = 6
 _RESIDUAL = 16

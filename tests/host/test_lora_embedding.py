@@ -33,8 +33,8 @@ def encoders(tmp_path_factory):
         tensors = load_text_encoder(path).tensors
         dense.append(comfy.sd.load_text_encoder_state_dicts(
             [{name: (dense64(t) if is_packed(t) else t).float() for name, t in tensors.items()}],
-            clip_type=comfy.sd.CLIPType.FLUX2, model_options={"dtype": torch.float32, "qwen3_4b_model_config": {
-                name: size for name, size in vars(SMALL).items() if name != "head_dim"}}))
+            clip_type=comfy.sd.CLIPType.FLUX2, model_options={
+                "dtype": torch.float32, "qwen3_4b_model_config": models.text_dimensions(SMALL)}))
     return packed, dense
 
 

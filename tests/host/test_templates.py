@@ -85,8 +85,8 @@ def loaded(pair, repository):
     dense = {name: dense64(tensor).float() if is_packed(tensor) else tensor.float()
              for name, tensor in encoder.tensors.items()}
     clip = comfy.sd.load_text_encoder_state_dicts(
-        [dense], clip_type=comfy.sd.CLIPType.FLUX2, model_options={"qwen3_4b_model_config": {
-            name: size for name, size in vars(encoder.config).items() if name != "head_dim"}})
+        [dense], clip_type=comfy.sd.CLIPType.FLUX2, model_options={
+            "qwen3_4b_model_config": models.text_dimensions(encoder.config)})
     vae = models.load_vae_model(str(repository / "vae"))
     return (pair[0], models.load_clip(str(repository / "text_encoder-mlx-4bit"), "fp32"), vae), (pair[1], clip, vae)
 
