@@ -1,4 +1,4 @@
-"""Every way to multiply a packed weight on this GPU: right results, time, and the line for ``ops/tuning.py``.
+"""Every way to multiply a packed weight on this GPU: right results, time, and the line for ``ops/backends/tuning.py``.
 
     python benchmarks/gpu_kernels.py                 # needs a GPU
     python benchmarks/gpu_kernels.py --tiny          # the same code on a CPU; the figures mean nothing
@@ -48,7 +48,8 @@ def milliseconds(function, device: torch.device, flush: torch.Tensor) -> float:
 
 def ways(packed, rows: int, tiny: bool, passes: Callable[[object, bool], bool]) -> dict[str, Callable]:
     """Name -> ``multiply`` for every candidate that differs on this layer: the library's dense product apart."""
-    from bonsai_image.ops import gemlite_backend, torch_backend, triton_backend, tuning
+    from bonsai_image.ops.backends import gemlite_backend, torch_backend, tuning
+    from bonsai_image.ops.backends.triton import backend as triton_backend
 
     found = {"torch": torch_backend.multiply}
     if not tiny and passes(gemlite_backend, False):
@@ -77,7 +78,8 @@ def kernels(device: torch.device, tiny: bool) -> dict:
         import interpreter  # noqa: F401 (our Triton kernels on the CPU)
 
         layers, text_layers, all_rows = ((256, 256), (384, 512)), ((192, 256),), (1, 70)
-    from bonsai_image.ops import selfcheck
+    from bonsai_image.ops.backends import selfcheck
+    from bonsai_image.ops.backends.interface import int8_reference
     from bonsai_image.ops.devices import default_dtype
     from bonsai_image.ops.packed import Packed, dequantize
 
@@ -100,7 +102,7 @@ def kernels(device: torch.device, tiny: bool) -> dict:
             calls = {"dense": functools.partial(torch.nn.functional.linear, x, weight)}
             calls |= {name: functools.partial(call, x, packed) for name, call in ways(packed, m, tiny, passes).items()}
             for way, call in calls.items():
-                target = selfcheck.int8_reference(x, packed) if way.startswith("int8") else expected
+                target = int8_reference(x, packed) if way.startswith("int8") else expected
                 error = (call().float() - target).norm() / target.norm()
                 table.append({"bits": bits, "n": n, "k": k, "rows": m, "way": way, "error": float(error),
                               "tolerance": max(torch.finfo(dtype).eps, 2**-9),
@@ -129,7 +131,7 @@ def step_times(table: list[dict]) -> dict[str, float]:
 
 def line(table: list[dict], name: str) -> str:
     """What to enter in ``tuning.MEASURED`` for this GPU."""
-    from bonsai_image.ops import tuning
+    from bonsai_image.ops.backends import tuning
 
     times = {} if name == "tiny" else step_times(table)
     tile = min(tuning.TILES, key=lambda tile: times.get(f"int8 {tile.m}x{tile.n}", 0))
@@ -161,7 +163,7 @@ def lines(result: dict) -> list[str]:
             f"{ms[name]:>14.3f}" if name in ms else f"{'-':>14}" for name in names))
     if result["steps"]:
         text.append("ms of all products of two steps: " + ", ".join(f"{k} {v:.1f}" for k, v in result["steps"].items()))
-    return [*text, "for MEASURED in ops/tuning.py:", result["line"]]
+    return [*text, "for MEASURED in ops/backends/tuning.py:", result["line"]]
 
 
 def wrong(result: dict) -> list[str]:

@@ -3,8 +3,8 @@ beside the two other ways in which cards multiply fewer bits.
 
     python benchmarks/int8_error.py
 
-Plain torch on the CPU, by ``ops/selfcheck.py``, which the Triton kernel equals (``tests/test_triton.py``). Random
-models have no outlying activations: a trained one will show more.
+Plain torch on the CPU, by ``ops/backends/interface.py``, which the Triton kernel equals (``tests/test_triton.py``).
+Random models have no outlying activations: a trained one will show more.
 """
 
 import argparse
@@ -17,9 +17,9 @@ import torch
 
 from bonsai_image.loaders import Transformer
 from bonsai_image.loaders.klein import KleinConfig
+from bonsai_image.ops.backends.interface import int8_reference, quantise_rows
 from bonsai_image.ops.linear import PackedLinear
 from bonsai_image.ops.packed import Packed, dequantize, parts
-from bonsai_image.ops.selfcheck import int8_reference, quantise_rows
 from bonsai_image.standalone import models
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from bonsai_image.ops import torch_backend
-from bonsai_image.ops.cpu import backend as cpu_backend
+from bonsai_image.ops.backends import torch_backend
+from bonsai_image.ops.backends.cpu import backend as cpu_backend
 from bonsai_image.ops.devices import DTYPES
 from bonsai_image.ops.packed import Packed, dequantize, pack_codes
 
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--bits", type=int, choices=(1, 2), default=2)
     parser.add_argument("--kinds", nargs="+", default=[cpu_backend.instruction()],
-                        help="instructions of the int8 products (ops/cpu/kernels.py)")
+                        help="instructions of the int8 products (ops/backends/cpu/kernels.py)")
     args = parser.parse_args()
     print(f"{date.today()}, {cpu_name()}, torch {torch.__version__}, {args.dtype}, {args.bits} bits; "
           f"dense in seconds, others as multiples of it")

@@ -24,7 +24,7 @@ from load import FULL, peak_bytes, random_model
 from bonsai_image.loaders import Transformer, find_repository, load_transformer
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.ops.backends import Setting
-from bonsai_image.ops.mlx import backend as mlx_backend
+from bonsai_image.ops.backends.mlx import backend as mlx_backend
 from bonsai_image.ops.packed import is_packed, packed_nbytes
 from bonsai_image.standalone.generate import Compute, complete_repository, generate
 from bonsai_image.standalone.models import transformer_module

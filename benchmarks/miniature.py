@@ -5,7 +5,7 @@ exact one.
 
 Held-out prompts (``miniature/train/scenes.py``), four steps, CFG 1; what a picture shows is measured by a program
 (``miniature/train/measure.py``). PSNR is against the exact path: the same packed weights in FP32. On the CPU by
-``auto``; ``fast`` needs llvmlite. Its int8 products equal ``ops/selfcheck.py`` (``tests/test_cpu.py``), as the
+``auto``; ``fast`` needs llvmlite. Its int8 products equal ``ops/backends/interface.py`` (``tests/test_cpu.py``), as the
 Triton kernel's do (``tests/test_triton.py``).
 """
 

@@ -16,8 +16,8 @@ import torch
 from comfy.ldm.flux.model import Flux
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..ops.mlx import backend as mlx_backend
-from ..ops.mlx import klein as mlx_klein
+from ..networks import klein_mlx as mlx_klein
+from ..ops.backends.mlx import backend as mlx_backend
 from ..ops.packed import is_packed, parts
 from .mlx_step import refusal
 

@@ -21,7 +21,7 @@ from ..loaders.errors import refusing
 from ..loaders.files import Progress, no_progress
 from ..loaders.opening import tensor_files
 from ..ops import backends
-from ..ops.mlx import backend as mlx_backend
+from ..ops.backends.mlx import backend as mlx_backend
 from . import models
 
 

@@ -29,7 +29,7 @@ class MlxTransformer(torch.nn.Module):
     cache_context = nullcontext
 
     def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype):
-        from ..ops.mlx import klein as mlx_klein
+        from ..networks import klein_mlx as mlx_klein
 
         super().__init__()
         self.config = SimpleNamespace(**model.config.diffusers())

@@ -15,8 +15,9 @@ import torch
 from random_model import write_repository
 
 from bonsai_image.loaders.names import to_comfyui
-from bonsai_image.ops import backends, selfcheck
-from bonsai_image.ops.mlx import backend as mlx_backend
+from bonsai_image.ops import backends
+from bonsai_image.ops.backends import selfcheck
+from bonsai_image.ops.backends.mlx import backend as mlx_backend
 
 #: tests/host needs a ComfyUI checkout; without one it is left out, and the summary says so.
 collect_ignore = [] if os.environ.get("COMFYUI_PATH") else ["host"]

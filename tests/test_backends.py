@@ -8,11 +8,12 @@ import pytest
 import torch
 from reference import random_weight
 
-from bonsai_image.ops import backends, gemlite_backend, linear, selfcheck, triton_backend, tuning
-from bonsai_image.ops.backends import AUTO, Choice, Setting
-from bonsai_image.ops.cpu import backend as cpu_backend
+from bonsai_image.ops import backends, linear
+from bonsai_image.ops.backends import AUTO, Choice, Setting, gemlite_backend, selfcheck, tuning
+from bonsai_image.ops.backends.cpu import backend as cpu_backend
+from bonsai_image.ops.backends.mlx import backend as mlx_backend
+from bonsai_image.ops.backends.triton import backend as triton_backend
 from bonsai_image.ops.devices import Gpu
-from bonsai_image.ops.mlx import backend as mlx_backend
 from bonsai_image.ops.packed import parts
 
 GEFORCE = Gpu("nvidia", "NVIDIA GeForce RTX 4090", (8, 9))

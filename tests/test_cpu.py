@@ -11,16 +11,16 @@ import threading
 import pytest
 import torch
 
-from bonsai_image.ops import backends, selfcheck
-from bonsai_image.ops.backends import Setting
-from bonsai_image.ops.cpu import backend as cpu_backend
+from bonsai_image.ops import backends
+from bonsai_image.ops.backends import Setting, selfcheck
+from bonsai_image.ops.backends.cpu import backend as cpu_backend
+from bonsai_image.ops.backends.interface import int8_reference
 from bonsai_image.ops.packed import Packed, dequantize
-from bonsai_image.ops.selfcheck import int8_reference
 
 llvm = pytest.importorskip("llvmlite.binding")
-kernels = pytest.importorskip("bonsai_image.ops.cpu.kernels")
-products = pytest.importorskip("bonsai_image.ops.cpu.products")
-ir_text = pytest.importorskip("bonsai_image.ops.cpu.llvm")
+kernels = pytest.importorskip("bonsai_image.ops.backends.cpu.kernels")
+products = pytest.importorskip("bonsai_image.ops.backends.cpu.products")
+ir_text = pytest.importorskip("bonsai_image.ops.backends.cpu.llvm")
 
 CPU = torch.device("cpu")
 KINDS = [name for name in kernels.kinds() if name != "amx" or cpu_backend.instruction() == "amx"]
@@ -269,7 +269,7 @@ def test_products_from_several_threads_at_once(threads):
 def test_a_forked_child_multiplies():
     code = """
 import os, sys, torch
-from bonsai_image.ops.cpu import backend
+from bonsai_image.ops.backends.cpu import backend
 from bonsai_image.ops.packed import Packed
 torch.set_num_threads(2)
 packed = Packed(torch.full((128, 64), 9, dtype=torch.uint8), torch.ones(128, 2), None, 2, "symmetric")

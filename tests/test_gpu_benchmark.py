@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bonsai_image.ops import tuning
+from bonsai_image.ops.backends import tuning
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import gpu_kernels

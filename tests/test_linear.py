@@ -6,7 +6,8 @@ import pytest
 import torch
 from reference import dense64, random_weight, relative
 
-from bonsai_image.ops import Setting, backends, torch_backend
+from bonsai_image.ops import Setting, backends
+from bonsai_image.ops.backends import torch_backend
 from bonsai_image.ops.linear import PackedEmbedding, PackedLinear, linear
 from bonsai_image.ops.packed import PackedLayout, packed_nbytes, parts
 

@@ -22,8 +22,8 @@ from bonsai_image.standalone.generate import Compute, complete_repository, gener
 from bonsai_image.standalone.models import MlxTransformer, transformer_module
 
 mx = pytest.importorskip("mlx.core")
-from bonsai_image.ops.mlx import arrays as mlx_arrays  # noqa: E402
-from bonsai_image.ops.mlx import klein as mlx_klein  # noqa: E402
+from bonsai_image.networks import klein_mlx as mlx_klein  # noqa: E402
+from bonsai_image.ops.backends.mlx import arrays as mlx_arrays  # noqa: E402
 
 CPU = torch.device("cpu")
 MLX, TORCH = Setting("mlx"), Setting("torch")

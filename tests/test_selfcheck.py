@@ -4,8 +4,8 @@ import pytest
 import torch
 from reference import dense64, random_weight, relative
 
-from bonsai_image.ops import backends, linear, selfcheck, torch_backend
-from bonsai_image.ops.backends import AUTO, Choice, Setting
+from bonsai_image.ops import backends, linear
+from bonsai_image.ops.backends import AUTO, Choice, Setting, selfcheck, torch_backend
 from bonsai_image.ops.linear import PackedLinear
 from bonsai_image.ops.packed import parts
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from bonsai_image.ops.backends.interface import int8_reference, quantise_rows
+from bonsai_image.ops.backends.triton.backend import row_blocks
+from bonsai_image.ops.backends.tuning import DEFAULT
 from bonsai_image.ops.packed import Packed, dequantize
-from bonsai_image.ops.selfcheck import int8_reference, quantise_rows
-from bonsai_image.ops.triton_backend import row_blocks
-from bonsai_image.ops.tuning import DEFAULT
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 

@@ -3,7 +3,7 @@
 ``W_q``        uint8 ``(K * bits / 8, N)`` or int32 ``(K * bits / 32, N)``: packed along K, stored transposed
 ``scales``     float32 ``(K / group, N)``; in published files every value is a BF16 number
 ``zeros``      like ``scales``, by ``W_group_mode``: 4 ``w = code * scale + zeros``; 3 ``w = (code - zeros) * scale``
-``metadata``   int32[12], see ``ops/gemlite_backend.py``
+``metadata``   int32[12], see ``ops/backends/gemlite_backend.py``
 ``orig_shape`` (N, K)
 
 and optionally ``bias`` and ``meta_scale``. Ternary weights have ``zeros == -scales``, binary ones ``-scales / 2``.
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ...ops.gemlite_backend import DTYPES, METADATA, MODES, metadata_fields
+from ...ops.backends.gemlite_backend import DTYPES, METADATA, MODES, metadata_fields
 from ...ops.packed import packed_weight, parts
 from ..check import check_scales
 from ..files import TensorFile, write_json

@@ -12,7 +12,7 @@ from sampling import host_forward, sample
 from bonsai_image.nodes import models
 from bonsai_image.nodes.models import describe
 from bonsai_image.ops.backends import Setting
-from bonsai_image.ops.cpu import backend
+from bonsai_image.ops.backends.cpu import backend
 
 pytest.importorskip("llvmlite")
 FAST = Setting("auto", "fast")

@@ -16,8 +16,8 @@ import torch
 from bonsai_image.loaders import ModelFileError
 from bonsai_image.nodes import definitions as nodes
 from bonsai_image.nodes import folders, models
-from bonsai_image.ops import gemlite_backend
-from bonsai_image.ops.mlx import backend as mlx_backend
+from bonsai_image.ops.backends import gemlite_backend
+from bonsai_image.ops.backends.mlx import backend as mlx_backend
 
 TEXT_WIDTH = 3 * 2560
 MISSING = "bonsai-image-binary-4B-mlx-1bit"

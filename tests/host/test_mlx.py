@@ -13,7 +13,7 @@ from bonsai_image.nodes.models import describe
 pytest.importorskip("mlx.core")
 from bonsai_image.nodes import mlx_path
 from bonsai_image.ops.backends import Setting
-from bonsai_image.ops.mlx import arrays as mlx_arrays
+from bonsai_image.ops.backends.mlx import arrays as mlx_arrays
 
 TOLERANCE = 1e-5
 

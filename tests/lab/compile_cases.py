@@ -13,8 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from bonsai_image.ops import triton_kernels as kernels
-from bonsai_image.ops.tuning import TILES
+from bonsai_image.ops.backends.triton import kernels
+from bonsai_image.ops.backends.tuning import TILES
 
 _WORD = {1: "*u8", 2: "*i16", 4: "*i32"}
 #: Architectures whose int8 product is never used: Triton has no int8 matrix kernels before Ampere.
@@ -22,7 +22,7 @@ EXACT_ONLY = ("75",)
 
 
 def cases(arch: str) -> dict[str, tuple]:
-    """Name -> kernel, types of its arguments, constants, options of the launch (as in ops/triton_kernels.py)."""
+    """Name -> kernel, types of its arguments, constants, options of the launch (as in triton/kernels.py)."""
     half = "*fp16" if arch in EXACT_ONLY else "*bf16"  # what the model computes in there
     found = {}
     for bits, form, group in ((1, "symmetric", 128), (2, "symmetric", 128), (4, "affine", 64), (4, "zeropoint", 64),

@@ -10,7 +10,7 @@ import torch
 
 def main() -> None:
     stub_device.install()
-    from bonsai_image.ops import gemlite_backend
+    from bonsai_image.ops.backends import gemlite_backend
     from bonsai_image.ops.packed import Packed, dequantize
 
     generator = torch.Generator().manual_seed(0)

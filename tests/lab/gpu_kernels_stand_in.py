@@ -2,7 +2,8 @@
 
 import torch
 
-from bonsai_image.ops import gemlite_backend, selfcheck, triton_kernels
+from bonsai_image.ops.backends import gemlite_backend, selfcheck
+from bonsai_image.ops.backends.triton import kernels as triton_kernels
 from bonsai_image.ops.packed import dequantize
 
 

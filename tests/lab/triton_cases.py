@@ -6,19 +6,13 @@ import json
 import interpreter  # noqa: F401 (first: it sets TRITON_INTERPRET)
 import torch
 
-from bonsai_image.ops import (
-    Setting,
-    gemlite_backend,
-    linear,
-    parts,
-    selfcheck,
-    triton_backend,
-    triton_kernels,
-    tuning,
-)
+from bonsai_image.ops import Setting, linear, parts
+from bonsai_image.ops.backends import gemlite_backend, selfcheck, tuning
+from bonsai_image.ops.backends.interface import int8_reference, quantise_rows
+from bonsai_image.ops.backends.triton import backend as triton_backend
+from bonsai_image.ops.backends.triton import kernels as triton_kernels
 from bonsai_image.ops.devices import Gpu
 from bonsai_image.ops.packed import Packed, dequantize, rewrap
-from bonsai_image.ops.selfcheck import int8_reference
 
 GENERATOR = torch.Generator().manual_seed(0)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -83,7 +77,7 @@ def int8():
         x[3] = 0
         x[4, 5] = 1000
         q, row = triton_kernels.quantise_rows(x)
-        expected_q, expected_row = selfcheck.quantise_rows(x)
+        expected_q, expected_row = quantise_rows(x)
         report(f"quantise-rows-{name}", (q != expected_q).sum() + (row != expected_row).sum(), 0)
     for bits in (1, 2, 4):
         packed = weight(70, 384, bits, 128)

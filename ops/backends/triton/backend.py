@@ -7,10 +7,10 @@ exact
 fast
     The activations are rounded to int8 with one scale a row, and multiplied by the exact int8 levels. Every product
     and every sum inside a group is exact; the rounding of the activations is the whole error
-    (``ops/selfcheck.py``).
+    (``ops/backends/interface.py``).
 
-The dense copy (its size: ``ops/tuning.py``) comes from torch's allocator at every call. In steady state that is the
-same block each time without asking the driver; nothing is held between calls, two streams never share it, and
+The dense copy (its size: ``ops/backends/tuning.py``) comes from torch's allocator at every call. In steady state that
+is the same block each time without asking the driver; nothing is held between calls, two streams never share it, and
 a CUDA graph records it. No function here waits for the device.
 """
 
@@ -18,9 +18,9 @@ import importlib.util
 
 import torch
 
-from .devices import AMPERE, DTYPES, current, gpu
-from .packed import Packed
-from .tuning import Tuning, tuning
+from ...devices import AMPERE, DTYPES, current, gpu
+from ...packed import Packed
+from ..tuning import Tuning, tuning
 
 NAME = "triton"
 DEVICES: tuple[str, ...] = ("cuda", "xpu")
@@ -65,9 +65,9 @@ def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, 
 def multiply(x: torch.Tensor, packed: Packed, fast: bool = False, tuned: Tuning | None = None) -> torch.Tensor:
     """``x @ W.T`` for ``x`` ``(M, K)``; ``(M, N)`` in the dtype of ``x``. See the module docstring for ``fast``.
 
-    ``tuned``: in place of what ``ops/tuning.py`` has for the device.
+    ``tuned``: in place of what ``ops/backends/tuning.py`` has for the device.
     """
-    from .triton_kernels import expand, expand_levels, int8_matmul, quantise_rows
+    from .kernels import expand, expand_levels, int8_matmul, quantise_rows
 
     packed, tuned = packed.contiguous(), tuned or tuning(x.device)
     out = x.new_empty(x.shape[0], packed.n)

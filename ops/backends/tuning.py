@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .devices import gpu
+from ..devices import gpu
 
 
 class Tile(NamedTuple):

@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-from . import gemlite_backend, selfcheck, torch_backend, triton_backend
+from ..devices import default_dtype
+from ..packed import Packed
+from . import gemlite_backend, selfcheck, torch_backend
 from .cpu import backend as cpu_backend
-from .devices import default_dtype
+from .interface import Backend
 from .mlx import backend as mlx_backend
-from .packed import Packed
-from .selfcheck import Backend
+from .triton import backend as triton_backend
 
 #: In order of preference. The last one takes every exact product on every device.
 BACKENDS: tuple[Backend, ...] = (gemlite_backend, triton_backend, mlx_backend, cpu_backend, torch_backend)

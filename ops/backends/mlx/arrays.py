@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import torch
 
-from ..packed import LEVELS, Packed
+from ...packed import LEVELS, Packed
 
 DTYPES = {torch.float32: mx.float32, torch.float16: mx.float16, torch.bfloat16: mx.bfloat16}
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import torch
 
-from ..packed import is_packed, parts
-from . import arrays
+from ..ops.backends.mlx import arrays
+from ..ops.packed import is_packed, parts
 
 Weights = dict[str, arrays.PackedArrays | mx.array]
 

@@ -1,4 +1,4 @@
-"""A few columns of an int8 product: int32 inside a group of 128, float32 across groups (``ops/selfcheck.py``).
+"""A few columns of an int8 product: int32 inside a group of 128, float32 across groups (``backends/interface.py``).
 
 The codes of the columns become a panel of bytes, which stays in the L2 cache while it is multiplied with all rows of
 activations. All instructions share this text but for :func:`dot` and, for AMX, :func:`add_tiles`.
@@ -6,7 +6,7 @@ activations. All instructions share this text but for :func:`dot` and, for AMX, 
 
 from llvmlite import ir
 
-from ..packed import LEVELS
+from ...packed import LEVELS
 from .kernels import GROUP, KINDS, Address, Integer, Kind
 from .llvm import F32, I8, I16, I32, I64, VECTOR, Builder, const
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from ..packed import LEVELS
+from ...packed import LEVELS
 from .llvm import F32, I8, I16, I32, I64, POINTER, VECTOR, Builder, compiled, const
 
 #: Arguments of a kernel when it runs, with their types.

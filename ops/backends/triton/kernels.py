@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .packed import LEVELS, Packed
-from .tuning import Tile
+from ...packed import LEVELS, Packed
+from ..tuning import Tile
 
 #: Words of codes that one program of ``expand`` reads. A word holds 8 elements (1 bit: a byte, 2 bits: two, 4 bits:
 #: four), which a thread stores at once: 16 bytes in 16 bits, 8 bytes of levels.

@@ -3,8 +3,8 @@
 exact
     A block of rows is expanded at memory speed, then multiplied by torch.
 fast
-    Activations are rounded to int8 with one scale a row and multiplied by the exact codes (``ops/selfcheck.py``),
-    by the best instruction of this CPU.
+    Activations are rounded to int8 with one scale a row and multiplied by the exact codes
+    (``ops/backends/interface.py``), by the best instruction of this CPU.
 
 Products use ``torch.get_num_threads()`` threads and hold nothing between calls. They can be interrupted between blocks,
 which take some milliseconds.
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..packed import Packed
+from ...packed import Packed
 
 NAME = "cpu"
 DEVICES: tuple[str, ...] = ("cpu",)

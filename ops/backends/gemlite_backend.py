@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from . import triton_backend
-from .devices import AMPERE, current, gpu
-from .packed import LEVELS, Form, Packed
+from ..devices import AMPERE, current, gpu
+from ..packed import LEVELS, Form, Packed
+from .triton import backend as triton_backend
 from .tuning import tuning
 
 NAME = "gemlite"

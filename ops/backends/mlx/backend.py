@@ -1,7 +1,7 @@
 """The MLX backend: ``mx.quantized_matmul`` on the packed words, for Apple silicon.
 
 The canonical codes are MLX's words, so nothing is repacked. This file decides when MLX is used; importing it does not
-import MLX. What runs in MLX is in ``ops/mlx/arrays.py`` (one product) and ``ops/mlx/klein.py`` (the whole
+import MLX. What runs in MLX is in ``ops/backends/mlx/arrays.py`` (one product) and ``networks/klein_mlx.py`` (the whole
 transformer).
 
 MLX computes ``scales * code + biases``. The symmetric and affine forms of ``ops/packed.py`` are exactly that; the
@@ -16,8 +16,8 @@ import sys
 
 import torch
 
-from ..devices import DTYPES
-from ..packed import Packed
+from ...devices import DTYPES
+from ...packed import Packed
 
 NAME = "mlx"
 DEVICES: tuple[str, ...] = ("mps", "cpu")

@@ -6,7 +6,7 @@ block of :data:`CPU_BLOCK_ELEMENTS` elements stays in the cache between the two 
 
 import torch
 
-from .packed import Packed, dequantize
+from ..packed import Packed, dequantize
 
 NAME = "torch"
 DEVICES: tuple[str, ...] = ()

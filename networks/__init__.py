@@ -1,0 +1,1 @@
+"""Networks that we run ourselves, beside the host's own: what no backend of one product can do."""

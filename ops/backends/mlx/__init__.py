@@ -1,0 +1,1 @@
+"""MLX, for Apple silicon: the backend, and its arrays."""

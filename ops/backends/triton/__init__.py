@@ -1,0 +1,1 @@
+"""Our Triton kernels for GPUs: the backend, and what it launches."""

@@ -1,1 +1,0 @@
-"""MLX, for Apple silicon: the backend, arrays, and the whole transformer."""
