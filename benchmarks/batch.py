@@ -13,7 +13,6 @@ import argparse
 import heapq
 import json
 import random
-import sys
 import tempfile
 import threading
 import time
@@ -21,8 +20,7 @@ from pathlib import Path
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from batch_runs import assert_whole, disturbed, driver, finished, write_prompts
+from bonsai_image.tests.support.batch_runs import assert_whole, disturbed, driver, finished, write_prompts
 
 WORKERS = (1, 8, 64, 256, 1000)
 #: Failures of a worker per hour: none, one in ten hours (cheap, preemptible machines), one an hour.

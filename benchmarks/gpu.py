@@ -28,9 +28,7 @@ import torch
 
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.loaders.qwen3 import Qwen3Config
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import random_model
+from bonsai_image.tests.support import random_model
 
 #: What measures a case, by its kind.
 SCRIPTS = {"kernels": "gpu_kernels.py", "embedded": "gpu_case.py", "comfyui": "gpu_case.py"}

@@ -9,7 +9,6 @@ Random models have no outlying activations: a trained one will show more.
 
 import argparse
 import itertools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +20,7 @@ from bonsai_image.ops.backends.interface import int8_reference, quantise_rows
 from bonsai_image.ops.linear import PackedLinear
 from bonsai_image.ops.packed import Packed, dequantize, parts
 from bonsai_image.standalone import models
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import random_model
+from bonsai_image.tests.support import random_model
 
 STEPS, SIDE, TOKENS, TEXT_WIDTH = 4, 8, 32, 384
 _BLOCK = 128

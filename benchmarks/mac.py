@@ -28,9 +28,7 @@ from bonsai_image.ops.backends.mlx import backend as mlx_backend
 from bonsai_image.ops.packed import is_packed, packed_nbytes
 from bonsai_image.standalone.generate import Compute, complete_repository, generate
 from bonsai_image.standalone.models import transformer_module
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-from random_model import write_repository
+from bonsai_image.tests.support.random_model import write_repository
 
 #: Name -> what it is. ``mlx`` is what ``auto`` means on a Mac.
 PATHS = {"mlx": "whole transformer in MLX", "layers": "MLX in each layer", "torch": "torch, packed",

@@ -10,21 +10,16 @@ Triton kernel's do (``tests/test_triton.py``).
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline
 
 from bonsai_image.loaders import find_repository, load_text_encoder
+from bonsai_image.miniature import demo
+from bonsai_image.miniature.train.measure import held_out_scenes, score
 from bonsai_image.ops.backends import Setting
 from bonsai_image.standalone import models
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "miniature"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "miniature" / "train"))
-import demo
-from measure import held_out_scenes, score
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

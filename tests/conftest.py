@@ -8,16 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import model_files
 import pytest
-import sound_files
 import torch
-from random_model import write_repository
 
 from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.ops import backends
 from bonsai_image.ops.backends import selfcheck
 from bonsai_image.ops.backends.mlx import backend as mlx_backend
+from bonsai_image.tests.support import model_files, sound_files
+from bonsai_image.tests.support.random_model import write_repository
 
 #: tests/host needs a ComfyUI checkout; without one it is left out, and the summary says so.
 collect_ignore = [] if os.environ.get("COMFYUI_PATH") else ["host"]

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from reference import random_weight
 
 from bonsai_image.ops import backends, linear
 from bonsai_image.ops.backends import AUTO, Choice, Setting, gemlite_backend, selfcheck, tuning
@@ -15,6 +14,7 @@ from bonsai_image.ops.backends.mlx import backend as mlx_backend
 from bonsai_image.ops.backends.triton import backend as triton_backend
 from bonsai_image.ops.devices import Gpu
 from bonsai_image.ops.packed import parts
+from bonsai_image.tests.support.reference import random_weight
 
 GEFORCE = Gpu("nvidia", "NVIDIA GeForce RTX 4090", (8, 9))
 TURING = Gpu("nvidia", "NVIDIA GeForce RTX 2080", (7, 5))

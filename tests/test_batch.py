@@ -13,19 +13,9 @@ from PIL import Image
 from bonsai_image.loaders import ModelFileError
 from bonsai_image.standalone.batch import manifest, rows, stages
 from bonsai_image.standalone.cli import main
+from bonsai_image.tests.support.batch_runs import COMMON, MINIATURE, batch, images, write_table
 
-MINIATURE = Path(__file__).parent.parent / "miniature"
-COMMON = ("--checkpoint", MINIATURE / "ternary", "--width", 64, "--height", 64, "--steps", 2, "--device", "cpu",
-          "--dtype", "fp32", "--threads", 1)
 PROMPTS = ("three red circles on a white background", "a large yellow ring on a grey background", "ein Bäumchen")
-
-
-def batch(prompts, out, *words, shard="1/1") -> int:
-    return main([str(word) for word in ("batch", prompts, "--out", out, *COMMON, "--shards", shard, *words)])
-
-
-def images(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.glob("*.png")}
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +31,6 @@ def whole(prompts, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole")
     assert batch(prompts, out, "--seeds", 2) == 0
     return out
-
-
-def write_table(path: Path, records: list[dict]) -> Path:
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(records), path)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    else:
-        lines = [",".join(records[0]), *(",".join(f'"{value}"' for value in each.values()) for each in records)]
-        path.write_text("\n".join(lines))
-    return path
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])

@@ -7,13 +7,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from batch_runs import MINIATURE
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_batch import PROMPTS, batch, images, write_table
 
 from bonsai_image.ops.backends import Setting
 from bonsai_image.standalone.batch import manifest, rows, stages
+from bonsai_image.tests.support.batch_runs import MINIATURE, PROMPTS, batch, images, write_table
 
 
 @pytest.fixture

@@ -8,7 +8,17 @@ import time
 
 import psutil
 import pytest
-from batch_runs import COMMON, PROMPTS, assert_whole, disturbed, driver, finished, images, write_prompts
+
+from bonsai_image.tests.support.batch_runs import (
+    COMMON,
+    PROMPTS,
+    assert_whole,
+    disturbed,
+    driver,
+    finished,
+    images,
+    write_prompts,
+)
 
 
 def test_ray_makes_the_images_of_a_single_process_though_workers_are_killed(tmp_path):

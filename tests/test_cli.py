@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from command_line import BINARY, MINIATURE, SMALL, run, sentence
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from bonsai_image.__main__ import main
 from bonsai_image.standalone import cli
 from bonsai_image.standalone import generate as generating
+from bonsai_image.tests.support.command_line import BINARY, MINIATURE, SMALL, run, sentence
 
 DRAW = ("generate", "--checkpoint", MINIATURE / "ternary", "--prompt", "two green circles", "--steps", 1, *SMALL,
         "--json", "--out")

@@ -6,9 +6,9 @@ import shutil
 import sys
 
 import pytest
-from command_line import MINIATURE, run, sentence
 
 from bonsai_image.standalone import generate as generating
+from bonsai_image.tests.support.command_line import MINIATURE, run, sentence
 
 
 @pytest.mark.parametrize("device", ["meta", "nonsense"])

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import dense64
-from sound_files import to_4bit_u8
 
 from bonsai_image.loaders.formats import comfy, dense, gemlite, hqq, mlx
 from bonsai_image.ops.packed import pack_codes, unpack_codes
+from bonsai_image.tests.support.reference import dense64
+from bonsai_image.tests.support.sound_files import to_4bit_u8
 
 BITS = st.sampled_from([1, 2, 4])
 SEED = st.integers(0, 2**31 - 1)

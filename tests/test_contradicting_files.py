@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from sound_files import FILES, QKV, TO_Q, UP, WEIGHTS, load, read, refusal, write
 
 from bonsai_image.loaders import load_text_encoder, load_transformer, load_vae
 from bonsai_image.ops.packed import equal, is_packed
+from bonsai_image.tests.support.sound_files import FILES, QKV, TO_Q, UP, WEIGHTS, load, read, refusal, write
 
 INDEX, QUANTIZATION = f"{WEIGHTS}.index.json", "quantization_config.json"
 DEEP: list = []

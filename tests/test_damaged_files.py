@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from sound_files import FILES, load, read, refusal, write
 
 from bonsai_image.loaders import ModelFileError, load_transformer
 from bonsai_image.ops.packed import equal, is_packed
+from bonsai_image.tests.support.sound_files import FILES, load, read, refusal, write
 
 
 @pytest.fixture(scope="module")

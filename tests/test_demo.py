@@ -2,9 +2,10 @@
 
 import json
 
-import demo
 import pytest
 from PIL import Image
+
+from bonsai_image.miniature import demo
 
 
 def test_a_contact_sheet(tmp_path, capsys):

@@ -4,10 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-import demo
 import pytest
 import torch
 
+from bonsai_image.miniature import demo
 from bonsai_image.ops import backends
 from bonsai_image.standalone import cli, doctor
 

@@ -3,14 +3,14 @@
 import shutil
 from pathlib import Path
 
-import model_files
 import pytest
 import torch
-from reference import dense64
 
 from bonsai_image.loaders import load_text_encoder, load_transformer, names, save_transformer
 from bonsai_image.loaders.formats import gemlite, mlx
 from bonsai_image.ops.packed import equal, is_packed, packed_weight, parts
+from bonsai_image.tests.support import model_files
+from bonsai_image.tests.support.reference import dense64
 
 FORMATS = {"diffusers": "dense", "sharded": "dense", "comfyui": "dense", "gemlite": "gemlite", "mlx": "mlx"}
 

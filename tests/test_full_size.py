@@ -5,10 +5,10 @@ import subprocess
 import sys
 import time
 
-import published_files
 import pytest
 
 from bonsai_image.published import REPOSITORIES
+from bonsai_image.tests.support import published_files
 
 CODE = """
 import sys

@@ -3,7 +3,8 @@
 import importlib.util
 
 import pytest
-from test_triton import run_lab
+
+from bonsai_image.tests.support.lab import run_lab
 
 # Not importorskip: importing GemLite asks for a GPU.
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gemlite") is None, reason="GemLite is not installed here")

@@ -7,17 +7,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gguf as package
-import model_files
 import numpy as np
 import pytest
 import torch
-from ggml import Ggml
-from sound_files import refusal
 
 from bonsai_image.loaders import gguf, load_transformer, save_transformer
 from bonsai_image.loaders.names import to_comfyui, to_diffusers
 from bonsai_image.ops.packed import is_packed, parts
 from bonsai_image.standalone.cli import main
+from bonsai_image.tests.support import model_files
+from bonsai_image.tests.support.ggml import Ggml
+from bonsai_image.tests.support.sound_files import refusal
 
 QKV = "double_blocks.0.img_attn.qkv.weight"
 each_target = pytest.mark.parametrize(("small_model", "target"), [(1, "gguf"), (2, "gguf"), (2, "gguf-pq2_0")],

@@ -6,13 +6,13 @@ import itertools
 import os
 from pathlib import Path
 
-import model_files
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 
 from bonsai_image.loaders import gguf, load_transformer, save_transformer
 from bonsai_image.loaders.names import to_comfyui
+from bonsai_image.tests.support import model_files
 
 _SDCPP = os.environ.get("BONSAI_SDCPP")
 pytestmark = pytest.mark.skipif(not _SDCPP, reason="build stable-diffusion.cpp with tests/lab/stable_diffusion.sh and "

@@ -14,10 +14,10 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
-from sound_files import FILES, KLEIN, TO_Q, WEIGHTS, load, read, refusal, write
 
 from bonsai_image.loaders import ModelFileError, find_repository, load_text_encoder, load_transformer, load_vae
 from bonsai_image.loaders.klein import comfyui_shapes, diffusers_shapes
+from bonsai_image.tests.support.sound_files import FILES, KLEIN, TO_Q, WEIGHTS, load, read, refusal, write
 
 LOADERS = {"transformer": load_transformer, "text-encoder": load_text_encoder, "vae": load_vae}
 each_loader = pytest.mark.parametrize("loader", LOADERS.values(), ids=list(LOADERS))

@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from reference import dense64, random_weight, relative
 
 from bonsai_image.ops import Setting, backends
 from bonsai_image.ops.backends import torch_backend
 from bonsai_image.ops.linear import PackedEmbedding, PackedLinear, linear
 from bonsai_image.ops.packed import PackedLayout, packed_nbytes, parts
+from bonsai_image.tests.support.reference import dense64, random_weight, relative
 
 CASES = [(1, "symmetric", 128), (2, "symmetric", 128), (2, "symmetric", 32), (4, "symmetric", 64), (1, "affine", 128),
          (2, "affine", 128), (4, "affine", 64), (4, "zeropoint", 64)]

@@ -3,17 +3,17 @@
 import random
 import shutil
 
-import demo
 import numpy as np
 import pytest
 import torch
-from measure import describe, expected, held_out_scenes, score
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from scenes import COLOURS, Scene, draw, held_out
 
 from bonsai_image.loaders import load_transformer, save_transformer, targets
 from bonsai_image.loaders.formats import writer
+from bonsai_image.miniature import demo
+from bonsai_image.miniature.train.measure import describe, expected, held_out_scenes, score
+from bonsai_image.miniature.train.scenes import COLOURS, Scene, draw, held_out
 from bonsai_image.ops import Setting
 from bonsai_image.standalone.generate import (
     Compute,

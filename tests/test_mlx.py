@@ -4,22 +4,22 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import demo
 import numpy as np
 import pytest
 import torch
-from random_model import random_transformer, write_repository
-from reference import dense64, random_weight, relative
 
 from bonsai_image.loaders import Transformer
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.loaders.names import to_comfyui
+from bonsai_image.miniature import demo
 from bonsai_image.ops import Setting, linear
 from bonsai_image.ops.backends import multiplies
 from bonsai_image.ops.packed import is_packed, packed_nbytes, packed_weight, parts
 from bonsai_image.standalone import models
 from bonsai_image.standalone.generate import Compute, complete_repository, generate
 from bonsai_image.standalone.models import MlxTransformer, transformer_module
+from bonsai_image.tests.support.random_model import random_transformer, write_repository
+from bonsai_image.tests.support.reference import dense64, random_weight, relative
 
 mx = pytest.importorskip("mlx.core")
 from bonsai_image.networks import klein_mlx as mlx_klein  # noqa: E402

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import random_weight
 
 from bonsai_image.ops import Setting, linear
+from bonsai_image.tests.support.reference import random_weight
 
 pytestmark = pytest.mark.usefixtures("fresh_backends")
 

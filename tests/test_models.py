@@ -3,15 +3,15 @@
 import copy
 import shutil
 
-import model_files
 import pytest
 import torch
-from reference import relative
 
 from bonsai_image.loaders import ModelFileError, load_text_encoder, load_transformer
 from bonsai_image.ops.linear import PackedLinear
 from bonsai_image.ops.packed import is_packed
 from bonsai_image.standalone.models import scheduler, text_encoder_module, transformer_module, vae_module
+from bonsai_image.tests.support import model_files
+from bonsai_image.tests.support.reference import relative
 
 CPU = torch.device("cpu")
 

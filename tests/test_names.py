@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_model import random_transformer
-from reference import dense64
-from sound_files import KLEIN
 
 from bonsai_image.loaders import ModelFileError, names
 from bonsai_image.loaders.klein import comfyui_shapes, diffusers_shapes
 from bonsai_image.ops.packed import equal, is_packed, packed_weight, parts
+from bonsai_image.tests.support.random_model import random_transformer
+from bonsai_image.tests.support.reference import dense64
+from bonsai_image.tests.support.sound_files import KLEIN
 
 QKV, Q, K, V = "double_blocks.0.img_attn.qkv.weight", *(f"transformer_blocks.0.attn.to_{part}.weight" for part in "qkv")
 FINAL, NORM_OUT = "final_layer.adaLN_modulation.1.weight", "norm_out.linear.weight"

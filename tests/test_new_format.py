@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from command_line import BINARY, run
 from safetensors.torch import load_file
 
 from bonsai_image.loaders import formats, load_transformer, targets
 from bonsai_image.loaders.formats.interface import Format, Writer
 from bonsai_image.ops.packed import is_packed, packed_weight, parts, unpack_codes
+from bonsai_image.tests.support.command_line import BINARY, run
 
 
 def read(path, mmap):

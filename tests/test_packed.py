@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import dense64, random_weight
 
 from bonsai_image.ops.linear import _parameter
 from bonsai_image.ops.packed import (
@@ -22,6 +21,7 @@ from bonsai_image.ops.packed import (
     rewrap,
     unpack_codes,
 )
+from bonsai_image.tests.support.reference import dense64, random_weight
 
 BITS = st.sampled_from([1, 2, 4])
 FORMS = [(2, "symmetric"), (4, "affine"), (4, "zeropoint")]

@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from published_files import MLX_TEXT_BYTES, mlx, write_sparse
 
 from bonsai_image import published
 from bonsai_image.loaders.description import publication, sha256
@@ -14,6 +13,7 @@ from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
 from bonsai_image.loaders.names import is_packable
 from bonsai_image.loaders.qwen3 import Qwen3Config, qwen3_shapes
 from bonsai_image.standalone.download import main
+from bonsai_image.tests.support.published_files import MLX_TEXT_BYTES, mlx, write_sparse
 
 CONTENT = b"weights" * 1000
 NAME = "transformer-packed-mflux/diffusion_pytorch_model.safetensors"

@@ -6,8 +6,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import release
 import yaml
+
+from bonsai_image.tools import release
 
 ROOT = Path(__file__).parent.parent
 VERSION = release.tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]

@@ -8,11 +8,9 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
-import published_files
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sound_files import FILES, WEIGHTS, load, refusal
 
 from bonsai_image.loaders import (
     ModelFileError,
@@ -25,6 +23,8 @@ from bonsai_image.loaders import (
 from bonsai_image.loaders.repository import resembles_repository, snapshot
 from bonsai_image.ops.packed import equal, is_packed
 from bonsai_image.standalone.inspect import inspect
+from bonsai_image.tests.support import published_files
+from bonsai_image.tests.support.sound_files import FILES, WEIGHTS, load, refusal
 
 TRANSFORMER, ENCODER = "transformer-packed-mflux", "text_encoder-mlx-4bit"
 PART_LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_vae}

@@ -3,10 +3,10 @@
 import os
 
 import pytest
-from command_line import BINARY, run, sentence
 
 from bonsai_image.loaders import ModelFileError, Transformer, load_transformer, models, save_transformer
 from bonsai_image.loaders.formats import comfy
+from bonsai_image.tests.support.command_line import BINARY, run, sentence
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from reference import dense64, random_weight, relative
 
 from bonsai_image.ops import backends, linear
 from bonsai_image.ops.backends import AUTO, Choice, Setting, selfcheck, torch_backend
 from bonsai_image.ops.linear import PackedLinear
 from bonsai_image.ops.packed import parts
+from bonsai_image.tests.support.reference import dense64, random_weight, relative
 
 CPU = torch.device("cpu")
 TERNARY = parts(random_weight(2, "symmetric", 192, 256, 128))

@@ -1,10 +1,5 @@
 """Our Triton kernels without a GPU: through the interpreter against plain torch, and compiled for six architectures."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,20 +8,9 @@ from bonsai_image.ops.backends.interface import int8_reference, quantise_rows
 from bonsai_image.ops.backends.triton.backend import row_blocks
 from bonsai_image.ops.backends.tuning import DEFAULT
 from bonsai_image.ops.packed import Packed, dequantize
+from bonsai_image.tests.support.lab import run_lab
 
 pytest.importorskip("triton", reason="Triton is not installed here")
-
-LAB = Path(__file__).parent / "lab"
-
-
-def run_lab(script: str, *args: str) -> list[dict]:
-    """Run a script of ``tests/lab`` in a process of its own; the JSON lines it printed."""
-    # The kernels are read when they are first imported: the interpreter cannot be turned on later.
-    done = subprocess.run([sys.executable, str(LAB / script), *args], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
 
 @pytest.fixture(scope="module")
 def cases() -> list[dict]:

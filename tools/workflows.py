@@ -5,7 +5,7 @@ Written to ``example_workflows`` and ``subgraphs`` with ComfyUI's own Python by
 their pictures by ``UPDATE_PICTURES=1 COMFYUI_PATH=... python -m pytest tests/host/test_browser.py``.
 """
 
-from layout import BYPASSED, Column, Group, Node
+from bonsai_image.tools.layout import BYPASSED, Column, Group, Node
 
 TERNARY = "bonsai-image-ternary-4B-mlx-2bit"
 BINARY = "bonsai-image-binary-4B-mlx-1bit"

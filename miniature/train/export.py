@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
-from text import TEXT
-from transformer import KLEIN, SCHEDULER
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bonsai_image.loaders import Transformer, load_text_encoder, load_transformer, save_transformer
 from bonsai_image.loaders.formats import mlx
+from bonsai_image.miniature.train.text import TEXT
+from bonsai_image.miniature.train.transformer import KLEIN, SCHEDULER
 from bonsai_image.ops.packed import is_packed
 
 REPOSITORY = "ternary"

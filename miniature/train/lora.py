@@ -4,14 +4,14 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-import text
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-from scenes import COLOURS, LEAVES, Scene, draw, random_scene
 from torch.nn.utils import parametrize
-from transformer import train_transformer
 
 from bonsai_image.loaders.names import is_packable
+from bonsai_image.miniature.train import text
+from bonsai_image.miniature.train.scenes import COLOURS, LEAVES, Scene, draw, random_scene
+from bonsai_image.miniature.train.transformer import train_transformer
 
 COLOUR = "blue"
 RANK = 4

@@ -4,7 +4,19 @@ import random
 from functools import cache
 
 import torch
-from scenes import BACKGROUNDS, COLOURS, POSITIONS, ROWS, SHAPES, SIDE, SIZES, Scene, draw, random_scene
+
+from bonsai_image.miniature.train.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    POSITIONS,
+    ROWS,
+    SHAPES,
+    SIDE,
+    SIZES,
+    Scene,
+    draw,
+    random_scene,
+)
 
 #: How far, in 0 to 255 over three channels, a pixel must be from the background to belong to an object.
 _DIFFERENT = 60.0

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from diffusers import Flux2KleinPipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from training import train
 from transformers import Qwen2Tokenizer, Qwen3ForCausalLM, Qwen3Model
 from transformers import Qwen3Config as Qwen3Arguments
 
 from bonsai_image.loaders.qwen3 import TAPPED_LAYERS, Qwen3Config
+from bonsai_image.miniature.train.training import train
 from bonsai_image.ops.packed import dequantize, pack_codes, packed_weight, parts
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")

@@ -9,15 +9,13 @@ import copy
 import random
 from pathlib import Path
 
-import export
-import lora
-import text
 import torch
-import transformer
 from diffusers import AutoencoderKLFlux2
-from measure import expected
-from scenes import COLOURS, Scene, draw, random_scene
-from training import loss_picture, save, train
+
+from bonsai_image.miniature.train import export, lora, text, transformer
+from bonsai_image.miniature.train.measure import expected
+from bonsai_image.miniature.train.scenes import COLOURS, Scene, draw, random_scene
+from bonsai_image.miniature.train.training import loss_picture, save, train
 
 VAE = {"block_out_channels": (8, 16, 32, 64), "layers_per_block": 1, "latent_channels": 32, "norm_num_groups": 1,
        "sample_size": 128}

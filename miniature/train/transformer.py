@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-from text import LENGTH, TEXT
 from torch.nn.utils import parametrize
-from training import train
 
 from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
 from bonsai_image.loaders.names import is_packable
+from bonsai_image.miniature.train.text import LENGTH, TEXT
+from bonsai_image.miniature.train.training import train
 from bonsai_image.ops.packed import pack_codes, packed_weight
 
 KLEIN = KleinConfig(num_attention_heads=1, joint_attention_dim=3 * TEXT.hidden_size, num_layers=1, num_single_layers=4)

@@ -17,14 +17,13 @@ if str(COMFYUI) not in sys.path:
     args.cpu = True
 
 # After the host: it sets up torch for the flags above.
-import random_model  # noqa: E402
-from reference import dense64  # noqa: E402
-
 from bonsai_image.loaders import Transformer, load_transformer, save_transformer  # noqa: E402
 from bonsai_image.loaders.names import to_comfyui  # noqa: E402
 from bonsai_image.loaders.qwen3 import Qwen3Config  # noqa: E402
 from bonsai_image.nodes import models  # noqa: E402
 from bonsai_image.ops.packed import is_packed  # noqa: E402
+from bonsai_image.tests.support import random_model  # noqa: E402
+from bonsai_image.tests.support.reference import dense64  # noqa: E402
 
 #: The width the host's Klein encoder is detected by, and its real vocabulary; everything else as small as can be.
 TEXT = Qwen3Config(num_hidden_layers=28, num_attention_heads=1, num_key_value_heads=1, intermediate_size=128)

@@ -4,9 +4,10 @@ import asyncio
 import json
 
 import pytest
-from frontend import frontend, needs_chromium, server_of_a_user
 from PIL import Image
-from shipped import BLUEPRINT
+
+from bonsai_image.tests.support.frontend import frontend, needs_chromium, server_of_a_user
+from bonsai_image.tests.support.shipped import BLUEPRINT
 
 
 @pytest.fixture(scope="module")

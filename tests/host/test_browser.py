@@ -11,9 +11,10 @@ import os
 from pathlib import Path
 
 import pytest
-from frontend import HEIGHT, WIDTH, Page, frontend, needs_chromium, server_of_a_user
 from PIL import Image
-from shipped import WORKFLOWS
+
+from bonsai_image.tests.support.frontend import HEIGHT, WIDTH, Page, frontend, needs_chromium, server_of_a_user
+from bonsai_image.tests.support.shipped import WORKFLOWS
 
 pytestmark = needs_chromium
 

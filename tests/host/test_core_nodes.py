@@ -23,9 +23,10 @@ from comfy_extras.nodes_rope import ScaleROPE
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_tcfg import TCFG
 from comfy_extras.nodes_torch_compile import TorchCompileModel
-from reference import relative
 from safetensors.torch import load_file, save_file
-from sampling import HEIGHT, WIDTH, random, sample
+
+from bonsai_image.tests.support.reference import relative
+from bonsai_image.tests.support.sampling import HEIGHT, WIDTH, random, sample
 
 CFG = 4.0
 

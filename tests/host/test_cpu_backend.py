@@ -5,14 +5,14 @@ import time
 
 import comfy.model_management
 import pytest
-from adapters import Maker, with_lora
-from reference import relative
-from sampling import host_forward, sample
 
 from bonsai_image.nodes import models
 from bonsai_image.nodes.models import describe
 from bonsai_image.ops.backends import Setting
 from bonsai_image.ops.backends.cpu import backend
+from bonsai_image.tests.support.adapters import Maker, with_lora
+from bonsai_image.tests.support.reference import relative
+from bonsai_image.tests.support.sampling import host_forward, sample
 
 pytest.importorskip("llvmlite")
 FAST = Setting("auto", "fast")

@@ -10,11 +10,11 @@ import comfy.sample
 import node_helpers
 import pytest
 import torch
-from reference import relative
-from sampling import HEIGHT, WIDTH, conditioning, random, sample
 
 from bonsai_image.loaders import load_transformer
 from bonsai_image.nodes import models
+from bonsai_image.tests.support.reference import relative
+from bonsai_image.tests.support.sampling import HEIGHT, WIDTH, conditioning, random, sample
 
 
 def batch_of_three(model):

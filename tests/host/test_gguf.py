@@ -2,10 +2,10 @@
 
 import folder_paths
 import torch
-from sampling import host_forward
 
 from bonsai_image.loaders import load_transformer, save_transformer
 from bonsai_image.nodes import definitions as nodes
+from bonsai_image.tests.support.sampling import host_forward
 
 
 def options(node) -> list[str]:

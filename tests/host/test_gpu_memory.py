@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import random_model
 import torch
 
 from bonsai_image.loaders.qwen3 import Qwen3Config
 from bonsai_image.standalone.memory import counted_peak
+from bonsai_image.tests.support import random_model
 
 #: As wide as ComfyUI knows it; few rows in its table, so that a LoRA on them is small.
 TEXT = Qwen3Config(vocab_size=4096, num_hidden_layers=28, num_attention_heads=1, num_key_value_heads=1,

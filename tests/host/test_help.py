@@ -5,8 +5,9 @@ import json
 
 import aiohttp
 import pytest
-from comfyui_server import ROOT, Server
-from shipped import SCHEMAS
+
+from bonsai_image.tests.support.comfyui_server import ROOT, Server
+from bonsai_image.tests.support.shipped import SCHEMAS
 
 LANGUAGES = ("en", "zh", "ja", "ko", "fr", "es")
 

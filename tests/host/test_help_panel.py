@@ -10,10 +10,11 @@ import json
 import os
 
 import pytest
-from comfyui_server import ROOT
-from frontend import frontend, needs_chromium, server_of_a_user
 from PIL import Image
-from shipped import SCHEMAS
+
+from bonsai_image.tests.support.comfyui_server import ROOT
+from bonsai_image.tests.support.frontend import frontend, needs_chromium, server_of_a_user
+from bonsai_image.tests.support.shipped import SCHEMAS
 
 pytestmark = needs_chromium
 

@@ -5,16 +5,16 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import pytest
-import random_model
 import torch
-from adapters import KINDS, Maker
 from comfy_extras.nodes_model_merging import CLIPAdd, CLIPMergeSimple, CLIPSubtract
-from reference import dense64, relative
 
 from bonsai_image.loaders import load_text_encoder
 from bonsai_image.loaders.qwen3 import Qwen3Config
 from bonsai_image.nodes import models
 from bonsai_image.ops.packed import PackedLayout, is_packed
+from bonsai_image.tests.support import random_model
+from bonsai_image.tests.support.adapters import KINDS, Maker
+from bonsai_image.tests.support.reference import dense64, relative
 
 #: As small as ComfyUI's Klein encoder can be, with 1,024 words, so that a dense table takes no memory to speak of.
 SMALL = Qwen3Config(vocab_size=1024, num_hidden_layers=28, num_attention_heads=1, num_key_value_heads=1,

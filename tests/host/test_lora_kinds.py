@@ -4,13 +4,13 @@ import comfy.model_management
 import comfy.weight_adapter
 import pytest
 import torch
-from adapters import FACTORED, KINDS, Maker, codes_of, with_lora
-from reference import relative
-from sampling import host_forward
 
 from bonsai_image.nodes.side_paths import Difference, Kronecker, side_paths
 from bonsai_image.ops import backends
 from bonsai_image.ops.packed import PackedLayout, is_packed
+from bonsai_image.tests.support.adapters import FACTORED, KINDS, Maker, codes_of, with_lora
+from bonsai_image.tests.support.reference import relative
+from bonsai_image.tests.support.sampling import host_forward
 
 
 @pytest.mark.parametrize("kind", KINDS)

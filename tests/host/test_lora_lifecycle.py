@@ -9,12 +9,12 @@ import comfy.sd
 import comfy.weight_adapter
 import pytest
 import torch
-from adapters import KINDS, LAYERS, Maker, codes_of, with_lora
-from reference import relative
-from sampling import conditioning, host_forward, sample
 
 from bonsai_image.nodes import lora, models
 from bonsai_image.nodes.operations import HostLinear
+from bonsai_image.tests.support.adapters import KINDS, LAYERS, Maker, codes_of, with_lora
+from bonsai_image.tests.support.reference import relative
+from bonsai_image.tests.support.sampling import conditioning, host_forward, sample
 
 
 def test_final_latent_of_the_sampler(packed_model, dense_model, tensors):

@@ -4,9 +4,9 @@ import comfy.hooks
 import comfy.model_management
 import comfy.sd
 import torch
-from reference import dense64, relative
 
 from bonsai_image.nodes import models
+from bonsai_image.tests.support.reference import dense64, relative
 
 
 def test_lora_on_the_text_encoder(repository):

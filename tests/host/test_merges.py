@@ -3,21 +3,20 @@
 import comfy.sd
 import pytest
 import torch
-from adapters import Maker, with_lora
-from reference import dense64, relative
-from sampling import host_forward
 
 from bonsai_image.loaders import load_transformer
 from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.nodes import models
 from bonsai_image.ops.packed import is_packed
+from bonsai_image.tests.support.adapters import Maker, with_lora
+from bonsai_image.tests.support.reference import dense64, relative
+from bonsai_image.tests.support.sampling import host_forward
 
 
 def test_merging_two_bonsai_models_works_densely(transformer, dense_model, tensors, inputs, tmp_path):
     """ModelMergeSimple's way: half of one, half of the other; then the merged model drops the merge again."""
-    import random_model
-
     from bonsai_image.loaders import Transformer, save_transformer
+    from bonsai_image.tests.support import random_model
 
     config = load_transformer(transformer).config
     path = tmp_path / "other.safetensors"

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import comfy.sd
 import comfy.utils
-import demo
 import pytest
 import torch
-from measure import describe, held_out_scenes, score
-from miniature_in_comfyui import CPU, REPOSITORY, SIDE, STEPS, Ends, sampled
 from PIL import Image
-from scenes import COLOURS, Scene, draw
 
 from bonsai_image.loaders import load_transformer
+from bonsai_image.miniature import demo
+from bonsai_image.miniature.train.measure import describe, held_out_scenes, score
+from bonsai_image.miniature.train.scenes import COLOURS, Scene, draw
 from bonsai_image.nodes import models as host_models
 from bonsai_image.ops import Setting, is_packed, parts
 from bonsai_image.standalone import models
+from bonsai_image.tests.support.miniature_in_comfyui import CPU, REPOSITORY, SIDE, STEPS, Ends, sampled
 
 LORA = demo.MINIATURE / "blue_pot_lora.safetensors"
 SCENES = held_out_scenes(24, seed=6)

@@ -5,10 +5,10 @@ import comfy.sample
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from reference import relative
 
 from bonsai_image.nodes import models
 from bonsai_image.nodes.models import describe
+from bonsai_image.tests.support.reference import relative
 
 pytest.importorskip("mlx.core")
 from bonsai_image.nodes import mlx_path

@@ -5,10 +5,7 @@ from types import SimpleNamespace
 import comfy.model_management
 import folder_paths
 import pytest
-import random_model
 import torch
-from reference import relative
-from sampling import host_forward
 
 from bonsai_image.loaders import ModelFileError, load_transformer
 from bonsai_image.loaders.names import to_comfyui
@@ -17,6 +14,9 @@ from bonsai_image.nodes import folders as node_folders
 from bonsai_image.nodes import models
 from bonsai_image.ops import backends
 from bonsai_image.ops.packed import PackedLayout, equal, is_packed, packed_nbytes
+from bonsai_image.tests.support import random_model
+from bonsai_image.tests.support.reference import relative
+from bonsai_image.tests.support.sampling import host_forward
 
 
 @pytest.fixture

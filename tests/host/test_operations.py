@@ -5,11 +5,11 @@ from collections import Counter
 import comfy.ops
 import pytest
 import torch
-from sampling import sample
 
 from bonsai_image.nodes import models, operations
 from bonsai_image.nodes.operations import HostEmbedding, HostLayer, HostLinear
 from bonsai_image.ops.packed import PackedLayout, is_packed
+from bonsai_image.tests.support.sampling import sample
 
 
 @pytest.fixture

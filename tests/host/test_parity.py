@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from reference import relative
-from sampling import host_forward
 
 from bonsai_image.loaders import load_text_encoder, load_transformer, save_transformer
 from bonsai_image.nodes import models
 from bonsai_image.standalone.models import text_encoder_module, transformer_module, vae_module
+from bonsai_image.tests.support.reference import relative
+from bonsai_image.tests.support.sampling import host_forward
 
 CPU = torch.device("cpu")
 

@@ -4,8 +4,9 @@ import asyncio
 import json
 
 import pytest
-from comfyui_server import Server, graph
 from PIL import Image
+
+from bonsai_image.tests.support.comfyui_server import Server, graph
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ from statistics import median
 import psutil
 import pytest
 import torch
-from comfyui_server import Server, graph
 from safetensors.torch import save_file
 
 from bonsai_image.loaders import load_transformer
 from bonsai_image.ops.packed import is_packed
+from bonsai_image.tests.support.comfyui_server import Server, graph
 
 PROMPTS = int(os.environ.get("SOAK_PROMPTS", "40"))
 SIZES = ((64, 48), (96, 80), (48, 64))

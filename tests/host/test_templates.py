@@ -8,15 +8,15 @@ import importlib.resources
 import json
 
 import comfy.sd
-import layout
 import pytest
 import torch
-from reference import dense64, relative
 
 import nodes as host_nodes
 from bonsai_image.loaders import load_text_encoder
 from bonsai_image.nodes import models
 from bonsai_image.ops.packed import is_packed
+from bonsai_image.tests.support.reference import dense64, relative
+from bonsai_image.tools import layout
 
 #: Template -> which of its subgraphs, each a whole graph from the loaders to the image.
 GRAPHS = {

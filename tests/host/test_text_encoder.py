@@ -4,11 +4,11 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from reference import relative
 from safetensors.torch import save_file
 
 from bonsai_image.nodes import models, operations
 from bonsai_image.nodes.operations import HostEmbedding
+from bonsai_image.tests.support.reference import relative
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,20 @@
 import random
 from dataclasses import replace
 
-import demo
 import folder_paths
 import pytest
 import torch
 from comfy_extras.nodes_train import SaveLoRA, TrainLoraNode
-from measure import describe
-from miniature_in_comfyui import Ends, sampled, unpadded
-from reference import relative
-from sampling import conditioning, sample
-from sampling import random as noise
-from scenes import COLOURS, LEAVES, Scene, draw, random_scene
 
 import nodes as host_nodes
+from bonsai_image.miniature import demo
+from bonsai_image.miniature.train.measure import describe
+from bonsai_image.miniature.train.scenes import COLOURS, LEAVES, Scene, draw, random_scene
 from bonsai_image.nodes import models
+from bonsai_image.tests.support.miniature_in_comfyui import Ends, sampled, unpadded
+from bonsai_image.tests.support.reference import relative
+from bonsai_image.tests.support.sampling import conditioning, sample
+from bonsai_image.tests.support.sampling import random as noise
 
 IMAGES = 64
 DEFAULTS = {

@@ -11,15 +11,15 @@ import shutil
 from pathlib import Path
 
 import folder_paths
-import layout
 import pytest
-import workflows as tool
-from comfyui_server import ROOT
-from shipped import BLUEPRINT, DOWNLOADED, FILES, TRAINING, WORKFLOWS
 
 import nodes as host_nodes
 from bonsai_image import __version__
 from bonsai_image.nodes.definitions import BonsaiExtension
+from bonsai_image.tests.support.comfyui_server import ROOT
+from bonsai_image.tests.support.shipped import BLUEPRINT, DOWNLOADED, FILES, TRAINING, WORKFLOWS
+from bonsai_image.tools import layout
+from bonsai_image.tools import workflows as tool
 
 #: Nodes that exist in the frontend only, and have no inputs, outputs or schema.
 NOTES = {"MarkdownNote", "Note"}

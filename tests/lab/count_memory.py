@@ -23,7 +23,6 @@ if HOST == "comfyui":
 
 import gpu_kernels_stand_in  # noqa: E402
 import pretended_gpu  # noqa: E402
-import random_model  # noqa: E402
 import torch  # noqa: E402
 from diffusers import AutoencoderKLFlux2  # noqa: E402
 from pretended_gpu import DEVICES, record  # noqa: E402
@@ -33,6 +32,7 @@ from bonsai_image.loaders.names import is_packable  # noqa: E402
 from bonsai_image.loaders.qwen3 import Qwen3Config, qwen3_shapes  # noqa: E402
 from bonsai_image.ops.backends import Setting  # noqa: E402
 from bonsai_image.ops.packed import packed_weight  # noqa: E402
+from bonsai_image.tests.support import random_model  # noqa: E402
 
 KLEIN = KleinConfig()
 QWEN3 = Qwen3Config()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3Model
 
 GROUP = 128
-LAB = Path(__file__).parent / "lab"
+LAB = Path(__file__).parents[1] / "lab"
 
 SMALL = {"in_channels": 32, "out_channels": 32, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 128,
          "num_attention_heads": 2, "joint_attention_dim": 96, "guidance_embeds": False, "patch_size": 1}

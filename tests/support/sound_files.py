@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2
-from random_model import random_text_encoder, random_transformer
 from safetensors.torch import load_file, save_file
 
 from bonsai_image.loaders import ModelFileError, load_text_encoder, load_transformer, load_vae
@@ -16,6 +15,7 @@ from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.loaders.qwen3 import Qwen3Config
 from bonsai_image.ops.packed import is_packed, parts, unpack_codes
+from bonsai_image.tests.support.random_model import random_text_encoder, random_transformer
 
 KLEIN = KleinConfig(num_attention_heads=1, joint_attention_dim=384, in_channels=32, out_channels=32, num_layers=1,
                     num_single_layers=1)

@@ -2,10 +2,9 @@
 
 import asyncio
 
-import workflows as tool
-from comfyui_server import ROOT
-
 from bonsai_image.nodes.definitions import BonsaiExtension
+from bonsai_image.tests.support.comfyui_server import ROOT
+from bonsai_image.tools import workflows as tool
 
 #: Node schemas by node id.
 SCHEMAS = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in asyncio.run(BonsaiExtension().get_node_list())}

@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bonsai_image.standalone.batch import manifest, stages
+from bonsai_image.standalone.cli import main
 
-MINIATURE = Path(__file__).parent.parent / "miniature"
+MINIATURE = Path(__file__).parents[2] / "miniature"
 COMMON = ("--checkpoint", MINIATURE / "ternary", "--width", 64, "--height", 64, "--steps", 2, "--device", "cpu",
-          "--dtype", "fp32", "--threads", 1, "--json")
+          "--dtype", "fp32", "--threads", 1)
 PROMPTS = ("three red circles on a white background", "a large yellow ring on a grey background")
 
 
@@ -26,7 +28,7 @@ def write_prompts(folder: Path) -> Path:
 
 
 def driver(prompts: Path, out: Path, *words) -> subprocess.Popen:
-    command = [sys.executable, "-m", "bonsai_image", "batch", prompts, "--out", out, *COMMON, *words]
+    command = [sys.executable, "-m", "bonsai_image", "batch", prompts, "--out", out, *COMMON, "--json", *words]
     return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -105,3 +107,19 @@ def assert_whole(out: Path, reference: Path, count: int) -> None:
     assert {row["name"]: row["sha256"] for row in manifest.read(out)} == \
         {row["name"]: row["sha256"] for row in manifest.read(reference)}
     assert not list(out.glob(".*.tmp")) and not list((out / stages.STARTED).iterdir())
+
+
+def batch(prompts, out, *words, shard="1/1") -> int:
+    """Run it in this process, without Ray; its exit status."""
+    return main([str(word) for word in ("batch", prompts, "--out", out, *COMMON, "--shards", shard, *words)])
+
+
+def write_table(path: Path, records: list[dict]) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        lines = [",".join(records[0]), *(",".join(f'"{value}"' for value in each.values()) for each in records)]
+        path.write_text("\n".join(lines))
+    return path

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from comfyui_server import Server
-from shipped import DOWNLOADED, FILES, TRAINING
+
+from bonsai_image.tests.support.comfyui_server import Server
+from bonsai_image.tests.support.shipped import DOWNLOADED, FILES, TRAINING
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None,

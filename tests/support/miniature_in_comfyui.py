@@ -1,7 +1,6 @@
 """The trained miniature in ComfyUI; its text encoder and VAE, which have sizes of their own, in diffusers."""
 
 import comfy.samplers
-import demo
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicGuider, RandomNoise, SamplerCustomAdvanced
@@ -9,6 +8,7 @@ from comfy_extras.nodes_flux import Flux2Scheduler
 from diffusers import Flux2KleinPipeline
 
 from bonsai_image.loaders import find_repository, load_text_encoder
+from bonsai_image.miniature import demo
 from bonsai_image.ops import Setting
 from bonsai_image.standalone import models
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from bonsai_image.standalone.cli import main
 
 #: The trained miniature.
-MINIATURE = Path(__file__).parent.parent / "miniature"
+MINIATURE = Path(__file__).parents[2] / "miniature"
 BINARY = MINIATURE / "binary.safetensors"
 #: A quick image on the CPU.
 SMALL = ("--width", 64, "--height", 64, "--device", "cpu")

@@ -1,0 +1,1 @@
+"""What writes the example workflows, and what checks a release."""
