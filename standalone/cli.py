@@ -111,12 +111,9 @@ def run_on(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, backend
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from . import memory
     from .generate import Compute, complete_repository, generate, open_image, save_png
 
     compute, repository = Compute(*run_on(args)), complete_repository(args.checkpoint, args.transformer)
-    if note := memory.note(repository, compute.device, args.width, args.height, len(args.image), args.precision):
-        print(note, file=sys.stderr)
     images, settings, stages = generate(repository, [args.prompt], compute, args.width, args.height, args.steps,
                                         args.seed, [open_image(path) for path in args.image], progress=not args.json)
     save_png(images[0], settings, args.out)

@@ -12,7 +12,7 @@ from bonsai_image.tools import release
 
 ROOT = Path(__file__).parent.parent
 VERSION = release.tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-STATING = ("pyproject.toml", "__init__.py", "CITATION.cff", "CHANGELOG.md")
+STATING = ("pyproject.toml", "__init__.py", "CHANGELOG.md")
 
 
 @pytest.fixture

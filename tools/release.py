@@ -25,12 +25,11 @@ LARGEST_ARCHIVE = 10_000_000
 
 
 def version_problems(root: Path, tag: str) -> list[str]:
-    """Where pyproject.toml, ``__version__``, CITATION.cff and CHANGELOG.md differ from ``tag``."""
+    """Where pyproject.toml, ``__version__`` and CHANGELOG.md differ from ``tag``."""
     version = tag.removeprefix("v")
     stated = {
         "pyproject.toml": tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"],
         "__init__.py": _found(r'^__version__ = "(.+)"$', root / "__init__.py"),
-        "CITATION.cff": _found(r"^version: (.+)$", root / "CITATION.cff"),
         "CHANGELOG.md": _found(r"^## \[(\d[^\]]*)\] - \d{4}-\d{2}-\d{2}$", root / "CHANGELOG.md"),
     }
     return [f"{name} says {value}, the tag {version}" for name, value in stated.items() if value != version]

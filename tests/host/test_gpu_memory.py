@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from bonsai_image.loaders.qwen3 import Qwen3Config
-from bonsai_image.standalone.memory import counted_peak
 from bonsai_image.tests.support import random_model
 
 #: As wide as ComfyUI knows it; few rows in its table, so that a LoRA on them is small.
@@ -79,6 +78,4 @@ def test_the_embedded_host_takes_what_is_stated():
     lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     assert [line["precision"] for line in lines] == ["exact", "fast"]
     for line in lines:
-        counted = max(value for name, value in line.items() if name not in ("host", "precision", "size"))
-        assert counted < 2300
-        assert counted_peak(1024, 1024, precision=line["precision"]) == pytest.approx(counted, rel=0.01)
+        assert max(value for name, value in line.items() if name not in ("host", "precision", "size")) < 2300
