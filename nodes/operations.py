@@ -95,5 +95,11 @@ class HostEmbedding(HostLayer, PackedEmbedding):
 def packed_operations(setting: Setting = AUTO, compute_dtype: torch.dtype | None = None) -> type:
     """An ``operations`` class for ``model_options["custom_operations"]``, of its own for each model."""
 
-    layer = type("Linear", (HostLinear,), {"setting": setting, "compute_dtype": compute_dtype})
-    return type("PackedOperations", (comfy.ops.manual_cast,), {"Linear": layer, "Embedding": HostEmbedding})
+    def layer(*args, **kwargs) -> HostLinear:
+        # Not a class of its own, which pickle could not find.
+        made = HostLinear(*args, **kwargs)
+        made.setting, made.compute_dtype = setting, compute_dtype
+        return made
+
+    layers = {"Linear": staticmethod(layer), "Embedding": HostEmbedding}
+    return type("PackedOperations", (comfy.ops.manual_cast,), layers)

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import backends
 from .backends import AUTO, Setting
-from .packed import Form, Packed, dequantize, is_packed, parts, rewrap, tag
+from .packed import Form, Packed, dequantize, is_packed, packed_parameter, parts, tag
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
@@ -63,16 +63,10 @@ def _backward(ctx, grad):
 _packed_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _parameter(tensor: torch.Tensor) -> nn.Parameter:
-    if not is_packed(tensor):
-        return nn.Parameter(tensor, requires_grad=False)
-    # Hosts run a model inside inference_mode and unload it outside. A wrapper created inside works in both; one created
-    # outside does not.
-    with torch.inference_mode():
-        wrapper = rewrap(parts(tensor), tensor.dtype)
-    # What nn.Parameter does to a tensor subclass, but for the copy of its scales, which would be inference tensors.
-    wrapper._is_param = True
-    return wrapper
+def _parameter(tensor: torch.Tensor) -> torch.Tensor:
+    if is_packed(tensor):
+        return packed_parameter(parts(tensor), tensor.dtype)
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 class PackedModule(nn.Module):

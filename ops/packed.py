@@ -29,8 +29,9 @@ packed; all others see the dense weight.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeGuard, get_args
+from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
 import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class
@@ -125,6 +126,28 @@ class PackedLayout(QuantizedLayout):
 register_layout_class(LAYOUT_NAME, PackedLayout)
 
 
+class PackedTensor(QuantizedTensor):
+    """comfy-kitchen's tensor, which by itself can neither be deep-copied nor pickled."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _restored, (tuple(parts(self)), self.dtype, isinstance(self, torch.nn.Parameter))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
+        if id(self) not in memo:
+            restore, (packed, *rest) = self.__reduce_ex__(4)
+            copies = (part.clone() if isinstance(part, torch.Tensor) else part for part in packed)
+            memo[id(self)] = restore(copies, *rest)
+        return memo[id(self)]
+
+
+# ComfyUI knows by this name what memory it may pin.
+PackedTensor.__name__ = "QuantizedTensor"
+
+
+def _restored(packed: Iterable[Any], dtype: torch.dtype, is_parameter: bool) -> QuantizedTensor:
+    return (packed_parameter if is_parameter else rewrap)(Packed(*packed), dtype)
+
+
 def packed_weight(codes: torch.Tensor, scale: torch.Tensor, bits: int, form: Form = "symmetric",
                   shift: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
     """Wrap canonical tensors (see the module docstring) as one weight of shape ``(N, K)`` and apparent ``dtype``.
@@ -145,7 +168,7 @@ def packed_weight(codes: torch.Tensor, scale: torch.Tensor, bits: int, form: For
     if shift is not None and shift.shape != scale.shape:
         raise ValueError(f"scale {tuple(scale.shape)} and shift {tuple(shift.shape)} differ in shape")
     params = PackedParams(scale=scale, orig_dtype=dtype, orig_shape=shape, bits=bits, form=form, shift=shift)
-    return QuantizedTensor(codes, LAYOUT_NAME, params)
+    return PackedTensor(codes, LAYOUT_NAME, params)
 
 
 def rewrap(packed: Packed, dtype: torch.dtype) -> QuantizedTensor:
@@ -153,9 +176,21 @@ def rewrap(packed: Packed, dtype: torch.dtype) -> QuantizedTensor:
     return packed_weight(packed.codes, packed.scale, packed.bits, packed.form, packed.shift, dtype)
 
 
+def packed_parameter(packed: Packed, dtype: torch.dtype) -> QuantizedTensor:
+    """As :func:`rewrap`, the parameter of a module."""
+    # Hosts run a model inside inference_mode and unload it outside. A wrapper created inside works in both; one created
+    # outside does not.
+    with torch.inference_mode():
+        wrapper = rewrap(packed, dtype)
+    # What nn.Parameter does to a tensor subclass, but for the copy of its scales, which would be inference tensors.
+    wrapper._is_param = True
+    return wrapper
+
+
 def is_packed(tensor: torch.Tensor | None) -> TypeGuard[QuantizedTensor]:
     """Whether ``tensor`` is a weight in the canonical packed form."""
-    return isinstance(tensor, QuantizedTensor) and tensor.layout_cls is PackedLayout
+    # By name: another copy of this package in the process registers a class of its own under it.
+    return isinstance(tensor, QuantizedTensor) and tensor._layout_cls == LAYOUT_NAME
 
 
 def parts(weight: QuantizedTensor) -> Packed:

@@ -1,6 +1,11 @@
 """The packed weight as a tensor: what it refuses to be made of, its codes, its values, and what torch does to it."""
 
+import copy
+import io
+import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bonsai_image.ops.linear import _parameter
+from bonsai_image.ops.linear import PackedEmbedding, PackedLinear, _parameter
 from bonsai_image.ops.packed import (
     PackedLayout,
     dequantize,
@@ -208,3 +213,60 @@ def test_augmented_assignment_raises():
     weight = held()
     with pytest.raises(NotImplementedError):
         weight += 1
+
+
+# Copies
+
+
+def through_torch(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w)), through_torch])  # noqa: S301
+@pytest.mark.parametrize(("bits", "form"), FORMS)
+def test_weights_and_layers_survive_copies(bits, form, duplicate):
+    """Of comfy-kitchen's own tensors, all of these fail."""
+    weight = random_weight(bits, form, 12, 256, 64)
+    linear, table = PackedLinear(256, 12, bias=False), PackedEmbedding(12, 256)
+    for layer in (linear, table):
+        layer.load_state_dict({"weight": weight})
+    expected = linear(torch.eye(256))
+    bare, (linear, table) = duplicate(weight), duplicate(torch.nn.ModuleList([linear, table]))
+    for made in (bare, linear.weight, table.weight):
+        assert is_packed(made) and equal(made, weight) and made.dtype == weight.dtype
+        assert parts(made).codes.data_ptr() != parts(weight).codes.data_ptr()
+        assert isinstance(made, torch.nn.Parameter) == (made is not bare)
+    with torch.inference_mode(False):
+        linear.to("cpu").to(torch.float16)
+    assert torch.equal(linear(torch.eye(256)), expected)
+
+
+def test_a_copy_keeps_what_is_shared_shared():
+    weight = held()
+    assert type(weight).__name__ == "QuantizedTensor", "or ComfyUI would not pin its memory"
+    first, second = copy.deepcopy([weight, weight])
+    assert first is second
+
+
+TWO_COPIES = """
+import importlib.util, sys, torch
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, sys.argv[1] + "/__init__.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return importlib.import_module(name + ".ops.packed"), importlib.import_module(name + ".ops.linear")
+one = load("one")
+weight = one[0].packed_weight(torch.full((8, 32), 228, dtype=torch.uint8), torch.rand(8, 1), 2)
+x = torch.randn(3, 128)
+expected = one[1].linear(x, weight)
+for packed, linear in (one, load("two"), one):
+    assert packed.is_packed(weight) and packed.is_packed(weight[2:]), packed
+    assert torch.equal(linear.linear(x, weight), expected)
+"""
+
+
+def test_a_second_copy_of_the_pack_in_the_process_changes_nothing():
+    subprocess.run([sys.executable, "-c", TWO_COPIES, Path(__file__).parents[1]], check=True, timeout=300)

@@ -1,5 +1,7 @@
 """The packed layers under ComfyUI's weight management: what is cast is given back, and no move decodes a weight."""
 
+import copy
+import pickle
 from collections import Counter
 
 import comfy.ops
@@ -87,3 +89,15 @@ def test_every_layer_of_the_text_encoder_runs_once(repository, runs):
     clip.encode_from_tokens(clip.tokenize("a bonsai"))
     layers = [module for module in clip.cond_stage_model.modules() if isinstance(module, HostLayer)]
     assert runs == dict.fromkeys(layers, 1) and len(layers) == 28 * 7 + 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_copy_of_the_diffusion_model_draws_the_same(transformer, duplicate, inside):
+    """Other node packs make them."""
+    model = models.load_model(str(transformer), "fp32")
+    expected, original = sample(model), model.model.diffusion_model
+    with torch.inference_mode(inside):
+        model.model.diffusion_model = duplicate(original)
+    assert model.model.diffusion_model is not original
+    assert torch.equal(sample(model), expected)
