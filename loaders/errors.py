@@ -1,13 +1,10 @@
 """The one exception for files that cannot be used."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-#: Longest quotation, in characters, of what a file or a library says.
-_LONGEST = 200
-
+from ..disk import phrase, reason
 
 #: Remedies: for a damaged file, for files that do not belong together, and for a file of the wrong kind.
 DOWNLOAD_AGAIN = "download the file again"
@@ -26,15 +23,7 @@ class ModelFileError(Exception):
 
     def __init__(self, path: Path | str, expected: str, found: str, action: str = DOWNLOAD_AGAIN):
         self.path, self.expected, self.found, self.action = Path(path), expected, found, action
-        super().__init__(f"{path}: expected {_phrase(expected)}, found {_phrase(found)}; {action}.")
-
-
-def _phrase(text: str) -> str:
-    """``text`` fit to stand inside one sentence. It may quote names from a hostile file and other libraries' errors:
-    only its first sentence counts, on one line, printable and short."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    sentence = re.split(r"[.!?:;]*(?:[.!?] |$)", line, maxsplit=1)[0]
-    return sentence if len(sentence) <= _LONGEST else f"{sentence[:_LONGEST]}..."
+        super().__init__(f"{path}: expected {phrase(expected)}, found {phrase(found)}; {action}.")
 
 
 @contextmanager
@@ -43,4 +32,4 @@ def refusing(path: Path | str, expected: str, action: str, *errors: type[Excepti
     try:
         yield
     except errors as error:
-        raise ModelFileError(path, expected, str(error), action) from error
+        raise ModelFileError(path, expected, reason(error), action) from error

@@ -2,12 +2,13 @@
 part's memory is freed when its stage returns."""
 
 import gc
+import io
 import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -15,6 +16,7 @@ from diffusers import Flux2KleinPipeline
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
+from ..disk import write_whole
 from ..loaders import ModelFileError, Repository, Transformer, find_repository, load_text_encoder, load_transformer
 from ..loaders.description import count
 from ..loaders.errors import refusing
@@ -42,13 +44,18 @@ class Result(NamedTuple):
     stages: dict[str, dict[str, float]]
 
 
-def save_png(image: Image.Image, settings: dict[str, Any], file: Path | BinaryIO) -> None:
-    """Write a PNG whose ``bonsai`` text chunk holds ``settings`` as JSON; the folder of a path is made."""
-    info = PngImagePlugin.PngInfo()
+def png(image: Image.Image, settings: dict[str, Any]) -> bytes:
+    """A PNG whose ``bonsai`` text chunk holds ``settings`` as JSON."""
+    info, stream = PngImagePlugin.PngInfo(), io.BytesIO()
     info.add_text("bonsai", json.dumps(settings))
-    if isinstance(file, Path):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    image.save(file, format="PNG", pnginfo=info)
+    image.save(stream, format="PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def save_png(image: Image.Image, settings: dict[str, Any], path: Path) -> None:
+    """Write :func:`png` to a file, whose folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, png(image, settings))
 
 
 def open_image(path: Path) -> Image.Image:

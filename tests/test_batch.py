@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from bonsai_image import disk
 from bonsai_image.loaders import ModelFileError
 from bonsai_image.standalone.batch import manifest, rows, stages
 from bonsai_image.standalone.cli import main
@@ -158,7 +159,7 @@ def test_a_full_disk_loses_nothing(prompts, whole, tmp_path, capsys, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest.os, "fsync", full)
+        patch.setattr(disk.os, "fsync", full)
         assert batch(prompts, tmp_path, "--seeds", 2) == 1
     assert capsys.readouterr().err.count("No space left on device") == 6
     assert not images(tmp_path) and not list(tmp_path.glob(".*.tmp"))

@@ -1,7 +1,9 @@
 """The parts of ``bonsai-image batch`` one by one: groups of rows, what a stage remembers, what a killed run leaves."""
 
+import itertools
 import json
 import os
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,8 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from bonsai_image import disk
+from bonsai_image.loaders import ModelFileError
 from bonsai_image.ops.backends import Setting
 from bonsai_image.standalone.batch import manifest, rows, stages
+from bonsai_image.standalone.generate import save_png
 from bonsai_image.tests.support.batch_runs import MINIATURE, PROMPTS, batch, images, write_table
 
 
@@ -107,13 +112,13 @@ def test_a_file_is_written_whole_or_stays_what_it_was(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     path = tmp_path / "a.png"
-    manifest.write_whole(path, b"older")
+    disk.write_whole(path, b"older")
     before = path.stat().st_ino
-    manifest.write_whole(path, b"old")
+    disk.write_whole(path, b"old")
     assert path.stat().st_ino != before  # a new file took the place of the old one, which nobody wrote into
-    monkeypatch.setattr(manifest.os, "fsync", interrupt)
+    monkeypatch.setattr(disk.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        manifest.write_whole(path, b"newer")
+        disk.write_whole(path, b"newer")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -136,6 +141,69 @@ def test_an_image_that_two_processes_recorded_is_recorded_once(tmp_path):
     assert [pq.read_table(path).num_rows for path in (tmp_path / "manifest").glob("*.parquet")].count(1) == 1
 
 
+def test_two_runs_in_one_folder_record_every_image_once(tmp_path):
+    """At once: they find the same stale rows, and each makes the images that the other makes."""
+    for name in "abcd":
+        save_png(Image.new("RGB", (8, 8)), dict.fromkeys(manifest.SETTINGS) | {"name": name}, tmp_path / f"{name}.png")
+    old = manifest.Manifest(tmp_path, {})
+    for name in "axb":
+        old.add({"name": name})
+    old.flush()
+
+    def run(_):
+        record = manifest.Manifest(tmp_path, {})
+        record.done({*"abcxe"})
+        record.add({"name": "d"})
+        return record.flush()
+
+    with ThreadPool(4) as pool:
+        assert pool.map(run, range(4)) == [None] * 4
+    tables = [pq.read_table(path)["name"].to_pylist() for path in (tmp_path / "manifest").glob("*.parquet")]
+    assert sorted(itertools.chain(*tables)) == [*"abcd"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x89PNG\r\n\x1a\n", b"half a file"], ids=["empty", "header", "garbage"])
+def test_what_a_crash_has_damaged_is_made_again(damage, tmp_path):
+    (tmp_path / "a.png").write_bytes(damage)
+    record = manifest.Manifest(tmp_path, {})
+    assert record.done({"a"}) == set()
+    (tmp_path / "manifest" / "0.parquet").write_bytes(damage)
+    record.add({"name": "b"})
+    assert "remove it" in record.flush()
+    with pytest.raises(ModelFileError, match="remove it, and the same command records"):
+        record.done({"a"})
+
+
+def test_a_file_that_another_run_took_for_a_leftover_is_written_again(tmp_path, monkeypatch):
+    fsync, taken = os.fsync, []
+
+    def take(descriptor):
+        fsync(descriptor)
+        for path in tmp_path.glob(".*.tmp") if not taken else ():
+            taken.append(path.unlink())
+
+    monkeypatch.setattr(os, "fsync", take)
+    disk.write_whole(tmp_path / "a.png", b"whole")
+    assert taken and (tmp_path / "a.png").read_bytes() == b"whole" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_system_leaves_in_a_folder_makes_no_other_image(tmp_path):
+    folder = tmp_path / "model"
+    for name in ("config.json", "model.safetensors", "tokenizer/vocab.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    known = rows.digest(folder)
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._model.safetensors", "tokenizer/.DS_Store", "Icon\r",
+                 ".cache/a.json", "notes.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    rows.digest.cache_clear()
+    assert rows.digest(folder) == known
+    (folder / "tokenizer" / "vocab.json").write_text("another")
+    rows.digest.cache_clear()
+    assert rows.digest(folder) != known
+
+
 def test_only_what_nobody_writes_is_removed(tmp_path):
     """Half a file of this run's own rows, or an old one; a new one of another name may be in the making."""
     path = write_table(tmp_path / "a.jsonl", [{"prompt": PROMPTS[0]}])
@@ -146,4 +214,5 @@ def test_only_what_nobody_writes_is_removed(tmp_path):
     for each in (ours, foreign, old):
         each.touch()
     os.utime(old, (0, 0))
+    (out / ".gone.png.0.tmp").symlink_to("nowhere")  # as if it was renamed between the list and the look
     assert batch(path, out) == 0 and [foreign.exists(), ours.exists(), old.exists()] == [True, False, False]

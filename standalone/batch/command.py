@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ...disk import advice, reason
 from ...loaders import ModelFileError
 from ...ops.backends import Setting
 from ...ops.devices import DTYPES, default_dtype
@@ -167,7 +168,7 @@ def _prepare(out: Path, shared: bool) -> None:
     try:
         (out / STARTED).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ModelFileError(out, "a writable folder", error.strerror or str(error), "choose another") from error
+        raise ModelFileError(out, "a writable folder", reason(error), advice(error)) from error
     if not shared:  # these workers died with their driver, not of a row
         for mark in (out / STARTED).iterdir():
             mark.unlink(missing_ok=True)
@@ -176,5 +177,6 @@ def _prepare(out: Path, shared: bool) -> None:
 def _remove_partial(out: Path, names: Container[str]) -> None:
     """Remove what writers left that were killed: of ``names``, which nobody writes now, or old."""
     for path in (*out.glob(".*.tmp"), *out.glob("manifest/.*.tmp")):
-        if path.name.split(".")[1] in names or time.time() - path.stat().st_mtime > _STALE:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another run has just given it its name
+            if path.name.split(".")[1] in names or time.time() - path.stat().st_mtime > _STALE:
+                path.unlink()

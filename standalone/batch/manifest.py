@@ -1,21 +1,27 @@
 """The manifest of an output folder: Parquet files in ``manifest/``, one row per image. A rerun continues from it.
 
 Rows are appended as new files, because a Parquet file cannot grow; readers such as pandas, DuckDB and
-``pyarrow.dataset`` take the folder for one table. Several processes may append at once.
+``pyarrow.dataset`` take the folder for one table. Several processes may append at once: a lock, which the system takes
+back from a process that dies, lets only one of them look and write, so that no image has two rows.
 """
 
+import contextlib
 import hashlib
 import io
 import json
-import os
 import time
 import uuid
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 from PIL import Image
+
+from ...disk import patiently, reason, write_whole
+from ...loaders.errors import ModelFileError, refusing
 
 #: What the text chunk of a PNG says, which together with the pixels makes its bytes: the same in every run.
 SETTINGS = ("name", "id", "prompt", "seed", "width", "height", "steps", "reference", "lora", "lora_strength", "source")
@@ -29,23 +35,6 @@ SCHEMA = pa.schema([
 _ROWS, _SECONDS = 1000, 30
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under another name, flush it to the disk, and rename it."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    if os.name != "nt":  # the rename itself, which Windows flushes by itself
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
 class Manifest:
     """``common`` are the columns that all rows of a run share: model, dtype, precision, batch."""
 
@@ -54,41 +43,65 @@ class Manifest:
         self._folder = out / "manifest"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._new: list[dict[str, Any]] = []
+        self._read: set[Path] = set()
+        self._recorded: set[str] = set()
+        self._lock = FileLock(self._folder / ".lock")
         self._written = time.monotonic()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other process does so; without a lock where the file system has none."""
+        with contextlib.suppress(OSError, NotImplementedError):
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def done(self, names: set[str]) -> set[str]:
         """Which of ``names`` have their image. Rows whose image is gone are removed; images without a row get one."""
-        recorded = set()
-        for path in sorted(self._folder.glob("*.parquet")):
-            table = pq.read_table(path, schema=SCHEMA)
-            stale = [name in recorded or (name in names and not self._image(name).exists())
-                     for name in table["name"].to_pylist()]
-            if any(stale):
-                table = table.filter(pa.array([not each for each in stale]))
-                self._write(table)
-                path.unlink()
-            recorded.update(table["name"].to_pylist())
-        for name in names - recorded:
-            if self._image(name).exists():
-                self.add(_recovered(self._image(name)))
-                recorded.add(name)
+        recorded = self._recorded = set[str]()
+        with self._alone():
+            for path, table in _tables(self._folder):
+                stale = [name in recorded or (name in names and not self._image(name).exists())
+                         for name in table["name"].to_pylist()]
+                if any(stale):
+                    table = table.filter(pa.array([not each for each in stale]))
+                    self._write(table)
+                    patiently(path.unlink)
+                recorded.update(table["name"].to_pylist())
+            self._read = set(self._folder.glob("*.parquet"))
+            for name in names - recorded:
+                if self._image(name).exists() and (row := _recovered(self._image(name))):
+                    self._new.append(self._row(row))
+        found = (recorded | {row["name"] for row in self._new}) & names
         self.flush()
-        return recorded & names
+        return found
+
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {key: row.get(key) for key in SCHEMA.names} | self._common
 
     def add(self, row: dict[str, Any]) -> None:
         """Record an image. Written after a while, or by :meth:`flush`."""
-        self._new.append({key: row.get(key) for key in SCHEMA.names} | self._common)
+        self._new.append(self._row(row))
         if len(self._new) >= _ROWS or time.monotonic() - self._written > _SECONDS:
             self.flush()
 
     def flush(self) -> str | None:
-        """Write what is new; what went wrong, in which case nothing is forgotten."""
+        """Write what is new and not recorded by another run; what went wrong, in which case nothing is forgotten."""
         self._written = time.monotonic()
         if self._new:
             try:
-                self._write(pa.Table.from_pylist(self._new, SCHEMA))
+                with self._alone():
+                    for path, table in _tables(self._folder, self._read):
+                        self._read.add(path)
+                        self._recorded.update(table["name"].to_pylist())
+                    rows = [row for row in self._new if row["name"] not in self._recorded]
+                    self._write(pa.Table.from_pylist(rows, SCHEMA))
+            except ModelFileError as error:
+                return str(error)
             except OSError as error:
-                return f"{self._folder}: {error.strerror}; the images are there, and the same command records them"
+                return f"{self._folder}: {reason(error)}; the images are there, and the same command records them"
             self._new = []
         return None
 
@@ -96,22 +109,36 @@ class Manifest:
         return self._out / f"{name}.png"
 
     def _write(self, table: pa.Table) -> None:
+        if not len(table):
+            return
         stream = io.BytesIO()
         pq.write_table(table, stream)
         write_whole(self._folder / f"{time.time_ns():x}-{uuid.uuid4().hex[:8]}.parquet", stream.getvalue())
 
 
-def _recovered(path: Path) -> dict[str, Any]:
-    """The manifest row of an image whose run ended before it was recorded: all but the seconds and the worker."""
-    content = path.read_bytes()
-    with Image.open(io.BytesIO(content)) as image:
-        settings = json.loads(image.text["bonsai"])
-    return {key: settings[key] for key in SETTINGS} | {"sha256": hashlib.sha256(content).hexdigest(),
-                                                       "bytes": len(content)}
+def _recovered(path: Path) -> dict[str, Any] | None:
+    """The manifest row of an image whose run ended before it was recorded: all but the seconds and the worker. None for
+    a damaged image, which is made again."""
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            settings = json.loads(image.text["bonsai"])
+        row = {key: settings[key] for key in SETTINGS}
+    except (OSError, ValueError, LookupError, AttributeError, SyntaxError):  # as Pillow's decoders raise them
+        return None
+    return row | {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+def _tables(folder: Path, known: Collection[Path] = ()) -> Iterator[tuple[Path, pa.Table]]:
+    """The files in ``folder`` but the ``known`` ones, each with its rows. Raises ModelFileError for a damaged one."""
+    for path in sorted(set(folder.glob("*.parquet")).difference(known)):
+        # A file may be gone: another run has put a new one into its place.
+        with (refusing(path, "rows of images", "remove it, and the same command records its images again", OSError,
+                       ValueError), contextlib.suppress(FileNotFoundError)):
+            yield path, pq.read_table(path, schema=SCHEMA)
 
 
 def read(out: Path) -> list[dict[str, Any]]:
     """All rows, each image once, by name."""
-    paths = sorted((out / "manifest").glob("*.parquet"))
-    rows = {row["name"]: row for path in paths for row in pq.read_table(path, schema=SCHEMA).to_pylist()}
+    rows = {row["name"]: row for _, table in _tables(out / "manifest") for row in table.to_pylist()}
     return [rows[name] for name in sorted(rows)]

@@ -15,10 +15,10 @@ from typing import Any
 
 from PIL import Image
 
-from ...loaders import ModelFileError, Repository
+from ...loaders import ModelFileError, Repository, container_suffixes
 from ...loaders.description import sha256
 from ...loaders.errors import refusing
-from ...loaders.files import no_progress
+from ...loaders.files import PICKLE_SUFFIXES, SAFETENSORS_SUFFIXES, no_progress
 from ..generate import check_settings
 
 
@@ -43,6 +43,8 @@ class Row:
 
 #: What a prompt file may have, with their types.
 COLUMNS = {field.name: field.type for field in fields(Row)}
+#: Suffixes of what a model's folder holds beside its tensors.
+_BESIDE = {".json", ".txt", ".jinja", ".model"}
 
 
 def _text(path: Path) -> Iterator[dict[str, Any]]:
@@ -131,11 +133,15 @@ def with_seeds(row: Row, count: int) -> Iterator[Row]:
 
 @cache
 def digest(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder with their names."""
+    """SHA-256 of a file, or of a model's files in a folder with their names: what a system leaves beside them, such as
+    .DS_Store and Thumbs.db, does not count."""
     if path.is_file():
         return sha256(path, no_progress)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    names = [[str(file.relative_to(path)), digest(file)] for file in files]
+    inside = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    suffixes = {*SAFETENSORS_SUFFIXES, *PICKLE_SUFFIXES, *container_suffixes(), *_BESIDE}
+    kept = sorted(file.parts for file in inside
+                  if file.suffix.lower() in suffixes and not any(part.startswith(".") for part in file.parts))
+    names = [["/".join(parts), digest(path.joinpath(*parts))] for parts in kept]
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 

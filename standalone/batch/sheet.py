@@ -1,6 +1,7 @@
 """A contact sheet and a static page of a batch's images, from its manifest."""
 
 import html
+import io
 import math
 import textwrap
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ...disk import write_whole
 from ...loaders import ModelFileError
-from .manifest import read, write_whole
+from .manifest import read
 
 #: Pixels of a thumbnail's longer side, of its caption, and between them; images on the sheet at most.
 _SIDE, _CAPTION, _MARGIN, _MOST = 192, 54, 10, 400
@@ -46,7 +48,9 @@ def write(out: Path) -> tuple[Path, Path]:
     if not rows:
         raise ModelFileError(out, "images with their manifest", "none", "give the folder that batch wrote to")
     sheet, page = out / "sheet.png", out / "index.html"
-    contact(out, rows[:_MOST]).save(sheet)
+    stream = io.BytesIO()
+    contact(out, rows[:_MOST]).save(stream, format="PNG")
+    write_whole(sheet, stream.getvalue())
     figures = "\n".join(map(_figure, rows))
     text = _PAGE.format(title=html.escape(out.absolute().name), count=len(rows), figures=figures)
     write_whole(page, text.encode(errors="replace"))

@@ -6,7 +6,6 @@ and is passed on untouched.
 """
 
 import hashlib
-import io
 import json
 import os
 import socket
@@ -22,10 +21,11 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from ...disk import write_whole
 from ...loaders import ModelFileError, load_transformer
 from ...ops.backends import Setting
 from .. import generate, lora, models
-from .manifest import SETTINGS, write_whole
+from .manifest import SETTINGS
 
 #: A row is given up once this many workers have died on it: what kills three in a row will kill the next.
 MOST_DEATHS = 3
@@ -102,8 +102,10 @@ class Stage:
         return self.work.out / STARTED / f"{row['name']}.{type(self).__name__.lower()}"
 
     def _deaths(self, row: dict[str, Any]) -> int:
-        mark = self._mark(row)
-        return mark.stat().st_size if mark.exists() else 0
+        try:
+            return self._mark(row).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     @contextmanager
     def _marked(self, group: list[dict[str, Any]]) -> Iterator[None]:
@@ -200,10 +202,8 @@ class Write(Stage):
 
     def run(self, rows: list[dict[str, Any]], data: list[np.ndarray]) -> list[np.ndarray]:
         (row,), (pixels,) = rows, data
-        stream = io.BytesIO()
         image = Image.frombytes("RGB", (row["width"], row["height"]), pixels.tobytes())
-        generate.save_png(image, {key: row[key] for key in SETTINGS}, stream)
-        content = stream.getvalue()
+        content = generate.png(image, {key: row[key] for key in SETTINGS})
         write_whole(self.work.out / f"{row['name']}.png", content)
         row |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         return [np.zeros(1, np.uint8)]
