@@ -2,16 +2,18 @@
 
 The header holds metadata, then name, shape, type and offset of every tensor; the tensor data follow, aligned. All of it
 is checked before a byte of a tensor is touched: nothing is read or allocated because a number in the header says so.
-(The ``gguf`` package, 0.19, lacks the types Q2_0 and PQ2_0, and follows an array of any claimed length past the end of
-the file until memory is full.)
+(The ``gguf`` package, 0.19, lacks the types Q2_0, PQ2_0 and PTQ1_0, and follows an array of any claimed length past the
+end of the file until memory is full.)
 
-Source: ``gguf.h`` and ``ggml-common.h`` of ggml; ``ggml-common.h`` of PrismML's fork of llama.cpp for PQ2_0.
+Source: ``gguf.h`` and ``ggml-common.h`` of ggml; those of PrismML's fork of llama.cpp for PQ2_0 and PTQ1_0.
 """
 
+import itertools
 import math
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +26,7 @@ from .errors import DOWNLOAD_AGAIN, ModelFileError
 class Type:
     """A ggml type: a row is stored in blocks of ``weights`` elements and ``size`` bytes.
 
-    Blocks are uint8 here. Those of a packed type, with ``bits`` above 0, are an FP16 scale and canonical codes.
+    Blocks are uint8 here; of a packed type, with ``bits`` above 0, an FP16 scale and canonical codes, but in PTQ1_0.
     """
 
     id: int
@@ -42,13 +44,15 @@ Q8_0 = Type(8, "Q8_0", 32, 34)
 Q1_0 = Type(41, "Q1_0", 128, 18, bits=1)
 Q2_0 = Type(42, "Q2_0", 64, 18, bits=2)
 PQ2_0 = Type(142, "PQ2_0", 128, 34, bits=2)
-_TYPES = {kind.id: kind for kind in (F32, F16, BF16, Q8_0, Q1_0, Q2_0, PQ2_0)}
+PTQ1_0 = Type(143, "PTQ1_0", 128, 28, bits=2)
+_TYPES = {kind.id: kind for kind in (F32, F16, BF16, Q8_0, Q1_0, Q2_0, PQ2_0, PTQ1_0)}
 #: Other types in which FLUX.2 Klein is passed on, for the message that refuses them.
 _REFUSED = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
             34: "TQ1_0", 35: "TQ2_0"}
 
-#: What to do with a file of a type that does not hold Bonsai's weights exactly.
-INSTEAD = "download Green-Sky/bonsai-image-binary-4B-GGUF or prism-ml/bonsai-image-ternary-4B-mlx-2bit instead"
+#: What to do with a file that does not hold Bonsai's weights exactly; the second of a type that others load.
+DOWNLOAD = "download Green-Sky/bonsai-image-binary-4B-GGUF or prism-ml/bonsai-image-ternary-4B-mlx-2bit instead"
+INSTEAD = f"load it with Unet Loader (GGUF) of city96/ComfyUI-GGUF, or {DOWNLOAD}"
 
 _MAGIC, _VERSIONS, _ALIGNMENT = b"GGUF", (2, 3), 32
 #: Bytes of the longest header that is read. Klein's has 10 kB, one with a language model's vocabulary a few MB.
@@ -80,14 +84,13 @@ class Entry:
 @dataclass(frozen=True)
 class Contents:
     """A checked header; ``start`` is where the tensor data begin."""
-
     entries: dict[str, Entry]
     metadata: dict[str, Any]
     start: int
 
 
 class _Cursor:
-    """A position in the header. Raises ValueError or struct.error for what would lie beyond its end."""
+    """A position in the header. Raises ValueError, KeyError or struct.error for what no sound file has there."""
 
     def __init__(self, data: bytes):
         self.data, self.at = data, 0
@@ -111,23 +114,15 @@ class _Cursor:
     def value(self) -> Any:
         """A metadata value; None for an array, which nothing here needs."""
         kind = self.take("I")
-        if kind == _STRING:
-            return self.text()
         if kind != _ARRAY:
-            return self.take(self.scalar(kind))
+            return self.text() if kind == _STRING else self.take(_SCALARS[kind])
         kind, length = self.take("I"), self.take("Q")
         if kind != _STRING:
-            self.skip(length * struct.calcsize(self.scalar(kind)))
+            self.skip(length * struct.calcsize(_SCALARS[kind]))
             return None
         for _ in range(length):
             self.text()
         return None
-
-    @staticmethod
-    def scalar(kind: int) -> str:
-        if kind not in _SCALARS:
-            raise ValueError(f"metadata of type {kind}")
-        return _SCALARS[kind]
 
 
 def _entry(path: Path, name: str, header: _Cursor, alignment: int) -> Entry:
@@ -140,7 +135,7 @@ def _entry(path: Path, name: str, header: _Cursor, alignment: int) -> Entry:
         stored = _REFUSED.get(number, f"ggml type {number}")
         why = ("shares one scale among 256 weights" if stored.startswith("TQ") else
                "rounds them" if number in _REFUSED else "is not read here")
-        raise ModelFileError(path, "Q1_0, Q2_0 or PQ2_0, which hold Bonsai's weights exactly",
+        raise ModelFileError(path, "Q1_0, Q2_0, PQ2_0 or PTQ1_0, which hold Bonsai's weights exactly",
                              f"{name} in {stored}, which {why}", INSTEAD)
     kind = _TYPES[number]
     if not all(shape) or shape[-1] % kind.weights or offset % alignment:
@@ -160,10 +155,15 @@ def _parse(path: Path, header: _Cursor) -> Contents:
     if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
         raise ValueError(f"an alignment of {alignment}")
     entries: dict[str, Entry] = {}
+    for key in filter(re.compile(r"prism\.|.*hadamard").match, metadata):
+        raise ModelFileError(path, "weights as they are multiplied", f"rotated ones, as its key {key} says", DOWNLOAD)
     for _ in range(count):
         name = header.text()
         if name in entries:
             raise ValueError(f"{name} twice")
+        if name.startswith(("blk.", "token_embd.", "output")):
+            raise ModelFileError(path, "the diffusion model of Bonsai Image", f"a language model's {name}",
+                                 "load it with CLIPLoader (GGUF) of city96/ComfyUI-GGUF, type flux2")
         entries[name] = _entry(path, name, header, alignment)
     return Contents(entries, metadata, header.at + -header.at % alignment)
 
@@ -175,9 +175,10 @@ def read_header(path: Path) -> Contents:
         header = _Cursor(file.read(min(total, _LONGEST_HEADER)))
     try:
         contents = _parse(path, header)
-    except (ValueError, struct.error) as error:
+    except (ValueError, KeyError, struct.error) as error:
         raise ModelFileError(path, "a whole little-endian GGUF file of version 2 or 3",
                              f"a damaged or truncated one ({error})", DOWNLOAD_AGAIN) from error
+    contents = replace(contents, entries=_regrouped(contents, total))
     end = 0
     for name, entry in sorted(contents.entries.items(), key=lambda item: item[1].offset):
         position = contents.start + entry.offset
@@ -186,6 +187,17 @@ def read_header(path: Path) -> Contents:
                                  f"them at byte {position} of {total}", DOWNLOAD_AGAIN)
         end = entry.offset + entry.size
     return contents
+
+
+def _regrouped(contents: Contents, total: int) -> dict[str, Entry]:
+    """The entries of a file of ``total`` bytes, those of type 42 as PQ2_0 where its blocks fill the room up to the next
+    tensor: PrismML's files had that number for groups of 128 before ggml gave it to groups of 64."""
+    offsets = sorted(entry.offset for entry in contents.entries.values())
+    end = dict(itertools.pairwise([*offsets, total - contents.start]))
+    older = {name: replace(entry, type=PQ2_0) for name, entry in contents.entries.items() if entry.type is Q2_0}
+    alignment = contents.metadata.get("general.alignment", _ALIGNMENT)
+    fits = all(0 <= end[entry.offset] - entry.offset - entry.size < alignment for entry in older.values())
+    return contents.entries | older if fits else contents.entries
 
 
 def read(path: Path, mmap: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -1,6 +1,7 @@
 """GGUF: what is written is read back to the last bit, by us, by the ``gguf`` package and by ggml itself; what others
 write is read as it is; and what is damaged or rounded is refused before anything is allocated."""
 
+import re
 import struct
 import tracemalloc
 from pathlib import Path
@@ -12,16 +13,18 @@ import pytest
 import torch
 
 from bonsai_image.loaders import gguf, load_transformer, save_transformer
+from bonsai_image.loaders.formats import gguf as formats_gguf
 from bonsai_image.loaders.names import to_comfyui, to_diffusers
-from bonsai_image.ops.packed import is_packed, parts
+from bonsai_image.ops.packed import equal, is_packed, parts
 from bonsai_image.standalone.cli import main
 from bonsai_image.tests.support import model_files
 from bonsai_image.tests.support.ggml import Ggml
 from bonsai_image.tests.support.sound_files import refusal
 
 QKV = "double_blocks.0.img_attn.qkv.weight"
-each_target = pytest.mark.parametrize(("small_model", "target"), [(1, "gguf"), (2, "gguf"), (2, "gguf-pq2_0")],
-                                      ids=["Q1_0", "Q2_0", "PQ2_0"], indirect=["small_model"])
+TARGETS = [(1, "gguf"), (2, "gguf"), (2, "gguf-pq2_0"), (2, "gguf-ptq1_0")]
+each_target = pytest.mark.parametrize(("small_model", "target"), TARGETS, ids=["Q1_0", "Q2_0", "PQ2_0", "PTQ1_0"],
+                                      indirect=["small_model"])
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,8 @@ def test_round_trip(small_model, target, tmp_path):
     assert (tmp_path / "last.gguf").read_bytes() == path.read_bytes()
 
 
-@each_target
+@pytest.mark.parametrize(("small_model", "target"), TARGETS[:3], ids=["Q1_0", "Q2_0", "PQ2_0"],
+                         indirect=["small_model"])
 def test_layout(small_model, target, tmp_path):
     """The bytes on disk, taken apart with NumPy as the sources of ggml and of PrismML's fork describe the blocks."""
     save_transformer(small_model.loaded, tmp_path / "model.gguf", target)
@@ -103,6 +107,65 @@ def test_layout(small_model, target, tmp_path):
     codes = blocks["codes"][:, element * bits // 8] >> (element * bits % 8) & (2**bits - 1)
     levels = codes.astype(np.float32) - 1 if bits == 2 else np.where(codes == 1, 1, -1)
     assert np.array_equal((blocks["d"][:, None].astype(np.float32) * levels).reshape(expected.shape), expected)
+
+
+def ptq1_0(block: np.ndarray) -> list[int]:
+    """The levels of one block, as PrismML's ``dequantize_row_ptq1_0`` walks over its bytes."""
+    levels, at = [], 0
+    for width, digits in ((16, 5), (8, 5), (2, 4)):
+        levels += [((int(block[at + m]) * 3**n & 255) * 3 >> 8) - 1 for n in range(digits) for m in range(width)]
+        at += width
+    return levels
+
+
+@pytest.mark.parametrize("small_model", [2], indirect=True)
+def test_layout_of_ptq1_0(small_model, tmp_path):
+    """28 bytes for 128 weights, the scale last. Every byte of base 3 that PrismML's quantiser writes comes back."""
+    save_transformer(small_model.loaded, tmp_path / "model.gguf", "gguf-ptq1_0")
+    contents, expected = gguf.read_header(tmp_path / "model.gguf"), small_model.dense[QKV].numpy()
+    data = np.fromfile(tmp_path / "model.gguf", np.uint8, offset=contents.start + contents.entries[QKV].offset)
+    blocks = data[:expected.size // 128 * 28].reshape(-1, 28)
+    levels = np.array([ptq1_0(block) for block in blocks])
+    scales = np.ascontiguousarray(blocks[:, 26:]).view("<f2").astype(np.float32)
+    assert np.array_equal((levels * scales).reshape(expected.shape), expected)
+    every = (torch.arange(243) * 256 + 242).div(243, rounding_mode="floor").byte()
+    packed = every[torch.arange(10 * 26) % 243].view(1, 10, 26)
+    packed[..., 24:] = every[torch.arange(0, 60, 3)].view(1, 10, 2)
+    assert torch.equal(formats_gguf._to_base3(formats_gguf._from_base3(packed)), packed)
+
+
+@pytest.mark.parametrize("small_model", [2], indirect=True)
+def test_type_42_in_groups_of_128(small_model, tmp_path):
+    """Older files of PrismML: the blocks of PQ2_0 under the number of Q2_0, told by the room that they fill."""
+    path = tmp_path / "model.gguf"
+    save_transformer(small_model.loaded, path, "gguf-pq2_0")
+    model = load_transformer(path)
+    number = struct.pack("<I", 142)
+    data, start = bytearray(path.read_bytes()), gguf.read_header(path).start
+    for name, entry in gguf.read_header(path).entries.items():
+        if entry.type is gguf.PQ2_0:
+            at = data.index(name.encode() + struct.pack("<I", 2)) + len(name) + 20
+            assert data[at : at + 4] == number and at < start
+            data[at : at + 4] = struct.pack("<I", 42)
+    path.write_bytes(data)
+    older = load_transformer(path).tensors
+    assert all(equal(older[name], tensor) for name, tensor in model.tensors.items() if is_packed(tensor))
+    path.write_bytes(data[:-64])
+    refusal(load_transformer, path)
+
+
+@pytest.mark.parametrize(("name", "key", "said"), [
+    (QKV, "prism.hadamard.version", r"rotated ones.*key prism\.hadamard\.version"),
+    (QKV, "prism.rotation", r"key prism\.rotation"),
+    (QKV, "quantize.hadamard_block", r"key quantize\.hadamard_block"),
+    ("blk.0.attn_q.weight", "general.name", r"CLIPLoader \(GGUF\) of city96/ComfyUI-GGUF, type flux2"),
+    ("token_embd.weight", "general.name", r"CLIPLoader \(GGUF\)"),
+])
+def test_what_other_programs_read(name, key, said, tmp_path):
+    """Rotated weights would draw noise; a text encoder has a loader of its own."""
+    contents = file(tensor(name, kind=142), metadata=text(key) + struct.pack("<II", 4, 1), keys=1)
+    (tmp_path / "model.gguf").write_bytes(contents)
+    assert re.search(said, refusal(load_transformer, tmp_path / "model.gguf"))
 
 
 @pytest.mark.parametrize("small_model", [1, 2], ids=["Q1_0", "Q2_0"], indirect=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from ...ops.packed import is_packed, parts
-from ..check import check_json
+from ..check import FLOATS, check_json
 from ..errors import ModelFileError, refusing
 from ..files import TensorFile
 from . import comfy, dense, gemlite, gguf, hqq, mlx
-from .interface import Format, Tensors, Writer
+from .interface import Format, Tensors, Writer, host_loader
 
 if sys.byteorder != "little":
     raise ImportError("Bonsai Image files are little-endian; this machine is not")
@@ -34,10 +34,11 @@ def decode(file: TensorFile) -> tuple[str, Tensors]:
                 for stated in beside:
                     check_json(file, stated, {"bits": bits, "group_size": group}, where="the JSON beside them")
             return known.name, tensors
-    name, value = next(iter(file.tensors.items()), ("no tensors", None))
-    kind = str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else type(value).__name__
+    name, value = next(((name, value) for name, value in file.tensors.items()
+                        if getattr(value, "dtype", None) not in FLOATS), ("none", None))
+    kind = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
     raise ModelFileError(file.path, "a Bonsai Image model (GemLite, GGUF, MLX, unpacked or our own format)",
-                         f"tensors such as {name} ({kind})", "choose a file of PrismML's Bonsai Image 4B")
+                         f"tensors such as {name} ({kind})", host_loader(file))
 
 
 def refuse_other_than_tensors(file: TensorFile) -> None:

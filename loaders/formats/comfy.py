@@ -25,7 +25,7 @@ from .. import names
 from ..errors import ModelFileError
 from ..files import SAFETENSORS_SUFFIXES, TensorFile
 from ..klein import KleinConfig
-from .interface import About, Format, Tensors, Writer, decode_layers, encode_layers
+from .interface import About, Format, Tensors, Writer, decode_layers, encode_layers, host_loader
 
 _TAG = ".comfy_quant"
 _BASE3_DIGITS = 5
@@ -43,21 +43,21 @@ def decode(file: TensorFile) -> Tensors:
     """The canonical tensors, as their tags describe them."""
     stored = names.normalise(file.path, file.tensors)
     tags = [name for name in stored if name.endswith(_TAG)]
-    confs = {tag.removesuffix(_TAG): _conf(file.path, tag, stored.pop(tag)) for tag in tags}
+    confs = {tag.removesuffix(_TAG): _conf(file, tag, stored.pop(tag)) for tag in tags}
     return decode_layers(file, stored, confs, ("weight", "weight_scale"), lambda layer, codes, scale: _weight(
         file, layer, confs[layer], codes, scale, stored.pop(f"{layer}.weight_shift", None)))
 
 
-def _conf(path: Path, tag: str, stored: torch.Tensor) -> dict:
+def _conf(file: TensorFile, tag: str, stored: torch.Tensor) -> dict:
     # Checked first: bytes() takes a lone number for a length, and would allocate it.
     text = bytes(stored.tolist()) if stored.dtype == torch.uint8 and stored.ndim == 1 else b""
     try:
         conf = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ModelFileError(path, f"JSON in {tag}", "something else") from error
+        raise ModelFileError(file.path, f"JSON in {tag}", "something else") from error
     if not isinstance(conf, dict) or conf.get("format") != FORMAT_NAME:
-        raise ModelFileError(path, f"{tag.removesuffix(_TAG)} in the format {FORMAT_NAME}",
-                             text.decode(errors="replace"), "load it with ComfyUI's Load Diffusion Model instead")
+        raise ModelFileError(file.path, f"{tag.removesuffix(_TAG)} in the format {FORMAT_NAME}",
+                             text.decode(errors="replace"), host_loader(file))
     return conf
 
 

@@ -1,20 +1,26 @@
 """GGUF files of stable-diffusion.cpp: blocks of an FP16 scale ``d`` and codes, LSB first: the canonical bytes.
 
-=====  =============  =================================  ========================================
-type   weights/block  weight                             known to
-=====  =============  =================================  ========================================
-Q1_0   128            ``d`` where the bit is set, -d     ggml, since the spring of 2026
-Q2_0   64             ``d * (code - 1)``                 ggml, since the summer of 2026
-PQ2_0  128            ``d * (code - 1)``                 PrismML's fork of llama.cpp
-=====  =============  =================================  ========================================
+======  =============  =================================  ========================================
+type    weights/block  weight                             known to
+======  =============  =================================  ========================================
+Q1_0    128            ``d`` where the bit is set, -d     ggml, since the spring of 2026
+Q2_0    64             ``d * (code - 1)``                 ggml, since the summer of 2026
+PQ2_0   128            ``d * (code - 1)``                 PrismML's fork of llama.cpp
+PTQ1_0  128            ``d * (code - 1)``                 PrismML's fork of llama.cpp
+======  =============  =================================  ========================================
 
-Q1_0 and PQ2_0 hold Bonsai's groups of 128 as they are, Q2_0 holds every scale twice. TQ1_0 and TQ2_0 share one scale
-among 256 weights, which Bonsai's weights do not; every other quantised type rounds.
+Q1_0, PQ2_0 and PTQ1_0 hold Bonsai's groups of 128 as they are, Q2_0 holds every scale twice. TQ1_0 and TQ2_0 share one
+scale among 256 weights, which Bonsai's weights do not; every other quantised type rounds.
+
+PTQ1_0 stores ternary codes in base 3, in runs of 16, 8 and 2 bytes of 5, 5 and 4 codes, and ``d`` after them. In a run
+of W bytes code ``n * W + m`` is digit n of byte m, the first digit the most significant of five; a byte is the five
+digits' number, times 256 / 243, rounded up, so that ``(byte * 3**n % 256) * 3 // 256`` is digit n.
 
 Names are ComfyUI's, with norms called ``.scale``; files of the community have no metadata. Dense tensors are BF16,
 FP16, FP32, or Q8_0: 32 int8 to an FP16 scale.
 
-Source: ``ggml-quants.c`` of ggml, of PrismML's fork for PQ2_0; ``name_conversion.cpp`` of stable-diffusion.cpp.
+Source: ``ggml-quants.c`` of ggml, and of PrismML's fork for PQ2_0 and PTQ1_0; ``name_conversion.cpp`` of
+stable-diffusion.cpp.
 """
 
 import functools
@@ -24,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from ...ops.packed import Packed, is_packed, packed_weight, parts
+from ...ops.packed import Packed, is_packed, pack_codes, packed_weight, parts, unpack_codes
 from .. import gguf, names
 from ..errors import ModelFileError
 from ..files import TensorFile
@@ -32,6 +38,10 @@ from ..klein import KleinConfig
 from .interface import About, Format, Tensors, Writer
 
 _SUFFIX = ".gguf"
+#: The runs of a block of PTQ1_0: bytes, and codes in each.
+_RUNS = ((16, 5), (8, 5), (2, 4))
+#: Rows converted at a time to and from PTQ1_0, so that the intermediate form, larger than the codes, stays in cache.
+_BLOCK_ROWS = 64
 
 
 def matches(file: TensorFile) -> bool:
@@ -49,7 +59,7 @@ def decode(file: TensorFile) -> Tensors:
     rounded = [name for name in stored if types[name] is gguf.Q8_0]
     for name in rounded:
         if names.is_packable(name):
-            raise ModelFileError(file.path, f"{name} in Q1_0, Q2_0 or PQ2_0", "Q8_0, which rounds", gguf.INSTEAD)
+            raise ModelFileError(file.path, f"{name} in one of Bonsai's types", "Q8_0, which rounds", gguf.INSTEAD)
         stored[name] = _dequantize_q8_0(stored[name])
     if rounded:
         logging.warning("%s holds %d dense tensors in Q8_0, rounded to 8 bits: they are not the published BF16 ones.",
@@ -66,10 +76,32 @@ def _unpack(rows: torch.Tensor, kind: gguf.Type) -> tuple[torch.Tensor, torch.Te
     if rows.ndim != 2:
         raise ValueError(f"a tensor of {rows.ndim} dimensions in {kind.name}")
     blocks = rows.view(rows.shape[0], -1, kind.size)
+    if kind is gguf.PTQ1_0:
+        codes = torch.cat([_from_base3(each) for each in blocks[..., :-2].split(_BLOCK_ROWS)])
+        return codes, blocks[..., -2:].contiguous().view(torch.float16).squeeze(-1)
     scale = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
     if kind is gguf.Q2_0 and not scale.shape[1] % 2 and torch.equal(scale[:, ::2], scale[:, 1::2]):
         scale = scale[:, ::2].contiguous()
     return blocks[..., 2:].reshape(rows.shape[0], -1), scale
+
+
+def _from_base3(blocks: torch.Tensor) -> torch.Tensor:
+    """Blocks of PTQ1_0 without their scales, ``(N, K / 128, 26)`` -> canonical codes."""
+    digits = torch.arange(256)[:, None] * torch.tensor([1, 3, 9, 27, 81]) % 256 * 3 // 256
+    runs = zip(blocks.split([width for width, _ in _RUNS], dim=-1), _RUNS, strict=True)
+    codes = [digits.byte()[run.int()][..., :count].transpose(-1, -2).flatten(-2) for run, (_, count) in runs]
+    return pack_codes(torch.cat(codes, dim=-1).flatten(1), 2)
+
+
+def _to_base3(codes: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`_from_base3`. Raises ValueError on a code 3."""
+    digits = unpack_codes(codes, 2).view(len(codes), -1, 128)
+    if int(digits.max()) > 2:
+        raise ValueError("code 3 is not ternary")
+    places = torch.tensor([81, 27, 9, 3, 1])
+    numbers = [(run.unflatten(-1, (count, width)) * places[:count, None]).sum(-2) for run, (width, count) in zip(
+        digits.split([width * count for width, count in _RUNS], dim=-1), _RUNS, strict=True)]
+    return ((torch.cat(numbers, dim=-1) * 256 + 242) // 243).byte()
 
 
 def _dequantize_q8_0(rows: torch.Tensor) -> torch.Tensor:
@@ -110,6 +142,9 @@ def _type(name: str, tensor: torch.Tensor, ternary: gguf.Type) -> gguf.Type:
 
 def _pack(packed: Packed, kind: gguf.Type) -> torch.Tensor:
     scale = packed.scale.half().repeat_interleave(packed.group // kind.weights, dim=1)
+    if kind is gguf.PTQ1_0:
+        codes = torch.cat([_to_base3(rows) for rows in packed.codes.split(_BLOCK_ROWS)])
+        return torch.cat((codes, scale[..., None].view(torch.uint8)), dim=-1)
     codes = packed.codes.reshape(*scale.shape, -1)
     return torch.cat((scale[..., None].view(torch.uint8), codes), dim=-1)
 
@@ -117,4 +152,5 @@ def _pack(packed: Packed, kind: gguf.Type) -> torch.Tensor:
 FORMAT = Format("gguf", matches, decode, {
     "gguf": Writer(functools.partial(write, ternary=gguf.Q2_0), (_SUFFIX,)),
     "gguf-pq2_0": Writer(functools.partial(write, ternary=gguf.PQ2_0), (_SUFFIX,)),
+    "gguf-ptq1_0": Writer(functools.partial(write, ternary=gguf.PTQ1_0), (_SUFFIX,)),
 }, readers={_SUFFIX: gguf.read})

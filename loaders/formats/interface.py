@@ -15,6 +15,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ...ops.packed import LEVELS, Packed, is_packed, packed_weight, parts
 from ..files import Reader, TensorFile, write_json
 from ..klein import KleinConfig
+from ..qwen3 import is_qwen3
 
 Tensors = dict[str, torch.Tensor]
 
@@ -56,6 +57,12 @@ class Format(NamedTuple):
     readers: Mapping[str, Reader] = MappingProxyType({})
     #: False where entries of a file may be something other than tensors, which ``decode`` then checks.
     only_tensors: bool = True
+
+
+def host_loader(file: TensorFile) -> str:
+    """What to do with a quantisation that is the host's own to read."""
+    name = "Load CLIP, type flux2," if is_qwen3(file.tensors) else "Load Diffusion Model"
+    return f"load it with ComfyUI's own {name} instead"
 
 
 def decode_layers(file: TensorFile, stored: dict[str, Any], layers: Iterable[str], names: Iterable[str],
