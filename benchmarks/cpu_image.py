@@ -20,7 +20,7 @@ import torch
 from linear import cpu_name
 from load import FULL, peak_bytes, random_model
 
-from bonsai_image.ops.backends import Setting, resolve
+from bonsai_image.ops.backends import Setting, choices
 from bonsai_image.ops.packed import is_packed
 from bonsai_image.standalone.models import transformer_module
 
@@ -38,7 +38,8 @@ def build(mode: str) -> torch.nn.Module:
         for name, tensor in model.tensors.items():
             model.tensors[name] = tensor.dequantize() if is_packed(tensor) else tensor
     setting = Setting("auto", "fast" if mode == "fast" else "exact")
-    print(f"{mode}: {'torch' if mode == 'dense' else ', '.join(map(str, resolve(setting, CPU)[:2]))}", file=sys.stderr)
+    found = choices(setting, CPU, model.tensors.values(), torch.bfloat16)
+    print(f"{mode}: {', '.join(str(choice) for *_, choice in found) or 'torch'}", file=sys.stderr)
     return transformer_module(model, CPU, torch.bfloat16, setting)
 
 

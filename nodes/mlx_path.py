@@ -17,6 +17,7 @@ from comfy.ldm.flux.model import Flux
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..networks import klein_mlx as mlx_klein
+from ..ops.backends import libraries
 from ..ops.backends.mlx import backend as mlx_backend
 from ..ops.packed import is_packed, parts
 from .mlx_step import refusal
@@ -53,6 +54,7 @@ class MlxPath:
         self._dtype: torch.dtype | None = None
         self._weights: dict = {}
         self.declined: str | None = None
+        self._failed: str | None = None
         self.steps: Counter[str] = Counter()
 
     def __call__(self, executor, *args, **kwargs):
@@ -85,20 +87,26 @@ class MlxPath:
         patcher = model.current_patcher
         changed = [*_changed_layers(flux), *self._names ^ dict(flux.named_parameters()).keys(),
                    *(key for key in patcher.object_patches if key.startswith("diffusion_model"))]
-        return refusal(options, inputs, len(patcher.patches), changed, hooks=patcher.current_hooks is not None,
-                       managed=patcher.is_dynamic(), gradient=torch.is_grad_enabled() and x.requires_grad)
+        return self._failed or refusal(options, inputs, len(patcher.patches), changed,
+                                       hooks=patcher.current_hooks is not None, managed=patcher.is_dynamic(),
+                                       gradient=torch.is_grad_enabled() and x.requires_grad)
 
     def _transformer(self, flux, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, control=None,
                      transformer_options=None, **inputs):
         """``Flux.forward_orig``. ``Flux._forward`` may have added inputs, so they are checked here too."""
+        original = functools.partial(flux.forward_orig, img, img_ids, txt, txt_ids, timesteps, y, guidance, control,
+                                     transformer_options=transformer_options, **inputs)
         self.declined = refusal({}, inputs, patched=0)
         if self.declined is not None:
-            return flux.forward_orig(img, img_ids, txt, txt_ids, timesteps, y, guidance, control,
-                                     transformer_options=transformer_options, **inputs)
+            return original()
         eps = flux.double_blocks[0].img_attn.norm.query_norm.eps
         eps = torch.finfo(torch.float32).eps if eps is None else eps
-        return mlx_klein.step(self.weights(flux, img.dtype), img, img_ids[0], txt, txt_ids[0], timesteps, eps,
-                              flux.params.axes_dim, flux.params.theta, after_block=comfy.ops.run_every_op)
+        with libraries.contained(libraries.MLX, "fails in a step of the whole transformer"):
+            return mlx_klein.step(self.weights(flux, img.dtype), img, img_ids[0], txt, txt_ids[0], timesteps, eps,
+                                  flux.params.axes_dim, flux.params.theta, after_block=comfy.ops.run_every_op)
+        self._drop()
+        self.declined = self._failed = "a failure of MLX (see the log)"
+        return original()
 
     def weights(self, flux, dtype: torch.dtype) -> dict:
         """The weights of ``flux`` in MLX for activations of ``dtype``."""

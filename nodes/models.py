@@ -18,8 +18,9 @@ from ..loaders.names import is_packable, to_comfyui
 from ..loaders.opening import tensor_files
 from ..loaders.qwen3 import Qwen3Config
 from ..ops import backends
+from ..ops.backends import libraries
 from ..ops.devices import DTYPES, default_dtype
-from ..ops.packed import is_packed, parts
+from ..ops.packed import is_packed
 from . import advice, lora
 from .operations import packed_operations
 
@@ -78,11 +79,11 @@ def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting
     patcher.cached_patcher_init = (load_model, (path, compute_dtype, setting))
     used = dtype or patcher.model.get_dtype_inference()
     patcher.set_attachments(ATTACHMENT, Origin(path, loaded.format, loaded.variant, loaded.source, used, setting))
-    packed = [parts(p) for p in patcher.model.diffusion_model.parameters() if is_packed(p)]
-    if any(backends.multiplies("mlx", setting, patcher.load_device, weight, used) for weight in packed):
-        from . import mlx_path
+    if backends.only("mlx", backends.choices(setting, patcher.load_device, loaded.tensors.values(), used)):
+        with libraries.contained(libraries.MLX, "cannot run the whole transformer"):
+            from . import mlx_path
 
-        patcher.set_attachments(MLX_ATTACHMENT, mlx_path.install(patcher))
+            patcher.set_attachments(MLX_ATTACHMENT, mlx_path.install(patcher))
     return patcher
 
 
@@ -137,18 +138,15 @@ def describe(patcher) -> str:
     dense_linears = sum(not is_packed(p) and not is_packable(name) and p.ndim == 2 for name, p in parameters.items())
     origin = patcher.get_attachment(ATTACHMENT)
     if origin is None:
-        lines = ["Not loaded by a Bonsai node."]
-        choice = backends.resolve(backends.AUTO, patcher.load_device)
+        lines, setting, dtype = ["Not loaded by a Bonsai node."], backends.AUTO, default_dtype(patcher.load_device)
     else:
         lines = [f"Bonsai Image 4B, {origin.variant}", f"source: {origin.source}", f"file: {origin.path}",
                  f"format: {origin.format}", *_published(Path(origin.path)),
                  f"compute dtype: {str(origin.compute_dtype).removeprefix('torch.')}"]
-        choice = backends.resolve(origin.setting, patcher.load_device, origin.compute_dtype)
-    backend = choice.backend + (", int8 activations" if choice.fast else "")
-    if choice.reason:
-        backend += f" ({choice.reason})"
-    lines += [f"packed: {layers} linears of {bits} bits in groups of {group}, backend {backend}"
-              for (bits, group, _, _), layers in counts.packing.items()]
+        setting, dtype = origin.setting, origin.compute_dtype
+    found = backends.choices(setting, patcher.load_device, parameters.values(), dtype)
+    lines += [f"packed: {layers} linears of {bits} bits in groups of {group}, backend {choice}"
+              + (f" ({choice.reason})" if choice.reason else "") for (bits, group, choice), layers in found.items()]
     if (path := patcher.get_attachment(MLX_ATTACHMENT)) is not None:
         lines.append(f"path: {path.describe(patcher)}")
     lines += [f"dense: {dense_linears} linears",

@@ -48,9 +48,10 @@ def default_dtype(device: torch.device) -> torch.dtype:
     """
     if device.type == "cpu":
         return torch.bfloat16 if cpu_has_fast_bfloat16() else torch.float32
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+    if device.type != "cuda":
+        return torch.bfloat16
+    with current(device):  # of which torch answers
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def cpu_has_fast_bfloat16() -> bool:

@@ -77,13 +77,12 @@ def _device(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {"device": str(device), "name": _name(device), "dtype": str(dtype).removeprefix("torch.")}
     if device.type in ("cuda", "xpu"):
         found["free"], found["total"] = torch.get_device_module(device).mem_get_info(device)
-    found["backends"] = {}
-    for precision in backends.PRECISIONS:
-        setting = Setting("auto", precision)
-        found["backends"][precision] = {name: _chosen(setting, device, kind, dtype) for name, kind in _KINDS.items()}
-    found["not used"] = {backend.NAME: problem for backend in backends.BACKENDS
-                         if not backend.DEVICES or device.type in backend.DEVICES
-                         if (problem := backend.problem(device)) is not None}
+    found["backends"] = {precision: {name: str(_choice(Setting("auto", precision), device, kind, dtype))
+                                     for name, kind in _KINDS.items()} for precision in backends.PRECISIONS}
+    found["not used"] = {
+        backend.NAME: choice.reason for backend in backends.BACKENDS
+        if not backend.DEVICES or device.type in backend.DEVICES
+        if (choice := _choice(Setting(backend.NAME), device, _KINDS["ternary"], dtype)).backend is not backend}
     return found
 
 
@@ -96,13 +95,12 @@ def _name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def _chosen(setting: Setting, device: torch.device, kind: tuple, dtype: torch.dtype) -> str:
+def _choice(setting: Setting, device: torch.device, kind: tuple, dtype: torch.dtype) -> backends.Choice:
     bits, group, form, scale_dtype = kind
     scale = torch.empty(_COLUMNS, _COLUMNS // group, dtype=scale_dtype, device="meta")
     codes = torch.empty(_COLUMNS, _COLUMNS * bits // 8, dtype=torch.uint8, device="meta")
     packed = Packed(codes, scale, None if form == "symmetric" else scale, bits, form)
-    backend, fast = backends.choose(setting, device, backends.IMAGE_ROWS, packed, dtype)
-    return f"{backend.NAME} with int8 activations" if fast else backend.NAME
+    return backends.choose(setting, device, backends.IMAGE_ROWS, packed, dtype)
 
 
 def _models(comfyui: Path) -> Iterator[dict[str, Any]]:

@@ -67,9 +67,9 @@ def open_image(path: Path) -> Image.Image:
 class Stages:
     """Times stages: ``figures`` has the seconds of each and the megabytes in use at its end (on CUDA its peak)."""
 
-    def __init__(self, device: torch.device, backend: str, progress: bool):
+    def __init__(self, device: torch.device, progress: bool):
         self.figures: dict[str, dict[str, float]] = {}
-        self._device, self._backend, self._progress = device, backend, progress
+        self._device, self._progress = device, progress
 
     @contextmanager
     def run(self, name: str) -> Iterator[Progress]:
@@ -79,8 +79,7 @@ class Stages:
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
-        if self._backend == "mlx":
-            mlx_backend.clear_cache()
+        mlx_backend.clear_cache()
         start = time.perf_counter()
         with tqdm(total=1, desc=f"{name:20}", disable=not self._progress, bar_format="{desc}{bar:24} {elapsed}") as bar:
             yield lambda done, total: bar.update(done / (total or 1) - bar.n)
@@ -169,11 +168,10 @@ def generate(repository: Repository, prompts: Sequence[str], compute: Compute, w
     ModelFileError on an unusable file, ValueError as :func:`check_settings` does.
     """
     check_settings(width, height, steps, seed)
-    backend = backends.resolve(compute.setting, compute.device, compute.dtype).backend
     settings = {"prompt": prompts[0] if len(prompts) == 1 else list(prompts), "width": width, "height": height,
                 "steps": steps, "seed": seed, "dtype": str(compute.dtype).removeprefix("torch."),
-                "device": str(compute.device), "backend": backend}
-    stages = Stages(compute.device, backend, progress)
+                "device": str(compute.device)}
+    stages = Stages(compute.device, progress)
     with stages.run("load text encoder") as advance:
         pipeline = text_pipeline(repository, compute, advance)
     with stages.run("encode prompt"):
@@ -192,6 +190,10 @@ def generate(repository: Repository, prompts: Sequence[str], compute: Compute, w
         pipeline = image_pipeline(repository, transformer, compute)
     with stages.run("denoise") as advance:
         latents = denoise(pipeline, embeddings, [seed] * len(prompts), width, height, steps, images, advance)
+    # After the last step: what computed in the end.
+    found = backends.choices(compute.setting, compute.device, transformer.parameters(), compute.dtype)
+    names = sorted({str(choice) for *_, choice in found}) or [getattr(transformer, "backend", "torch")]
+    settings["backend"] = ", ".join(names)
     pipeline.transformer = transformer = None  # makes room for decoding
     with stages.run("decode image"):
         drawn = decode(pipeline.vae, pipeline.image_processor, latents)

@@ -1,5 +1,6 @@
 """Modules of diffusers and transformers with packed weights."""
 
+import functools
 import inspect
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,28 +15,34 @@ from ..loaders import ModelFileError, TextEncoder, Transformer, load_vae
 from ..loaders.errors import DOWNLOAD_FOLDER, refusing
 from ..loaders.names import to_comfyui, to_diffusers
 from ..loaders.qwen3 import TAPPED_LAYERS
-from ..ops.backends import AUTO, Setting, multiplies
+from ..ops.backends import AUTO, Setting, choices, libraries, only
 from ..ops.linear import PackedEmbedding, PackedLinear
-from ..ops.packed import is_packed, parts
+from ..ops.packed import is_packed
 
 
 class MlxTransformer(torch.nn.Module):
     """Takes the place of ``diffusers.Flux2Transformer2DModel`` in a pipeline.
 
-    The weights live in MLX alone. ``device`` and ``dtype`` are those of the tensors that go in and come out.
+    The weights live in MLX alone; where MLX fails, ``fallback`` has them, and goes on. ``device`` and ``dtype`` are
+    those of the tensors that go in and come out.
     """
 
     #: ``cache_context(name)``: nothing is cached between steps.
     cache_context = nullcontext
+    backend = "mlx"
 
-    def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype):
-        from ..networks import klein_mlx as mlx_klein
-
+    def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype, setting: Setting = AUTO):
         super().__init__()
         self.config = SimpleNamespace(**model.config.diffusers())
         self.device, self.dtype = device, dtype
-        self._step = mlx_klein.step
-        self._weights = mlx_klein.load(to_comfyui(model.tensors), dtype)
+        self.fallback: torch.nn.Module | None = None
+        self._diffusers = functools.partial(_diffusers_module, model, device, dtype, setting)
+        with libraries.contained(libraries.MLX, "cannot run the whole transformer"):
+            from ..networks import klein_mlx as mlx_klein
+
+            self._step = functools.partial(mlx_klein.step, mlx_klein.load(to_comfyui(model.tensors), dtype))
+            return
+        self.fallback = self._diffusers()
 
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, timestep: torch.Tensor,
                 img_ids: torch.Tensor, txt_ids: torch.Tensor, guidance: None = None,
@@ -44,8 +51,13 @@ class MlxTransformer(torch.nn.Module):
         the prediction ``(B, L, C)`` in a tuple. Raises ValueError for what FLUX.2 Klein or this forward lacks."""
         if guidance is not None or joint_attention_kwargs or return_dict:
             raise ValueError("the MLX transformer takes no guidance and no attention arguments and returns a tuple")
-        img_ids, txt_ids = (ids[0] if ids.ndim == 3 else ids for ids in (img_ids, txt_ids))
-        return (self._step(self._weights, hidden_states, img_ids, encoder_hidden_states, txt_ids, timestep),)
+        if self.fallback is None:
+            rows = [ids[0] if ids.ndim == 3 else ids for ids in (img_ids, txt_ids)]
+            with libraries.contained(libraries.MLX, "fails in a step of the whole transformer"):
+                return (self._step(hidden_states, rows[0], encoder_hidden_states, rows[1], timestep),)
+            del self._step
+            self.fallback = self._diffusers()
+        return self.fallback(hidden_states, encoder_hidden_states, timestep, img_ids, txt_ids, return_dict=False)
 
 
 def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype,
@@ -68,9 +80,13 @@ def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], dtype: torc
 def transformer_module(model: Transformer, device: torch.device, dtype: torch.dtype,
                        setting: Setting = AUTO) -> Flux2Transformer2DModel | MlxTransformer:
     """diffusers' FLUX.2 transformer with the weights of ``model``, computing in ``dtype``; in MLX where it is used."""
-    packed = [parts(tensor) for tensor in model.tensors.values() if is_packed(tensor)]
-    if packed and all(multiplies("mlx", setting, device, weight, dtype) for weight in packed):
-        return MlxTransformer(model, device, dtype)
+    if only("mlx", choices(setting, device, model.tensors.values(), dtype)):
+        return MlxTransformer(model, device, dtype, setting)
+    return _diffusers_module(model, device, dtype, setting)
+
+
+def _diffusers_module(model: Transformer, device: torch.device, dtype: torch.dtype,
+                      setting: Setting) -> Flux2Transformer2DModel:
     with init_empty_weights():
         module = Flux2Transformer2DModel(**model.config.diffusers())
     return _fill(module, to_diffusers(model.tensors), dtype, setting).to(device)

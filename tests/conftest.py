@@ -14,7 +14,6 @@ import torch
 from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.ops import backends
 from bonsai_image.ops.backends import selfcheck
-from bonsai_image.ops.backends.mlx import backend as mlx_backend
 from bonsai_image.tests.support import model_files, sound_files
 from bonsai_image.tests.support.random_model import write_repository
 
@@ -36,13 +35,14 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture
 def fresh_backends(monkeypatch):
     """Verdicts on backends are forgotten before and after: each test asks and checks anew."""
-    caches = (backends._problem, backends._log_choice, selfcheck._passes, mlx_backend.problem)
-    for cache in caches:
-        cache.cache_clear()
-    yield
+    def forget():
+        for forget_all in (backends._problem.cache_clear, backends._log.cache_clear, selfcheck._VERDICTS.clear):
+            forget_all()
+
+    forget()
+    yield forget
     monkeypatch.undo()
-    for cache in caches:
-        cache.cache_clear()
+    forget()
 
 
 @dataclass

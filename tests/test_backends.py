@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bonsai_image.ops import backends, linear
-from bonsai_image.ops.backends import AUTO, Choice, Setting, gemlite_backend, selfcheck, tuning
+from bonsai_image.ops.backends import AUTO, Setting, gemlite_backend, libraries, selfcheck, tuning
 from bonsai_image.ops.backends.cpu import backend as cpu_backend
 from bonsai_image.ops.backends.mlx import backend as mlx_backend
 from bonsai_image.ops.backends.triton import backend as triton_backend
@@ -30,27 +30,28 @@ needs_mlx = pytest.mark.skipif(importlib.util.find_spec("mlx") is None, reason="
 
 
 @pytest.fixture
-def machine(monkeypatch):
+def machine(monkeypatch, fresh_backends):
     """A made-up machine: its GPU, what is missing, and no self-check."""
     def make(gpu: Gpu = GEFORCE, missing: tuple[str, ...] = (), machine: str = "x86_64"):
         for module in (triton_backend, gemlite_backend, tuning):
             monkeypatch.setattr(module, "gpu", lambda _device: gpu)
         monkeypatch.setattr("platform.machine", lambda: machine)
-        monkeypatch.setattr(gemlite_backend, "version", lambda name: None if name in missing else
-                            {"gemlite": "0.6.0", "triton": "3.7.1"}[name])
         find = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else
                             sys if name in ("triton", "gemlite", "llvmlite") else find(name))
+        mlx = libraries.problem
+        monkeypatch.setattr(libraries, "problem", lambda library, use=None: mlx(library, use)
+                            if library.name == "mlx" else libraries.missing(library))
         monkeypatch.setattr(cpu_backend, "instruction", lambda: "avx2")
-        monkeypatch.setattr(selfcheck, "passes", lambda *_: True)
-        monkeypatch.setattr(backends, "default_dtype", lambda _device: torch.bfloat16)
+        monkeypatch.setattr(selfcheck, "problem", lambda *_: None)
+        fresh_backends()
 
     return make
 
 
 def chosen(setting=AUTO, device=CUDA, rows=4608, packed=TERNARY, dtype=torch.bfloat16) -> str:
     """The name of the backend, with a star if it rounds activations."""
-    backend, fast = backends.choose(setting, device, rows, packed, dtype)
+    backend, fast, _ = backends.choose(setting, device, rows, packed, dtype)
     return backend.NAME + "*" * fast
 
 
@@ -69,7 +70,6 @@ def test_few_rows_go_to_gemlite(machine):
     # Where the out features do not fill GemLite's tiles it would read beyond the scales.
     assert chosen(rows=64, packed=TERNARY.rows(slice(100))) == "triton"
     machine(missing=("gemlite",))
-    backends._problem.cache_clear()
     assert chosen(rows=64) == "triton"
 
 
@@ -103,8 +103,8 @@ def test_int8_only_where_asked_for_and_possible(machine):
 def test_which_gpus_have_int8(machine, gpu, possible):
     machine(gpu)
     assert chosen(Setting("auto", "fast")) == ("triton*" if possible else "triton")
-    choice = backends.resolve(Setting("auto", "fast"), CUDA)
-    assert choice.fast == possible and choice.backend == "triton"
+    choice = backends.choose(Setting("auto", "fast"), CUDA, 4608, TERNARY, torch.bfloat16)
+    assert choice.fast == possible and choice.backend is triton_backend
     assert (choice.reason == "") if possible else choice.reason.startswith("int8 activations") and (
         gpu.name in choice.reason and choice.reason.endswith("; fast means exact here"))
 
@@ -118,25 +118,30 @@ def test_other_dtypes_and_groups_stay_with_torch(machine):
 # The choice for a device
 
 
-@pytest.mark.parametrize(("backend", "precision", "device", "missing", "expected"), [
-    ("auto", "exact", CUDA, (), Choice("triton", False)),
-    ("auto", "fast", CUDA, (), Choice("triton", True)),
-    ("triton", "fast", CUDA, (), Choice("triton", True)),
-    ("gemlite", "exact", CUDA, (), Choice("gemlite", False)),
-    ("torch", "exact", CUDA, (), Choice("torch", False)),
-    ("torch", "fast", CUDA, (), Choice("torch", False, "fast means exact here")),
-    ("auto", "exact", XPU, (), Choice("triton", False)),
-    ("auto", "exact", CUDA, ("triton",), Choice("torch", False, triton_backend.NOT_INSTALLED)),
-    ("triton", "exact", CPU, (), Choice("cpu", False, "the backend triton does not run on cpu")),
-    ("auto", "exact", CPU, (), Choice("cpu", False)),
-    ("auto", "fast", CPU, (), Choice("cpu", True)),
-    ("auto", "fast", CPU, ("llvmlite",), Choice("torch", False, f"{cpu_backend.NOT_INSTALLED}; fast means exact here")),
-    ("gemlite", "exact", CPU, (), Choice("cpu", False, "the backend gemlite does not run on cpu")),
-    ("mlx", "exact", CUDA, (), Choice("triton", False, "the backend mlx does not run on cuda")),
+@pytest.mark.parametrize(("backend", "precision", "device", "missing", "expected", "reason"), [
+    ("auto", "exact", CUDA, (), "triton", ""),
+    ("auto", "fast", CUDA, (), "triton*", ""),
+    ("triton", "fast", CUDA, (), "triton*", ""),
+    ("gemlite", "exact", CUDA, (), "gemlite", ""),
+    ("torch", "exact", CUDA, (), "torch", ""),
+    ("torch", "fast", CUDA, (), "torch", "fast means exact here"),
+    ("auto", "exact", XPU, (), "triton", ""),
+    ("auto", "exact", CUDA, ("triton",), "torch",
+     "triton is not installed (pip install triton, on Windows pip install triton-windows)"),
+    ("triton", "exact", CPU, (), "cpu", "the backend triton does not run on cpu"),
+    ("auto", "exact", CPU, (), "cpu", ""),
+    ("auto", "fast", CPU, (), "cpu*", ""),
+    ("auto", "fast", CPU, ("llvmlite",), "torch",
+     "llvmlite is not installed (pip install llvmlite); fast means exact here"),
+    ("gemlite", "exact", CPU, (), "cpu", "the backend gemlite does not run on cpu"),
+    ("mlx", "exact", CUDA, (), "triton", "the backend mlx does not run on cuda"),
+    ("mlx", "exact", CPU, (), "cpu",
+     "the backend mlx does not multiply 2 bits (symmetric, groups of 128) with 4608 rows of bfloat16"),
 ])
-def test_the_choice_for_a_device_and_its_reason(machine, backend, precision, device, missing, expected):
+def test_the_choice_for_a_device_and_its_reason(machine, backend, precision, device, missing, expected, reason):
     machine(missing=missing)
-    assert backends.resolve(Setting(backend, precision), device) == expected
+    assert chosen(Setting(backend, precision), device) == expected
+    assert backends.choose(Setting(backend, precision), device, 4608, TERNARY, torch.bfloat16).reason == reason
 
 
 @needs_mlx
@@ -146,7 +151,6 @@ def test_the_choice_for_a_device_and_its_reason(machine, backend, precision, dev
     (AUTO, CPU, "x86_64", "cpu"), (Setting("mlx"), CPU, "x86_64", "mlx")])
 def test_mlx_is_the_choice_on_apple_silicon(machine, setting, device, machine_type, expected):
     machine(machine=machine_type)
-    assert backends.resolve(setting, device, torch.float32).backend == expected
     assert chosen(setting, device, dtype=torch.float32) == expected
 
 
@@ -173,14 +177,15 @@ def test_the_choice_is_logged_once(caplog):
     ("0.6.0.post2", "3.9.0", None),
     ("0.6.0", "3.6.0", None),
     ("0.5.1.post1", "3.7.1", None),
-    (None, "3.9.0", "gemlite is not installed (pip install gemlite,"),
-    ("0.6.0", None, "on Windows pip install triton-windows"),
     ("0.5.1.post1", "3.8.0", "gemlite 0.5.1.post1 does not work with triton 3.8.0; update it"),
     ("0.5.1", "3.10.0", "gemlite 0.5.1 does not work with triton 3.10.0"),
     ("0.6.0", "3.5.1", "gemlite 0.6.0 needs triton 3.6 or newer, found 3.5.1; update PyTorch"),
 ])
-def test_versions_of_gemlite_and_triton(gemlite, triton, said):
-    reason = gemlite_backend.version_problem(gemlite, triton)
+def test_versions_of_gemlite_and_triton(monkeypatch, gemlite, triton, said):
+    monkeypatch.setattr(libraries, "missing", lambda library: None)
+    monkeypatch.setattr(libraries, "problem", lambda library, use=None: None)
+    monkeypatch.setattr(libraries, "version", lambda library: {"gemlite": gemlite, "triton": triton}[library.name])
+    reason = gemlite_backend.problem(None)
     assert reason is None if said is None else said in reason
 
 
@@ -194,5 +199,5 @@ def test_gemlite_and_gpus(machine, gpu, said):
 def test_what_is_installed_is_judged_without_a_device(machine):
     machine(missing=("gemlite", "triton"))
     assert backends.problem("gemlite").startswith("gemlite is not installed")
-    assert backends.problem("triton") == triton_backend.NOT_INSTALLED
+    assert backends.problem("triton").endswith("on Windows pip install triton-windows)")
     assert backends.problem("torch") is backends.problem("auto") is None

@@ -1,12 +1,14 @@
 """What is known of each kind of device, and the dtype to compute in on it."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from bonsai_image.ops import devices
 from bonsai_image.ops.devices import Gpu, gpu
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("capabilities", "expected"), [
@@ -22,12 +24,21 @@ def test_cpu_computes_in_fp32_where_torch_cannot_tell(monkeypatch):
     assert devices.default_dtype(CPU) == torch.float32
 
 
-@pytest.mark.parametrize(("supported", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_cuda_computes_in_fp16_only_before_ampere(monkeypatch, supported, expected):
-    """Older GPUs only emulate BF16, which does not count."""
+@pytest.mark.parametrize(("index", "expected"), [(1, torch.bfloat16), (2, torch.float16)])
+def test_cuda_computes_in_fp16_only_before_ampere(monkeypatch, index, expected):
+    """Older GPUs only emulate BF16, which does not count. Torch answers for the current GPU."""
+    made = [0]
+
+    @contextmanager
+    def device(here):
+        made.append(here.index)
+        yield
+        made.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
-                        lambda including_emulation=True: including_emulation or supported)
-    assert devices.default_dtype(CUDA) == expected
+                        lambda including_emulation=True: including_emulation or made[-1] == 1)
+    assert devices.default_dtype(torch.device("cuda", index)) == expected
 
 
 @pytest.mark.parametrize("kind", ["mps", "xpu"])

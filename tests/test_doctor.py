@@ -9,7 +9,10 @@ import torch
 
 from bonsai_image.miniature import demo
 from bonsai_image.ops import backends
+from bonsai_image.ops.devices import default_dtype
+from bonsai_image.ops.packed import parts
 from bonsai_image.standalone import cli, doctor
+from bonsai_image.tests.support.reference import random_weight
 
 
 @pytest.fixture
@@ -42,19 +45,16 @@ def test_it_finds_comfyui_its_version_and_the_models(program, monkeypatch):
 def test_backends_are_the_ones_that_are_used(program):
     cpu = doctor.diagnose(program)["devices"][0]
     assert cpu["device"] == "cpu"
-    named = backends.resolve(backends.AUTO, torch.device("cpu")).backend
-    assert cpu["backends"]["exact"]["ternary"] == named
+    cpu_device, dtype = torch.device("cpu"), default_dtype(torch.device("cpu"))
+    named = backends.choose(backends.AUTO, cpu_device, 4608, parts(random_weight(2, "symmetric", 64, 256, 128)), dtype)
+    assert cpu["backends"]["exact"]["ternary"] == str(named)
 
 
-def test_a_backend_that_is_missing_is_named_with_what_to_do(program, monkeypatch):
+def test_a_backend_that_is_missing_is_named_with_what_to_do(program, monkeypatch, fresh_backends):
     why = "llvmlite is not installed (pip install llvmlite)"
     missing = next(backend for backend in backends.BACKENDS if backend.NAME == "cpu")
     monkeypatch.setattr(missing, "problem", lambda device, fast=False: why)
-    backends._problem.cache_clear()
-    try:
-        found = doctor.diagnose(program)
-    finally:
-        backends._problem.cache_clear()
+    found = doctor.diagnose(program)
     assert found["devices"][0]["backends"]["exact"]["ternary"] == "torch"
     assert "slow: CPU: llvmlite is not installed (pip install llvmlite)" in doctor.report(found)
 

@@ -73,6 +73,7 @@ def test_a_broken_mlx_is_logged_once_and_the_next_multiplies(failure, monkeypatc
         find = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlx" else find(name))
     monkeypatch.setattr(mx, "quantized_matmul", broken)
+    monkeypatch.setattr(mx, "__version__", "0.28.0" if failure == "bits" else "99.0")
     weight, x = random_weight(1, "symmetric", 64, 512, 128), torch.randn(20, 512)
     with caplog.at_level(logging.INFO):
         for _ in range(2):
@@ -82,7 +83,7 @@ def test_a_broken_mlx_is_logged_once_and_the_next_multiplies(failure, monkeypatc
     if failure == "missing":
         assert "pip install mlx" in message
     elif failure == "bits":
-        assert "is too old" in message and "pip install --upgrade mlx" in message
+        assert "mlx 0.28.0 fails" in message and "0.32.4 or newer is needed (pip install --upgrade mlx)" in message
     else:
         assert "--force-reinstall" in message and "macOS to 26.2" in message
 

@@ -5,6 +5,7 @@ import torch
 
 from bonsai_image.ops import backends, linear
 from bonsai_image.ops.backends import AUTO, Choice, Setting, selfcheck, torch_backend
+from bonsai_image.ops.backends.libraries import Library
 from bonsai_image.ops.linear import PackedLinear
 from bonsai_image.ops.packed import parts
 from bonsai_image.tests.support.reference import dense64, random_weight, relative
@@ -27,7 +28,8 @@ def test_the_self_check_passes_what_is_right(form):
 class Toy:
     """A backend as somebody else would write it: plain torch, on the CPU, for symmetric weights."""
 
-    NAME, DEVICES, REMEDY = "toy", ("cpu",), "wind it up"
+    NAME, DEVICES = "toy", ("cpu",)
+    LIBRARY = Library("toy", "toy", "1.0", "pip install toy", "wind it up")
 
     def __init__(self, change=lambda out: out, missing: str | None = None):
         self.change, self.missing, self.calls = change, missing, []
@@ -54,7 +56,8 @@ def register(monkeypatch):
 
 def test_a_backend_from_outside_is_chosen_checked_used_compiled_and_differentiated(register):
     toy = register(Toy())
-    assert backends.resolve(AUTO, CPU).backend == backends.resolve(Setting("toy"), CPU).backend == "toy"
+    for setting in (AUTO, Setting("toy")):
+        assert backends.choose(setting, CPU, 3, TERNARY, torch.float32) == Choice(toy, False)
     layer = PackedLinear(256, 24, bias=False)
     layer.load_state_dict({"weight": random_weight(2, "symmetric", 24, 256, 128)})
     reference = dense64(layer.weight)
@@ -82,8 +85,8 @@ def test_a_wrong_backend_is_found_and_logged_once(register, caplog, change):
         assert relative(linear(x, weight), x.double() @ dense64(weight).T) < 1e-6
     assert len(toy.calls) == 2
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("Bonsai Image: the backend toy fails its self-check on cpu (2 bits, symmetric: ")
-    assert message.endswith("times the tolerance) and is not used. To repair it: wind it up.")
+    assert message.startswith("Bonsai Image: toy fails the self-check of the backend toy on cpu (2 bits, symmetric: ")
+    assert message.endswith("times the tolerance); to repair it: wind it up; cpu multiplies packed weights on cpu.")
 
 
 def test_a_backend_that_raises_is_logged_once(register, caplog):
@@ -94,8 +97,8 @@ def test_a_backend_that_raises_is_logged_once(register, caplog):
     for _ in range(3):
         linear(torch.randn(3, 256), random_weight(2, "symmetric", 24, 256, 128))
     assert [record.getMessage() for record in caplog.records] == [
-        "Bonsai Image: the backend toy fails its self-check on cpu (no C compiler) and is not used. To repair it: "
-        "wind it up."]
+        "Bonsai Image: toy fails the self-check of the backend toy on cpu (RuntimeError: no C compiler); to repair it: "
+        "wind it up; cpu multiplies packed weights on cpu."]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -115,18 +118,11 @@ def test_running_out_of_memory_refuses_nothing(register, error):
     assert toy.calls[-1] == (3, 256)
 
 
-def test_asking_for_one_backend_does_not_check_the_others(register):
-    toy = register(Toy())
-    assert not backends.multiplies("torch", AUTO, CPU, TERNARY, torch.float32) and not toy.calls
-    assert backends.multiplies("toy", AUTO, CPU, TERNARY, torch.float32) and len(toy.calls) == 2
-    assert not backends.multiplies("toy", AUTO, CPU, AFFINE, torch.float32)
-
-
 def test_a_missing_backend_is_named_to_who_asks_for_it(register):
     register(Toy(missing="the toy is broken"))
     assert backends.problem("toy") == "the toy is broken"
-    assert backends.resolve(Setting("toy"), CPU) == Choice("cpu", False, "the toy is broken")
-    assert backends.choose(Setting("toy"), CPU, 4608, TERNARY, torch.bfloat16)[0].NAME == "cpu"
+    choice = backends.choose(Setting("toy"), CPU, 4608, TERNARY, torch.bfloat16)
+    assert (choice.backend.NAME, choice.fast, choice.reason) == ("cpu", False, "the toy is broken")
 
 
 @pytest.mark.parametrize("name", backends.NAMES)

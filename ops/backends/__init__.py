@@ -6,16 +6,15 @@ activations first, and means exact where no backend has them.
 """
 
 import functools
-import itertools
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
-from ..devices import default_dtype
-from ..packed import Packed
-from . import gemlite_backend, selfcheck, torch_backend
+from ..packed import Packed, is_packed, parts
+from . import gemlite_backend, libraries, selfcheck, torch_backend
 from .cpu import backend as cpu_backend
 from .interface import Backend
 from .mlx import backend as mlx_backend
@@ -32,9 +31,6 @@ PRECISIONS = ("exact", "fast")
 
 #: Rows of a typical product: 1024 x 1024 pixels and 512 text tokens.
 IMAGE_ROWS = 4608
-#: A typical weight: ternary, 3072 x 3072.
-_TYPICAL = Packed(torch.empty(3072, 768, dtype=torch.uint8, device="meta"),
-                  torch.empty(3072, 24, dtype=torch.bfloat16, device="meta"), None, 2, "symmetric")
 _LOG = logging.getLogger(__name__)
 
 
@@ -50,82 +46,82 @@ AUTO = Setting()
 
 
 class Choice(NamedTuple):
-    """The name of a backend, whether it rounds activations to int8, and why no better choice was possible, if so."""
+    """What multiplies: the backend, whether it rounds activations to int8, and why nothing better or named does."""
 
-    backend: str
+    backend: Backend
     fast: bool
     reason: str = ""
+
+    def __str__(self) -> str:
+        return self.backend.NAME + (" with int8 activations" if self.fast else "")
 
 
 def problem(name: str) -> str | None:
     """Why what is installed here cannot run the backend ``name`` on any device, or None."""
-    return next((backend.problem(None) for backend in BACKENDS if name == backend.NAME), None)
-
-
-def resolve(setting: Setting, device: torch.device, dtype: torch.dtype | None = None) -> Choice:
-    """The choice for a typical product of ``dtype`` (default: the device's) on ``device``, before any self-check: what
-    to show to the user."""
-    reasons = []
-    for backend, fast, found in _candidates(setting, device, IMAGE_ROWS, _TYPICAL, dtype or default_dtype(device)):
-        if found is None:
-            if setting.precision == "fast" and not fast:
-                reasons.append("fast means exact here")
-            return Choice(backend.NAME, fast, "; ".join(dict.fromkeys(reasons)))
-        reasons.append(found)
-    raise AssertionError("the torch backend takes every product")
+    return next((_problem(backend, None, False) for backend in BACKENDS if name == backend.NAME), None)
 
 
 def multiply(x: torch.Tensor, packed: Packed, setting: Setting) -> torch.Tensor:
-    """``x @ W.T`` for ``x`` ``(M, K)``; ``(M, N)`` in the dtype of ``x``."""
+    """``x @ W.T`` for ``x`` ``(M, K)``; ``(M, N)`` in the dtype of ``x``.
+
+    Where the chosen backend fails in it, the next one multiplies. Running out of memory is raised.
+    """
     if not x.shape[0]:
         return x.new_empty(0, packed.n)
-    _log_choice(setting, x.device, x.dtype)
-    backend, fast = choose(setting, x.device, x.shape[0], packed, x.dtype)
-    return backend.multiply(x, packed, fast)
+    backend, fast, _ = choose(setting, x.device, x.shape[0], packed, x.dtype)
+    try:
+        return backend.multiply(x, packed, fast)
+    except libraries.FAILURES as failure:
+        if backend is torch_backend or libraries.out_of_memory(failure):
+            raise
+        selfcheck.exclude(backend, x.device, selfcheck.kind(packed, x.dtype), fast, failure)
+    return multiply(x, packed, setting)
 
 
-def multiplies(name: str, setting: Setting, device: torch.device, packed: Packed, dtype: torch.dtype) -> bool:
-    """Whether the backend ``name`` is the one that multiplies an image's activations with ``packed``.
-
-    No self-check runs where another backend comes first.
-    """
-    return (name == resolve(setting, device, dtype).backend
-            and name == choose(setting, device, IMAGE_ROWS, packed, dtype)[0].NAME)
-
-
-def choose(setting: Setting, device: torch.device, rows: int, packed: Packed,
-           dtype: torch.dtype) -> tuple[Backend, bool]:
-    """The backend that multiplies ``rows`` activations with ``packed``, and whether it rounds them to int8.
-
-    The first in order that takes the product, can be used, and has passed its self-check, which runs now if need be.
-    """
-    kind = selfcheck.Kind(packed.bits, packed.form, packed.group, dtype, packed.scale.dtype)
-    # The torch backend takes every product, so there is a first one.
-    return next((backend, fast) for backend, fast, found in _candidates(setting, device, rows, packed, dtype)
-                if found is None and (backend is torch_backend or selfcheck.passes(backend, device, kind, fast)))
+def choices(setting: Setting, device: torch.device, tensors: Iterable[torch.Tensor],
+            dtype: torch.dtype) -> Counter[tuple[int, int, Choice]]:
+    """How many of ``tensors`` are packed in so many bits and groups of so many, and what multiplies an image's
+    activations of ``dtype`` with them."""
+    return Counter((weight.bits, weight.group, choose(setting, device, IMAGE_ROWS, weight, dtype))
+                   for weight in map(parts, filter(is_packed, tensors)))
 
 
-def _candidates(setting: Setting, device: torch.device, rows: int, packed: Packed,
-                dtype: torch.dtype) -> Iterator[tuple[Backend, bool, str | None]]:
-    """Backends that take the product, best first: each with whether to round activations, and why it cannot be used."""
+def only(name: str, found: Iterable[tuple[int, int, Choice]]) -> bool:
+    """Whether there are :func:`choices`, and all of them are the backend ``name``."""
+    return {choice.backend.NAME for *_, choice in found} == {name}
+
+
+def choose(setting: Setting, device: torch.device, rows: int, packed: Packed, dtype: torch.dtype) -> Choice:
+    """What multiplies ``rows`` activations of ``dtype`` with ``packed``: the first in order that takes the product, can
+    be used, and has passed its self-check, which runs now if need be. Why others were passed over is logged once."""
+    kind, reasons = selfcheck.kind(packed, dtype), {}
     precisions = (True, False) if setting.precision == "fast" else (False,)
     named = [backend for backend in BACKENDS if setting.backend == backend.NAME]
-    for group in (named, BACKENDS):
-        for fast, backend in itertools.product(precisions, group):
-            if not backend.DEVICES or device.type in backend.DEVICES:
-                if backend.serves(device, rows, packed, dtype, fast, group is named):
-                    yield backend, fast, _problem(backend, device, fast)
-            elif group is named:
-                yield backend, fast, f"the backend {backend.NAME} does not run on {device.type}"
+    for backend, fast, by_name in (*((backend, fast, True) for backend in named for fast in precisions),
+                                   *((backend, fast, False) for fast in precisions for backend in BACKENDS)):
+        if backend.DEVICES and device.type not in backend.DEVICES:
+            if by_name:
+                reasons[f"the backend {backend.NAME} does not run on {device.type}"] = logging.INFO
+        elif not backend.serves(device, rows, packed, dtype, fast, by_name):
+            if by_name and not fast:
+                reasons[f"the backend {backend.NAME} does not multiply {packed.bits} bits ({packed.form}, groups of "
+                        f"{packed.group}) with {rows} rows of {dtype}".replace("torch.", "")] = logging.INFO
+        elif found := _problem(backend, device, fast):
+            reasons[found] = logging.INFO
+        elif backend is not torch_backend and (found := selfcheck.problem(backend, device, kind, fast)):
+            reasons[found] = logging.WARNING
+        else:
+            break
+    for reason, level in reasons.items():
+        _log(level, reason, Choice(backend, fast), device)
+    return Choice(backend, fast, "; ".join((*reasons, *["fast means exact here"] * (precisions[0] and not fast))))
 
 
 @functools.cache
-def _problem(backend: Backend, device: torch.device, fast: bool) -> str | None:
+def _problem(backend: Backend, device: torch.device | None, fast: bool) -> str | None:
     return backend.problem(device, fast)
 
 
 @functools.cache
-def _log_choice(setting: Setting, device: torch.device, dtype: torch.dtype) -> None:
-    choice = resolve(setting, device, dtype)
-    if choice.reason:
-        _LOG.info("Bonsai Image: %s; %s multiplies packed weights on %s.", choice.reason, choice.backend, device)
+def _log(level: int, reason: str, choice: Choice, device: torch.device) -> None:
+    _LOG.log(level, "Bonsai Image: %s; %s multiplies packed weights on %s.", reason, choice, device)

@@ -14,8 +14,7 @@ of a second for each shape. :func:`_unmeasured` prevents it.
 """
 
 import contextvars
-import importlib.metadata
-import importlib.util
+import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,12 +24,12 @@ import torch
 
 from ..devices import AMPERE, current, gpu
 from ..packed import LEVELS, Form, Packed
-from .triton import backend as triton_backend
+from . import libraries
 from .tuning import tuning
 
 NAME = "gemlite"
 DEVICES: tuple[str, ...] = ("cuda", "xpu")
-REMEDY = "update gemlite (pip install --upgrade gemlite)"
+LIBRARY = libraries.GEMLITE
 
 #: The fields of GemLite's ``metadata``, in order.
 METADATA = ("scaled_activations", "W_nbits", "group_size", "unpack_mask", "elements_per_sample", "input_dtype",
@@ -57,41 +56,32 @@ _LOCK = threading.Lock()
 
 def problem(device: torch.device | None, fast: bool = False) -> str | None:
     """Why GemLite cannot be used on ``device`` (None: on any), or None."""
-    if version("gemlite") is not None and device is not None:
-        vendor, name, capability = found = gpu(device)
+    if device is not None:
+        vendor, name, capability = here = gpu(device)
         if vendor != "nvidia":
             return f"gemlite is untested on {name}"
         if capability < AMPERE:  # its kernels compile to scalar code there
-            return f"gemlite is slow before Ampere, {name} is {found.architecture}"
-    return version_problem(version("gemlite"), version("triton"))
+            return f"gemlite is slow before Ampere, {name} is {here.architecture}"
+    found = libraries.missing(LIBRARY) or libraries.problem(libraries.TRITON) or version_problem()
+    if found is not None or device is None:  # its import needs a GPU, and sets a Triton allocator in the context
+        return found
+    return contextvars.copy_context().run(libraries.problem, LIBRARY, _modules)
 
 
-def version_problem(gemlite: str | None, triton: str | None) -> str | None:
-    """Why these versions (None: not installed) of GemLite and Triton cannot be used together, or None.
+def version_problem() -> str | None:
+    """Why the versions of GemLite and Triton cannot be used together, or None.
 
     Sources: GemLite 0.5.1 uses what Triton 3.8 removed; 0.6 needs Triton 3.6.
     """
-    if gemlite is None:
-        return "gemlite is not installed (pip install gemlite, on Windows pip install --no-deps gemlite)"
-    if triton is None:
-        return triton_backend.NOT_INSTALLED
-    old, release = _release(gemlite) < (0, 6), _release(triton)
+    gemlite, triton = libraries.version(LIBRARY), libraries.version(libraries.TRITON)
+    if gemlite is None or triton is None:
+        return None
+    old, release = libraries.release(gemlite) < (0, 6), libraries.release(triton)
     if old and release >= (3, 8):
         return f"gemlite {gemlite} does not work with triton {triton}; update it (pip install --upgrade gemlite)"
     if not old and release < (3, 6):
         return f"gemlite {gemlite} needs triton 3.6 or newer, found {triton}; update PyTorch, which brings it"
     return None
-
-
-def version(name: str) -> str | None:
-    """The version of an installed library (Triton is published under several names, but has one), or None."""
-    if importlib.util.find_spec(name) is None:
-        return None
-    return importlib.import_module(name).__version__ if name == "triton" else importlib.metadata.version(name)
-
-
-def _release(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(".")[:2]))
 
 
 def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
@@ -123,7 +113,7 @@ def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tenso
         mode, scale, zeros = MODES[form], scale.float(), shift.float().t()
     kernel = "GEMM_SPLITK" if x.shape[0] <= SPLIT_K_ROWS else "GEMM"
     with _LOCK, current(x.device):
-        core, utils = _gemlite()
+        core, utils = _modules()
         # FP16 and BF16 share configurations in GemLite's table.
         kind = DTYPES[torch.float16 if x.dtype == torch.bfloat16 else x.dtype]
         key = str((utils.get_closest_m(x.shape[0]), packed.n, packed.k, packed.group, 8 // bits, kind * 100 + bits))
@@ -136,9 +126,7 @@ def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tenso
     return out if factor == 1 else out.mul_(factor)
 
 
-def _gemlite():
-    """GemLite's modules, imported in a context of their own: the Triton allocator that GemLite sets stays inside."""
-    contextvars.copy_context().run(importlib.import_module, "gemlite")
+def _modules() -> tuple[Any, Any]:
     return importlib.import_module("gemlite.core"), importlib.import_module("gemlite.triton_kernels.utils")
 
 

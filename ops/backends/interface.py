@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from ..packed import Packed, dequantize
+from .libraries import Library
 
 
 class Backend(Hashable, Protocol):
@@ -18,8 +19,8 @@ class Backend(Hashable, Protocol):
     NAME: str
     #: The torch device types that it runs on; empty: all.
     DEVICES: tuple[str, ...]
-    #: What to do where it fails its self-check, as half a sentence.
-    REMEDY: str
+    #: What it is built on.
+    LIBRARY: Library
 
     def problem(self, device: torch.device | None, fast: bool = False) -> str | None:
         """Why it cannot be used on ``device``, with int8 activations if ``fast``; None if it can.

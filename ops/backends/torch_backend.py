@@ -7,10 +7,11 @@ block of :data:`CPU_BLOCK_ELEMENTS` elements stays in the cache between the two 
 import torch
 
 from ..packed import Packed, dequantize
+from .libraries import TORCH
 
 NAME = "torch"
 DEVICES: tuple[str, ...] = ()
-REMEDY = "reinstall PyTorch"
+LIBRARY = TORCH
 
 #: Elements of one dequantised block on a CPU: 9 MB in BF16. Measured best of 1.5 M to 9 M over the model's shapes.
 CPU_BLOCK_ELEMENTS = 1536 * 3072

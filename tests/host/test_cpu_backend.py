@@ -28,7 +28,7 @@ def products(monkeypatch):
 
 def test_fast_beside_a_lora(transformer, dense_model, tensors, inputs, products):
     model, file = models.load_model(str(transformer), "fp32", FAST), Maker(tensors).file("lora")
-    assert "backend cpu, int8 activations" in describe(model)
+    assert "backend cpu with int8 activations" in describe(model)
     expected, plain = host_forward(with_lora(dense_model, file), inputs), host_forward(dense_model, inputs)
     actual = host_forward(with_lora(model, file), inputs)
     assert products.count(True) > 0

@@ -16,8 +16,7 @@ import torch
 from bonsai_image.loaders import ModelFileError
 from bonsai_image.nodes import definitions as nodes
 from bonsai_image.nodes import folders, models
-from bonsai_image.ops.backends import gemlite_backend
-from bonsai_image.ops.backends.mlx import backend as mlx_backend
+from bonsai_image.ops.backends import libraries
 
 TEXT_WIDTH = 3 * 2560
 MISSING = "bonsai-image-binary-4B-mlx-1bit"
@@ -188,11 +187,14 @@ def _old_mlx(monkeypatch) -> None:
         return product(*args, **kwargs)
 
     monkeypatch.setattr(mx, "quantized_matmul", old)
+    monkeypatch.setattr(mx, "__version__", "0.28.0")
 
 
 def _versions(gemlite: str, triton: str):
     def install(monkeypatch) -> None:
-        monkeypatch.setattr(gemlite_backend, "version", {"gemlite": gemlite, "triton": triton}.get)
+        monkeypatch.setattr(libraries, "missing", lambda library: None)
+        monkeypatch.setattr(libraries, "problem", lambda library, use=None: None)
+        monkeypatch.setattr(libraries, "version", lambda library: {"gemlite": gemlite, "triton": triton}[library.name])
 
     return install
 
@@ -203,21 +205,17 @@ def _versions(gemlite: str, triton: str):
     ("gemlite", _versions("0.5.1", "3.8.0"), "gemlite 0.5.1 does not work with triton 3.8.0"),
     ("gemlite", _versions("0.6.0", "3.5.1"), "gemlite 0.6.0 needs triton 3.6 or newer"),
     ("triton", lambda patch: _without(patch, "triton"), "triton is not installed"),
-    ("mlx", lambda patch: _without(patch, "mlx"), "MLX is not installed"),
-    ("mlx", _old_mlx, "is too old"),
+    ("mlx", lambda patch: _without(patch, "mlx"), "mlx is not installed"),
+    ("mlx", _old_mlx, "0.32.4 or newer is needed"),
 ])
-def test_missing_or_outdated_backend_chosen_by_name(repository, monkeypatch, backend, arrange, said):
+def test_missing_or_outdated_backend_chosen_by_name(repository, monkeypatch, fresh_backends, backend, arrange, said):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(repository.parent)], {"folder"}))
-    mlx_backend.problem.cache_clear()
     arrange(monkeypatch)
-    try:
-        with pytest.raises(ValueError, match=f"The backend {backend} cannot be used: ") as caught:
-            nodes.BonsaiCheckpointLoader.execute(repository.name, backend=backend)
-        assert said in str(caught.value) and str(caught.value).endswith("or set backend to auto.")
-        assert one_sentence(str(caught.value))
-        nodes.BonsaiCheckpointLoader.execute(repository.name)
-    finally:
-        mlx_backend.problem.cache_clear()
+    with pytest.raises(ValueError, match=f"The backend {backend} cannot be used: ") as caught:
+        nodes.BonsaiCheckpointLoader.execute(repository.name, backend=backend)
+    assert said in str(caught.value) and str(caught.value).endswith("or set backend to auto.")
+    assert one_sentence(str(caught.value))
+    nodes.BonsaiCheckpointLoader.execute(repository.name)
 
 
 def test_a_size_that_is_no_multiple_of_16_is_rounded_down_by_the_host():

@@ -13,7 +13,7 @@ from bonsai_image.nodes import definitions as nodes
 from bonsai_image.nodes import folders as node_folders
 from bonsai_image.nodes import models
 from bonsai_image.ops import backends
-from bonsai_image.ops.packed import PackedLayout, equal, is_packed, packed_nbytes
+from bonsai_image.ops.packed import PackedLayout, equal, is_packed, packed_nbytes, parts
 from bonsai_image.tests.support import random_model
 from bonsai_image.tests.support.reference import relative
 from bonsai_image.tests.support.sampling import host_forward
@@ -87,7 +87,7 @@ def test_info_counts_bytes_and_names_the_parts(transformer, shown):
     assert shown == [text]
     packed = [p for p in model.model.diffusion_model.parameters() if is_packed(p)]
     assert f"{sum(map(packed_nbytes, packed)):,} packed" in text
-    backend = backends.resolve(backends.AUTO, model.load_device, torch.bfloat16).backend
+    backend = backends.choose(backends.AUTO, model.load_device, 4608, parts(packed[0]), torch.bfloat16)
     for part in ("ternary", "mlx", "bfloat16", f"{len(packed)} linears of 2 bits in groups of 128, backend {backend}",
                  "bonsai-mini-ternary"):
         assert part in text

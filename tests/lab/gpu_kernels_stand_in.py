@@ -21,4 +21,4 @@ def allocate_only() -> None:
     triton_kernels.expand_levels = lambda packed: (
         packed.codes.new_empty(packed.n, packed.k, dtype=torch.int8), packed.scale.new_empty(packed.scale.shape[::-1]))
     triton_kernels.int8_matmul = lambda q, row, levels, scale, out, tile: out
-    selfcheck.passes = lambda *_: True
+    selfcheck.problem = lambda *_: None

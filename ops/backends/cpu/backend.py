@@ -12,7 +12,6 @@ which take some milliseconds.
 
 import ctypes
 import functools
-import importlib.util
 import logging
 import os
 import sys
@@ -23,12 +22,11 @@ from typing import Any
 import torch
 
 from ...packed import Packed
+from .. import libraries
 
 NAME = "cpu"
 DEVICES: tuple[str, ...] = ("cpu",)
-REMEDY = "pip install --upgrade llvmlite"
-
-NOT_INSTALLED = "llvmlite is not installed (pip install llvmlite)"
+LIBRARY = libraries.LLVMLITE
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -49,15 +47,9 @@ _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 def problem(device: torch.device | None, fast: bool = False) -> str | None:
     """Why the kernels cannot be compiled here, or why int8 products gain nothing if ``fast``, or None."""
-    if importlib.util.find_spec("llvmlite") is None:
-        return NOT_INSTALLED
-    if device is None:
-        return None
-    try:
-        kind = instruction()
-    except (ImportError, OSError, RuntimeError) as failure:
-        return f"llvmlite fails on this machine ({failure}); {REMEDY}"
-    return "int8 activations are not measured on this kind of CPU" if fast and kind == "portable" else None
+    if (found := libraries.problem(LIBRARY, instruction)) is None and fast and instruction() == "portable":
+        return "int8 activations are not measured on this kind of CPU"
+    return found
 
 
 def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
@@ -195,9 +187,11 @@ def spread(task: Callable[[int, int], None], indices: range, threads: int) -> No
     elif (parallel := _gnu_openmp()) and os.getpid() == _PROCESS:
         parallel(_CALLBACK(work), None, threads, 0)
     else:
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in range(threads):
+        # Ctrl-C comes to this thread, so it must be one that works: it ends the list for the others.
+        with ThreadPoolExecutor(threads - 1) as pool:
+            for _ in range(threads - 1):
                 pool.submit(work)
+            work()
     if failures:
         raise failures[0]
 

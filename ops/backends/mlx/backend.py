@@ -8,48 +8,35 @@ MLX computes ``scales * code + biases``. The symmetric and affine forms of ``ops
 zeropoint form ``s * (c - z)`` would need the rounded product ``-s * z``, so MLX does not take such weights.
 """
 
-import functools
-import importlib.metadata
-import importlib.util
 import platform
 import sys
+from contextlib import suppress
 
 import torch
 
 from ...devices import DTYPES
 from ...packed import Packed
+from .. import libraries
 
 NAME = "mlx"
 DEVICES: tuple[str, ...] = ("mps", "cpu")
-REMEDY = ("reinstall MLX for this macOS (pip install --force-reinstall --no-cache-dir mlx mlx-metal, in a native arm64 "
-          "Python), or update MLX and, on macOS 26.0 or 26.1, macOS to 26.2")
+LIBRARY = libraries.MLX
 
 #: Group sizes that ``mx.quantized_matmul`` takes.
 GROUPS = (32, 64, 128)
 
 
-@functools.cache
 def problem(device: torch.device | None, fast: bool = False) -> str | None:
-    """Why MLX cannot be used on this machine, or None. Imports MLX and multiplies once."""
-    if importlib.util.find_spec("mlx") is None:
-        return "MLX is not installed (pip install mlx)"
-    # A metallib built for a newer macOS fails at import, an older MLX refuses 1 bit (ValueError), and a missing kernel
-    # is a RuntimeError.
-    try:
+    """Why MLX cannot be used on this machine, or None. Imports MLX and multiplies once.
+
+    A metallib built for a newer macOS fails at import, an older MLX refuses 1 bit, and a kernel may be missing.
+    """
+    def one_bit() -> None:
         from . import arrays
 
         arrays.multiply_one_bit()
-    except (ImportError, ValueError, RuntimeError) as failure:
-        said = next(iter(str(failure).splitlines()), type(failure).__name__)
-        if isinstance(failure, ValueError):
-            return f"MLX {importlib.metadata.version('mlx')} is too old ({said}): update it (pip install --upgrade mlx)"
-        if isinstance(failure, RuntimeError):
-            return f"MLX fails on this machine ({said}): {REMEDY}"
-        # Left in sys.modules, the half-imported package would make einops import it on every torch tensor, and fail.
-        for name in [name for name in sys.modules if name == "mlx" or name.startswith("mlx.")]:
-            del sys.modules[name]
-        return f"MLX cannot be imported ({said}): {REMEDY}"
-    return None
+
+    return libraries.problem(LIBRARY, one_bit)
 
 
 def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
@@ -73,7 +60,7 @@ def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tenso
 
 
 def clear_cache() -> None:
-    """Give the memory that MLX keeps for reuse back to the system. Call it when a model is dropped."""
-    import mlx.core as mx
-
-    mx.clear_cache()
+    """Give the memory that MLX keeps for reuse back to the system, if MLX runs. Call it when a model is dropped."""
+    if core := sys.modules.get(LIBRARY.module):
+        with suppress(*libraries.FAILURES):
+            core.clear_cache()

@@ -14,20 +14,18 @@ is the same block each time without asking the driver; nothing is held between c
 a CUDA graph records it. No function here waits for the device.
 """
 
-import importlib.util
+import importlib
 
 import torch
 
 from ...devices import AMPERE, DTYPES, current, gpu
 from ...packed import Packed
+from .. import libraries
 from ..tuning import Tuning, tuning
 
 NAME = "triton"
 DEVICES: tuple[str, ...] = ("cuda", "xpu")
-REMEDY = "update the GPU's driver and Triton"
-
-#: Linux gets Triton with PyTorch, Windows does not.
-NOT_INSTALLED = "triton is not installed (pip install triton, on Windows pip install triton-windows)"
+LIBRARY = libraries.TRITON
 
 #: Groups whose products one int8 matrix instruction or several fill exactly. Bonsai Image has 128.
 INT8_GROUPS = (32, 64, 128)
@@ -41,18 +39,17 @@ _ROW_MULTIPLE = 128
 
 def problem(device: torch.device | None, fast: bool = False) -> str | None:
     """Why Triton's kernels cannot be used on ``device`` (None: on any), with int8 activations if ``fast``, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return NOT_INSTALLED
-    if device is None or not fast:
-        return None
-    vendor, name, capability = found = gpu(device)
+    found = libraries.problem(LIBRARY, lambda: importlib.import_module(".kernels", __package__))
+    if found is not None or device is None or not fast:
+        return found
+    vendor, name, capability = here = gpu(device)
     if vendor != "nvidia":
         return f"int8 activations are untested on {name}"
     if capability < AMPERE:
-        return f"int8 activations need an Ampere GPU or newer, {name} is {found.architecture}"
+        return f"int8 activations need an Ampere GPU or newer, {name} is {here.architecture}"
     # Data-centre GPUs multiply int8 only twice as fast as BF16; converting the sum of every group eats that up.
     if capability in (AMPERE, (9, 0)) or capability[0] == 10:
-        return f"int8 activations gain nothing on {name} ({found.architecture})"
+        return f"int8 activations gain nothing on {name} ({here.architecture})"
     return None
 
 
