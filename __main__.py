@@ -24,8 +24,9 @@ def _package() -> str:
 def main() -> int:
     """Run one command and return its exit status. ``download`` runs without importing torch."""
     for stream in (sys.stdout, sys.stderr):
-        # Unencodable characters must not crash a finished command.
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # not in Jupyter
+            # Unencodable characters must not crash a finished command.
+            stream.reconfigure(errors="backslashreplace")
     try:
         name = "download" if sys.argv[1:2] == ["download"] else "cli"
         return importlib.import_module(f".standalone.{name}", _package()).main(sys.argv[1:])

@@ -111,7 +111,8 @@ def run_on(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, backend
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from .generate import Compute, complete_repository, generate, open_image, save_png
+    from .generate import Compute, complete_repository, generate, save_png
+    from .references import open_image
 
     compute, repository = Compute(*run_on(args)), complete_repository(args.checkpoint, args.transformer)
     images, settings, stages = generate(repository, [args.prompt], compute, args.width, args.height, args.steps,

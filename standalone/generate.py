@@ -4,6 +4,7 @@ part's memory is freed when its stage returns."""
 import gc
 import io
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,18 +14,18 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from diffusers import Flux2KleinPipeline
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from ..disk import write_whole
 from ..loaders import ModelFileError, Repository, Transformer, find_repository, load_text_encoder, load_transformer
 from ..loaders.description import count
-from ..loaders.errors import refusing
 from ..loaders.files import Progress, no_progress
 from ..loaders.opening import tensor_files
 from ..ops import backends
 from ..ops.backends.mlx import backend as mlx_backend
 from . import models
+from .references import check_size
 
 
 class Compute(NamedTuple):
@@ -58,12 +59,6 @@ def save_png(image: Image.Image, settings: dict[str, Any], path: Path) -> None:
     write_whole(path, png(image, settings))
 
 
-def open_image(path: Path) -> Image.Image:
-    """A reference image in RGB, turned as its EXIF orientation says. Raises ModelFileError."""
-    with refusing(path, "an image", "choose a PNG or JPEG file", OSError, Image.DecompressionBombError):
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-
-
 class Stages:
     """Times stages: ``figures`` has the seconds of each and the megabytes in use at its end (on CUDA its peak)."""
 
@@ -90,14 +85,18 @@ class Stages:
         self.figures[name] = {"seconds": time.perf_counter() - start, "megabytes": used / 1e6}
 
 
-def check_settings(width: int, height: int, steps: int, seed: int) -> None:
-    """Raises ValueError on a size that is not a multiple of 16, on fewer than one step, on a seed out of range."""
+def check_settings(width: int, height: int, steps: int, seed: int, *prompts: str) -> None:
+    """Raises ValueError on a size that is not a multiple of 16, on fewer than one step, on a seed out of range, on a
+    prompt with an embedding."""
     if min(width, height) < 16 or width % 16 or height % 16:
         raise ValueError(f"width and height must be positive multiples of 16, got {width} x {height}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"a seed must be between 0 and 2**63 - 1, got {seed}")
+    for prompt in prompts:
+        if found := re.search(r"(?:^|\s)(embedding:\S*)", prompt):
+            raise ValueError(f"{found[1]} is a file that only ComfyUI reads; remove it from the prompt")
 
 
 def complete_repository(folder: Path, transformer: Path | None = None) -> Repository:
@@ -121,10 +120,14 @@ def text_pipeline(repository: Repository, compute: Compute, progress: Progress =
 
 
 def encode(pipeline: Flux2KleinPipeline, prompts: Sequence[str], compute: Compute) -> torch.Tensor:
-    """Prompts -> embeddings ``(prompts, tokens, channels)`` in ``compute.dtype``."""
-    # FLUX.2 Klein pads and cuts a prompt to 512 tokens, a smaller model to what its tokenizer states.
-    length = min(512, pipeline.tokenizer.model_max_length)
-    return pipeline.encode_prompt(list(prompts), device=compute.device, max_sequence_length=length)[0].to(compute.dtype)
+    """Prompts -> embeddings ``(prompts, tokens, channels)`` in ``compute.dtype``, equal to ComfyUI's."""
+    # The host's tokenizer reads escaped brackets as brackets, although its Klein has no weights.
+    prompts = [prompt.replace("\\(", "(").replace("\\)", ")") for prompt in prompts]
+    texts = pipeline.tokenizer.apply_chat_template([[{"role": "user", "content": prompt}] for prompt in prompts],
+                                                   tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    # Filled up to FLUX.2 Klein's 512 tokens, a smaller model's to what its tokenizer states, and never cut.
+    length = max(min(512, pipeline.tokenizer.model_max_length), *map(len, pipeline.tokenizer(texts)["input_ids"]))
+    return pipeline.encode_prompt(prompts, device=compute.device, max_sequence_length=length)[0].to(compute.dtype)
 
 
 def image_pipeline(repository: Repository, transformer: torch.nn.Module, compute: Compute) -> Flux2KleinPipeline:
@@ -167,7 +170,9 @@ def generate(repository: Repository, prompts: Sequence[str], compute: Compute, w
     ``images`` are the references of an edit. ``model`` replaces the diffusion model of the repository. Raises
     ModelFileError on an unusable file, ValueError as :func:`check_settings` does.
     """
-    check_settings(width, height, steps, seed)
+    check_settings(width, height, steps, seed, *prompts)
+    for image in images:
+        check_size(image)
     settings = {"prompt": prompts[0] if len(prompts) == 1 else list(prompts), "width": width, "height": height,
                 "steps": steps, "seed": seed, "dtype": str(compute.dtype).removeprefix("torch."),
                 "device": str(compute.device)}

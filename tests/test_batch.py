@@ -47,7 +47,7 @@ def test_every_table_says_the_same(suffix, tmp_path):
     ({"width": 100}, "multiples of 16"), ({"steps": 0}, "steps must be at least 1"), ({"seed": -1}, "between 0"),
     ({"seed": 1.5}, "seed cannot be 1.5"), ({"width": "wide"}, "width cannot be 'wide'"), ({"prompt": " "}, "empty"),
     ({"prompt": ""}, "empty"), ({"id": "\ud800"}, "id cannot be"),
-    ({"lora": "nothing.safetensors"}, "does not exist"), ({"reference": "a.jsonl"}, "not an image")], ids=str)
+    ({"lora": "nothing.safetensors"}, "does not exist"), ({"reference": "a.jsonl"}, "cannot identify image")], ids=str)
 def test_a_row_that_cannot_be_used_is_named_and_the_others_are_read(record, words, tmp_path):
     path = write_table(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "b"} | record, {"prompt": "c"}])
     first, error, last = rows.read(path, rows.Row(""))
@@ -67,7 +67,7 @@ def test_a_file_that_is_no_table_is_one_sentence(name, content, words, tmp_path)
 def test_a_row_without_a_prompt_fails_and_the_others_are_made(tmp_path, capsys):
     path = write_table(tmp_path / "a.csv", [{"prompt": "", "seed": 1}, {"prompt": "a", "seed": 1}])
     assert batch(path, tmp_path / "out") == 1
-    assert "row 1 of a.csv: the prompt is empty" in capsys.readouterr().err and len(images(tmp_path / "out")) == 1
+    assert "row 2 of a.csv: the prompt is empty" in capsys.readouterr().err and len(images(tmp_path / "out")) == 1
 
 
 def test_a_name_follows_from_everything_that_makes_an_image_and_from_nothing_else(tmp_path):

@@ -62,10 +62,11 @@ def test_seeds_of_a_prompt_share_its_embeddings(work):
 
 
 def test_a_row_that_a_worker_died_on_is_denoised_alone(work):
+    """And one with a longer prompt, whose embeddings have more tokens."""
     denoise = stages.Denoise(work)
     (work.out / stages.STARTED / "c.denoise").write_bytes(b".")
-    groups = denoise.groups([{"name": name} for name in "abcdef"])
-    assert ["".join(row["name"] for row in group) for group in groups] == ["c", "abde", "f"]
+    groups = denoise.groups([{"name": name, "span": (0, 9 if name == "e" else 8)} for name in "abcdefg"])
+    assert ["".join(row["name"] for row in group) for group in groups] == ["c", "abdf", "g", "e"]
 
 
 @pytest.mark.parametrize("column", ["lora", "lora_strength", "reference", "width", "height", "steps"])

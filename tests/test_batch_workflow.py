@@ -78,10 +78,32 @@ def test_another_workflow_is_refused_by_what_is_not_known(change, words, tmp_pat
 
 
 @pytest.mark.parametrize("name, words", [("image_to_image", "a node SplitSigmasDenoise"),
-                                         ("batch_variations", "one image")])
+                                         ("batch_variations", "'{' in node CLIPTextEncode")])
 def test_examples_that_batch_cannot_make_are_refused(name, words):
     with pytest.raises(ModelFileError, match=words):
         settings(EXAMPLES / f"{name}.json")
+
+
+@pytest.mark.parametrize("text, mark", [
+    ("a {red|blue} pot", "{"), ("a {red} pot", "{"), ("a pot // not this", "//"), ("a /* b\nc */ d", "/* b\nc */"),
+    (r"a \{ pot", r"\{"), (r"a \| pot", r"\|"), ("a pot\\", "\\")])
+def test_a_prompt_that_only_the_page_expands_is_refused_by_name(text, mark, tmp_path):
+    """In a saved workflow; what is exported for the API was expanded before."""
+    graph = saved("text_to_image")
+    node = next(node for node in graph["nodes"] if node["type"] == "CLIPTextEncode")
+    node["widgets_values"] = [text]
+    with pytest.raises(ModelFileError) as caught:
+        settings(write(tmp_path / "a.json", graph))
+    assert f"{mark!r} in node CLIPTextEncode (number {node['id']})" in str(caught.value)
+    exported = EXPORTED | {"3": {"class_type": "CLIPTextEncode", "inputs": {"text": text}}}
+    assert settings(write(tmp_path / "a.json", exported))["prompt"] == text
+
+
+@pytest.mark.parametrize("text", ["a (red:1.2) } | pot / *", r"a \(round\) __pot__ \n"])
+def test_other_marks_reach_the_prompt(text, tmp_path):
+    graph = saved("text_to_image")
+    next(node for node in graph["nodes"] if node["type"] == "CLIPTextEncode")["widgets_values"] = [text]
+    assert settings(write(tmp_path / "a.json", graph))["prompt"] == text
 
 
 def test_set_changes_what_the_workflow_says(tmp_path):

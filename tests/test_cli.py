@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from bonsai_image.__main__ import main
 from bonsai_image.standalone import cli
-from bonsai_image.standalone import generate as generating
 from bonsai_image.tests.support.command_line import BINARY, MINIATURE, SMALL, run, sentence
 
 DRAW = ("generate", "--checkpoint", MINIATURE / "ternary", "--prompt", "two green circles", "--steps", 1, *SMALL,
@@ -154,10 +153,3 @@ def test_output_that_cannot_show_a_name_does_not_fail(repository, tmp_path):
     done = subprocess.run([sys.executable, "-m", "bonsai_image", "convert", str(repository), str(target), "--to",
                            "comfy"], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
     assert done.returncode == 0 and target.exists() and rb"\u65e5" in done.stdout
-
-
-def test_exif_orientation_is_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (128, 64)).save(tmp_path / "photo.jpg", exif=exif)
-    assert generating.open_image(tmp_path / "photo.jpg").size == (64, 128)

@@ -9,7 +9,7 @@ def add_parsers(commands: argparse._SubParsersAction, shared: list[argparse.Argu
     command = commands.add_parser("batch", parents=shared, help="make many images, on one machine or a Ray cluster",
                                   description="An interrupted run continues with the same command. Exit status 1: some "
                                               "rows failed. Size, steps and seed are those of rows without their own.")
-    command.add_argument("prompts", type=Path, nargs="?", help=".txt, .jsonl, .csv or .parquet; see docs/batch.md")
+    command.add_argument("prompts", type=Path, nargs="?", help=".txt, .csv, .json or .parquet; see docs/batch.md")
     command.add_argument("--out", type=Path, required=True, help="folder for the images and their manifest")
     command.add_argument("--seeds", type=_positive, default=1, help="images per row, from its seed on")
     command.add_argument("--workflow", type=Path, help="a workflow from ComfyUI (saved or exported as API) whose "

@@ -1,25 +1,24 @@
 """What to make: the rows of a prompt file, the name that each image follows from, and the tasks that workers get.
 
-A prompt file is text (one prompt per line), JSON lines, CSV or Parquet, with the columns of :class:`Row`.
+A prompt file (see :mod:`.table`) has the columns of :class:`Row`.
 """
 
-import csv
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from ...loaders import ModelFileError, Repository, container_suffixes
 from ...loaders.description import sha256
 from ...loaders.errors import refusing
 from ...loaders.files import PICKLE_SUFFIXES, SAFETENSORS_SUFFIXES, no_progress
 from ..generate import check_settings
+from ..references import open_image
+from . import table
 
 
 @dataclass(frozen=True)
@@ -47,70 +46,54 @@ COLUMNS = {field.name: field.type for field in fields(Row)}
 _BESIDE = {".json", ".txt", ".jinja", ".model"}
 
 
-def _text(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        yield from ({"prompt": line.strip()} for line in file if line.strip())
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        yield from (json.loads(line) for line in file if line.strip())
-
-
-def _csv(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    for batch in pq.ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
-
-
-READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
-    ".txt": _text, ".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}
-
-
 def read(path: Path, defaults: Row) -> Iterator[Row | ValueError]:
     """The rows of a prompt file; a ValueError, which names the row, in the place of one that cannot be used.
 
     A column that a row leaves out or empty has the value of ``defaults``. Raises ModelFileError for a file that is not
     a prompt file.
     """
-    if path.suffix.lower() not in READERS:
-        raise ModelFileError(path, f"prompts in a {', '.join(READERS)} file", path.suffix or "no suffix",
-                             "give the file one of these names")
+    if path.suffix.lower() not in table.READERS:
+        raise ModelFileError(path, f"prompts in a {', '.join(table.READERS)} file", path.suffix or "no suffix",
+                             "save it as CSV (UTF-8), or give it one of these names")
     # pyarrow's errors are ValueErrors, as JSON's are
-    with refusing(path, "a readable prompt file", "check the file", OSError, ValueError, csv.Error):
-        for number, record in enumerate(READERS[path.suffix.lower()](path), 1):
-            if not isinstance(record, dict) or (unknown := set(map(str, record)) - set(COLUMNS)):
-                found = f"column {min(unknown)}" if isinstance(record, dict) else "something else"
-                raise ModelFileError(path, f"a table of {', '.join(COLUMNS)}", found, "rename or remove it")
+    with refusing(path, "a readable prompt file", "correct it, or save it again as UTF-8", OSError, ValueError,
+                  RecursionError):
+        for number, cells in table.READERS[path.suffix.lower()](path):
+            record, nameless = _record(path, cells)
             try:
+                if nameless:
+                    raise ValueError(f"{nameless[0]!r} stands in no column; a cell with a separator needs quotes")
                 yield make(record, defaults, path.parent)
-            except ValueError as error:
+            except (ValueError, ModelFileError) as error:
                 yield ValueError(f"row {number} of {path.name}: {error}")
 
 
+def _record(path: Path, cells: Any) -> tuple[dict[str, Any], list[Any]]:
+    """Cells by column, and those without one. The first column may lack its name: pandas writes its index there."""
+    if not isinstance(cells, tuple):
+        raise ModelFileError(path, f"a table of {', '.join(COLUMNS)}", "something else", "name the columns")
+    named = [("_".join(str(name).lower().split()), cell) for name, cell in cells]
+    names = [name for name, _ in named if name]
+    for name in names:
+        if name not in COLUMNS or names.count(name) > 1:
+            raise ModelFileError(path, f"a table of {', '.join(COLUMNS)}",
+                                 f"column {name}{' twice' if name in COLUMNS else ''}", "rename or remove it")
+    return ({name: cell for name, cell in named if name},
+            [cell for name, cell in named[1:] if not name and str(cell).strip()])
+
+
 def make(record: dict[str, Any], defaults: Row, folder: Path) -> Row:
-    """A checked row; relative paths start at ``folder``. Raises ValueError."""
+    """A checked row; relative paths start at ``folder``. Raises ValueError, and ModelFileError for a reference."""
     given = {}
-    for name, value in record.items():
-        if value is None or value == "":
-            continue
+    for name, cell in record.items():
         try:
-            given[name] = COLUMNS[name](value)
-            if (isinstance(value, float) and given[name] != value) or isinstance(value, bool):
-                raise ValueError
-            str(given[name]).encode()  # half a character cannot be recorded
-        except (ValueError, TypeError, OverflowError):
-            raise ValueError(f"{name} cannot be {value!r}") from None
-    row = replace(defaults, **given)
+            given[name] = table.value(COLUMNS[name], cell)
+        except (ValueError, ArithmeticError):
+            raise ValueError(f"{name} cannot be {cell!r}") from None
+    row = replace(defaults, **{name: value for name, value in given.items() if value is not None})
     if not row.prompt.strip():
         raise ValueError("the prompt is empty")
-    check_settings(row.width, row.height, row.steps, row.seed)
+    check_settings(row.width, row.height, row.steps, row.seed, row.prompt)
     for name in ("reference", "lora"):
         if getattr(row, name):
             path = folder.absolute() / getattr(row, name)
@@ -118,12 +101,13 @@ def make(record: dict[str, Any], defaults: Row, folder: Path) -> Row:
                 raise ValueError(f"{name} {path} does not exist")
             row = replace(row, **{name: str(path)})
     if row.reference:
-        try:
-            with Image.open(row.reference) as image:
-                image.verify()
-        except Exception as error:  # Pillow's decoders raise whatever they come across
-            raise ValueError(f"reference {row.reference} is not an image") from error
+        _check_reference(row.reference)
     return row
+
+
+@cache
+def _check_reference(path: str) -> None:
+    open_image(Path(path))
 
 
 def with_seeds(row: Row, count: int) -> Iterator[Row]:

@@ -6,6 +6,7 @@ and is passed on untouched.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import socket
@@ -25,6 +26,7 @@ from ...disk import write_whole
 from ...loaders import ModelFileError, load_transformer
 from ...ops.backends import Setting
 from .. import generate, lora, models
+from ..references import open_image
 from .manifest import SETTINGS
 
 #: A row is given up once this many workers have died on it: what kills three in a row will kill the next.
@@ -49,6 +51,11 @@ class Work:
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.contiguous().cpu().view(torch.uint8).numpy().reshape(-1)
+
+
+def _tokens(row: dict[str, Any]) -> int:
+    """The length of the row's embeddings, in bytes."""
+    return row["span"][1] - row["span"][0]
 
 
 class Stage:
@@ -155,8 +162,10 @@ class Denoise(Stage):
     def groups(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         suspects = [row for row in rows if self._deaths(row)]
         yield from ([row] for row in suspects)
-        others = [row for row in rows if row not in suspects]
-        yield from (others[i:i + self.work.batch] for i in range(0, len(others), self.work.batch))
+        others = sorted((row for row in rows if row not in suspects), key=_tokens)
+        for _, group in itertools.groupby(others, key=_tokens):  # a long prompt has more of them
+            while part := list(itertools.islice(group, self.work.batch)):
+                yield part
 
     def run(self, rows: list[dict[str, Any]], data: list[np.ndarray]) -> list[np.ndarray]:
         first, copies = rows[0], self.work.batch - len(rows)
@@ -164,7 +173,7 @@ class Denoise(Stage):
         embeddings = torch.stack(tensors + tensors[-1:] * copies).to(self.compute.device)
         embeddings = embeddings.view(self.work.batch, -1, self.pipeline.transformer.config.joint_attention_dim)
         seeds = [row["seed"] for row in rows]
-        references = [generate.open_image(Path(first["reference"]))] if first["reference"] else []
+        references = [open_image(Path(first["reference"]))] if first["reference"] else []
         with self._lora(first["lora"], first["lora_strength"]):
             latents = generate.denoise(self.pipeline, embeddings, seeds + seeds[-1:] * copies, first["width"],
                                        first["height"], first["steps"], references)

@@ -6,12 +6,12 @@ image, so a workflow with one is refused.
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ...loaders import ModelFileError
+from ..references import open_image
 
 #: The inputs of every known node that are widgets, in the order in which a saved workflow lists their values.
 NODES: dict[str, tuple[str, ...]] = {
@@ -23,6 +23,9 @@ NODES: dict[str, tuple[str, ...]] = {
     "LoadImage": ("image",), "ImageScaleToTotalPixels": ("upscale_method", "megapixels", "resolution_steps"),
     "GetImageSize": (), "VAEEncode": (), "ReferenceLatent": ()}
 _NOTES, _MUTED, _BYPASSED = {"MarkdownNote", "Note"}, 2, 4
+
+#: What the page changes in a prompt before it sends it: choices, comments, escapes (``processDynamicPrompt``).
+_DYNAMIC = re.compile(r"\{|//|/\*[\s\S]*?\*/|\\[{}|]|\\$")
 
 Graph = dict[str, dict[str, Any]]
 
@@ -61,7 +64,7 @@ def _graph(path: Path) -> Graph:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if "nodes" in data:
-            return _from_saved(data)
+            return _from_saved(path, data)
         return {number: {"class_type": node["class_type"], "inputs": dict(node["inputs"])}
                 for number, node in data.items()}
     except (OSError, ValueError, RecursionError) as error:
@@ -71,7 +74,7 @@ def _graph(path: Path) -> Graph:
                              "save it again in ComfyUI") from error
 
 
-def _from_saved(data: dict[str, Any]) -> Graph:
+def _from_saved(path: Path, data: dict[str, Any]) -> Graph:
     links = {link[0]: [str(link[1]), link[2]] for link in data["links"]}
     graph = {}
     for node in data["nodes"]:
@@ -79,6 +82,9 @@ def _from_saved(data: dict[str, Any]) -> Graph:
         if node["type"] in _NOTES or mode in (_MUTED, _BYPASSED):
             continue
         inputs = dict(zip(NODES.get(node["type"], ()), _values(node), strict=False))
+        if node["type"] == "CLIPTextEncode" and (found := _DYNAMIC.search(str(inputs.get("text")))):
+            raise ModelFileError(path, "a prompt as it is sent", f"{found[0]!r} in node CLIPTextEncode (number "
+                                 f"{node['id']}), which only ComfyUI's page expands", "export the workflow for the API")
         linked = {each["name"]: links[each["link"]] for each in node["inputs"] if each.get("link") is not None}
         graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs | linked}
     return graph
@@ -126,10 +132,9 @@ class _Reader:
         """Width and height of the reference as ImageScaleToTotalPixels makes them."""
         path = self._path.parent / self.value("LoadImage", "image")
         try:
-            with Image.open(path) as image:
-                width, height = image.size
-        except OSError as error:
-            raise ModelFileError(path, "the image that the workflow loads", "no readable image",
+            width, height = open_image(path).size
+        except ModelFileError as error:
+            raise ModelFileError(path, "the image that the workflow loads", error.found,
                                  "copy it beside the workflow") from error
         step = self.value("ImageScaleToTotalPixels", "resolution_steps")
         scale = math.sqrt(self.value("ImageScaleToTotalPixels", "megapixels") * 1024 * 1024 / (width * height))

@@ -3,13 +3,22 @@
 import pytest
 import torch
 
-from bonsai_image.loaders import load_text_encoder, load_transformer, save_transformer
+from bonsai_image.loaders import find_repository, load_text_encoder, load_transformer, save_transformer
 from bonsai_image.nodes import models
+from bonsai_image.ops import Setting
+from bonsai_image.standalone import generate as generating
 from bonsai_image.standalone.models import text_encoder_module, transformer_module, vae_module
+from bonsai_image.tests.support import random_model
 from bonsai_image.tests.support.reference import relative
 from bonsai_image.tests.support.sampling import host_forward
 
 CPU = torch.device("cpu")
+FP32 = generating.Compute(CPU, torch.float32, Setting("torch"))
+
+
+@pytest.fixture(scope="module")
+def clip(repository):
+    return models.load_clip(str(repository / "text_encoder-mlx-4bit"), compute_dtype="fp32")
 
 
 def diffusers_forward(module, inputs):
@@ -41,10 +50,9 @@ def test_binary_model_equals_diffusers(binary_transformer, inputs):
     assert relative(host_forward(models.load_model(str(binary_transformer), "fp32"), inputs), expected) < 1e-5
 
 
-def test_text_encoder_equals_transformers(repository):
+def test_text_encoder_equals_transformers(repository, clip):
     """Through the host's own tokenizer and template; the host in FP32."""
     path = repository / "text_encoder-mlx-4bit"
-    clip = models.load_clip(str(path), compute_dtype="fp32")
     tokens = clip.tokenize("a bonsai in a blue pot")
     ours = clip.encode_from_tokens(tokens)
     module = text_encoder_module(load_text_encoder(path), CPU, torch.float32)
@@ -73,3 +81,25 @@ def test_vae_equals_diffusers(repository):
         assert relative(latent.detach(), expected) < 1e-4
         decoded = module.decode(mean).sample
     assert relative(vae.decode(latent).detach(), (decoded / 2 + 0.5).clamp(0, 1).movedim(1, -1)) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def pipeline(comfyui, repository):
+    """The text encoder in diffusers, with the whole vocabulary, which the repository leaves out."""
+    found = find_repository(repository)
+    found.tokenizer = comfyui / "comfy" / "text_encoders" / "qwen25_tokenizer"
+    pipeline = generating.text_pipeline(found, FP32)
+    pipeline.tokenizer.chat_template = random_model._CHAT_TEMPLATE
+    return pipeline
+
+
+@pytest.mark.parametrize("prompt", [
+    "", "a " * 503, "a red bonsai, " * 150, "a bonsai " * 750,
+    "a \\(round\\) pot (red:1.3), {blue|green} // __any__ \\{ [x] ((y))\u2028 in\r\n\teinem Topf 盆栽\n"],
+    ids=["empty", "512", "600", "1500", "literal"])
+def test_a_prompt_has_the_same_embedding_in_diffusers(prompt, pipeline, clip):
+    """In every token, also of those that fill it up, which the diffusion model sees as well."""
+    with torch.inference_mode():
+        ours = generating.encode(pipeline, [prompt], FP32)
+    theirs = clip.encode_from_tokens(clip.tokenize(prompt))
+    assert ours.shape == theirs.shape and relative(ours, theirs) < 1e-4
