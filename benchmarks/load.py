@@ -21,8 +21,7 @@ import torch
 
 from bonsai_image.loaders import Transformer, load_transformer, save_transformer
 from bonsai_image.loaders.formats.comfy import from_base3
-from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
-from bonsai_image.loaders.names import is_packable
+from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes, is_packable
 from bonsai_image.ops.packed import is_packed, packed_nbytes, packed_weight
 
 #: FLUX.2 Klein 4B.

@@ -1,7 +1,8 @@
 """The checks that every state dict passes before a model is built from it."""
 
+import re
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 #: Elements checked at a time.
 _RUN = 1 << 20
+
+
+def count_numbered(names: Iterable[str], pattern: str) -> int:
+    """How many different numbers the group of ``pattern`` takes at the start of ``names``."""
+    return len({int(match[1]) for name in names if (match := re.match(pattern, name))})
 
 
 def check_scales(scale: torch.Tensor, shift: torch.Tensor) -> None:

@@ -22,8 +22,8 @@ from .errors import ModelFileError, refusing
 from .files import Progress, TensorFile, no_progress
 from .formats.dense import expand
 from .formats.interface import About
-from .klein import KleinConfig, check_klein
-from .names import is_comfyui, to_comfyui, to_diffusers
+from .klein import KleinConfig, check_klein, is_comfyui
+from .names import to_comfyui, to_diffusers
 from .opening import open_tensors
 from .qwen3 import Qwen3Config, check_qwen3, normalise
 from .repository import find_repository, is_repository, require_part, source

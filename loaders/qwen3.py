@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from .check import Shapes, check_json, check_tensors, read_shapes
+from .check import Shapes, check_json, check_tensors, count_numbered, read_shapes
 from .errors import CHOOSE_TEXT_ENCODER, CHOOSE_UNMODIFIED, ModelFileError
 from .files import TensorFile
-from .names import count_numbered
 
 #: FLUX.2 Klein reads the hidden states after these layers, so the encoder needs at least 27, plus one so that the
 #: final norm of the library models does not fall on the last of them.

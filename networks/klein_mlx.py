@@ -1,6 +1,6 @@
 """The whole FLUX.2 Klein transformer in MLX, as a function of its weights. Importing this imports MLX.
 
-Weights go by ComfyUI's names (``loaders/names.py``). A step crosses between torch and MLX twice: the inputs together
+Weights go by ComfyUI's names (``loaders/klein.py``). A step crosses between torch and MLX twice: the inputs together
 on the way in, the prediction on the way out. Everything in between stays in MLX.
 """
 
@@ -12,15 +12,15 @@ from typing import NamedTuple
 import mlx.core as mx
 import torch
 
+from ..loaders.klein import FIXED
 from ..ops.backends.mlx import arrays
 from ..ops.packed import is_packed, parts
 
 Weights = dict[str, arrays.PackedArrays | mx.array]
 
-_NORM_EPS = 1e-6
 #: The timestep, in thousandths, becomes 256 sinusoids with periods from 1 to 10,000 (BFL's flux2, ``model.py``).
 _TIME_CHANNELS, _TIME_PERIOD, _TIME_FACTOR = 256, 10000, 1000.0
-ROPE_AXES, ROPE_THETA = (32, 32, 32, 32), 2000
+_NORM_EPS, ROPE_AXES, ROPE_THETA = (FIXED[key] for key in ("eps", "axes_dims_rope", "rope_theta"))
 _FP16_MAX = 65504.0
 
 

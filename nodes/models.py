@@ -14,7 +14,8 @@ from comfy.cli_args import args as host_args
 from ..loaders import ModelFileError, load_text_encoder, load_transformer, load_vae
 from ..loaders.description import count, publication
 from ..loaders.files import Progress
-from ..loaders.names import is_packable, to_comfyui
+from ..loaders.klein import is_packable
+from ..loaders.names import to_comfyui
 from ..loaders.opening import tensor_files
 from ..loaders.qwen3 import Qwen3Config
 from ..ops import backends

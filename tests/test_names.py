@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bonsai_image.loaders import ModelFileError, names
+from bonsai_image.loaders import ModelFileError, klein, names
 from bonsai_image.loaders.klein import comfyui_shapes, diffusers_shapes
 from bonsai_image.ops.packed import equal, is_packed, packed_weight, parts
 from bonsai_image.tests.support.random_model import random_transformer
@@ -33,8 +33,8 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def test_there_and_back(diffusers):
     comfyui = names.to_comfyui(diffusers)
     assert shapes(comfyui) == comfyui_shapes(KLEIN) and shapes(diffusers) == diffusers_shapes(KLEIN)
-    assert not names.is_comfyui(diffusers) and names.to_diffusers(diffusers) is diffusers
-    assert names.is_comfyui(comfyui) and names.to_comfyui(comfyui) is comfyui
+    assert not klein.is_comfyui(diffusers) and names.to_diffusers(diffusers) is diffusers
+    assert klein.is_comfyui(comfyui) and names.to_comfyui(comfyui) is comfyui
     back = names.to_diffusers(comfyui)
     assert back.keys() == diffusers.keys() and all(same(tensor, back[name]) for name, tensor in diffusers.items())
 
@@ -53,9 +53,9 @@ def test_renamed(ours, theirs, diffusers):
 
 
 def test_every_block_has_its_own_number():
-    layers = names.layers(3, 11)
-    assert names.count_blocks(layers) == (3, 11)
-    assert names.count_blocks({source: None for sources, _ in layers.values() for source in sources}) == (3, 11)
+    layers = klein.layers(3, 11)
+    assert klein.count_blocks(layers) == (3, 11)
+    assert klein.count_blocks({source: None for sources, _ in layers.values() for source in sources}) == (3, 11)
     assert layers["double_blocks.2.txt_attn.qkv.weight"] == (
         tuple(f"transformer_blocks.2.attn.add_{part}_proj.weight" for part in "qkv"), (3, 1))
 
@@ -95,7 +95,7 @@ def test_scales_of_several_dtypes_stay_exact(diffusers):
     packed_weight(CODES, SCALE.repeat(1, 2), 4)], ids=["form", "bits", "dense", "group"])
 def test_what_is_packed_differently_is_not_joined(other, diffusers):
     weight = packed_weight(CODES, SCALE, 4)
-    assert names.alike([weight, weight, weight]) and not names.alike([weight, other, weight])
+    assert klein.alike([weight, weight, weight]) and not names.alike([weight, other, weight])
     with pytest.raises(ValueError, match="not packed alike"):
         names.to_comfyui({**diffusers, Q: weight, K: other, V: weight})
 
@@ -104,7 +104,7 @@ def test_what_is_packed_differently_is_not_joined(other, diffusers):
 def test_normalise_takes_prefixes_and_older_names_of_norms_away(nested, diffusers):
     comfyui = names.to_comfyui(diffusers)
     older = {nested + name.replace("_norm.weight", "_norm.scale"): tensor for name, tensor in comfyui.items()}
-    assert names.prefix(older) == nested
+    assert klein.prefix(older) == nested
     assert names.normalise(Path("a"), older) == comfyui
 
 
@@ -116,5 +116,5 @@ def test_two_names_of_one_tensor_are_refused(more):
 
 def test_packable_are_the_linears_inside_the_blocks(diffusers):
     for tensors in (diffusers, names.to_comfyui(diffusers)):
-        assert {name for name in tensors if names.is_packable(name)} == {
+        assert {name for name in tensors if klein.is_packable(name)} == {
             name for name, tensor in tensors.items() if is_packed(tensor)}

@@ -9,8 +9,7 @@ import torch
 from bonsai_image import published
 from bonsai_image.loaders.description import publication, sha256
 from bonsai_image.loaders.files import no_progress
-from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
-from bonsai_image.loaders.names import is_packable
+from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes, is_packable
 from bonsai_image.loaders.qwen3 import Qwen3Config, qwen3_shapes
 from bonsai_image.standalone.download import main
 from bonsai_image.tests.support.published_files import MLX_TEXT_BYTES, mlx, write_sparse

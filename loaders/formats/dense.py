@@ -14,7 +14,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from ...ops.packed import dequantize, is_packed, pack_codes, packed_weight, parts
-from .. import names
+from .. import klein, names
 from ..check import FLOATS
 from ..errors import refusing
 from ..files import TensorFile, write_json
@@ -37,7 +37,7 @@ def decode(file: TensorFile) -> Tensors:
     tensors = names.normalise(file.path, file.tensors)
     if not is_klein(tensors):
         return tensors
-    layers = [name.removesuffix(".weight") for name in tensors if names.is_packable(name) and name.endswith(".weight")]
+    layers = [name.removesuffix(".weight") for name in tensors if klein.is_packable(name) and name.endswith(".weight")]
 
     def packed(bits: int) -> Tensors:
         return decode_layers(file, dict(tensors), layers, ["weight"], lambda _, weight: from_dense(weight, bits))

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from ...ops.packed import Packed, is_packed, pack_codes, packed_weight, parts, unpack_codes
-from .. import gguf, names
+from .. import gguf, klein, names
 from ..errors import ModelFileError
 from ..files import TensorFile
 from ..klein import KleinConfig
@@ -58,7 +58,7 @@ def decode(file: TensorFile) -> Tensors:
               for name in file.each(name for name, kind in types.items() if kind.bits)}
     rounded = [name for name in stored if types[name] is gguf.Q8_0]
     for name in rounded:
-        if names.is_packable(name):
+        if klein.is_packable(name):
             raise ModelFileError(file.path, f"{name} in one of Bonsai's types", "Q8_0, which rounds", gguf.INSTEAD)
         stored[name] = _dequantize_q8_0(stored[name])
     if rounded:

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from torch.nn.utils import parametrize
 
-from bonsai_image.loaders.names import is_packable
+from bonsai_image.loaders.klein import is_packable
 from bonsai_image.miniature.train import text
 from bonsai_image.miniature.train.scenes import COLOURS, LEAVES, Scene, draw, random_scene
 from bonsai_image.miniature.train.transformer import train_transformer

@@ -9,8 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch.nn.utils import parametrize
 
-from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
-from bonsai_image.loaders.names import is_packable
+from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes, is_packable
 from bonsai_image.miniature.train.text import LENGTH, TEXT
 from bonsai_image.miniature.train.training import train
 from bonsai_image.ops.packed import pack_codes, packed_weight

@@ -27,8 +27,11 @@ import torch  # noqa: E402
 from diffusers import AutoencoderKLFlux2  # noqa: E402
 from pretended_gpu import DEVICES, record  # noqa: E402
 
-from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes  # noqa: E402
-from bonsai_image.loaders.names import is_packable  # noqa: E402
+from bonsai_image.loaders.klein import (  # noqa: E402
+    KleinConfig,
+    diffusers_shapes,
+    is_packable,
+)
 from bonsai_image.loaders.qwen3 import Qwen3Config, qwen3_shapes  # noqa: E402
 from bonsai_image.ops.backends import Setting  # noqa: E402
 from bonsai_image.ops.packed import packed_weight  # noqa: E402

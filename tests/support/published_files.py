@@ -15,8 +15,7 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 
-from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
-from bonsai_image.loaders.names import is_packable
+from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes, is_packable
 from bonsai_image.loaders.qwen3 import Qwen3Config, qwen3_shapes
 
 KLEIN = KleinConfig()

@@ -14,8 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bonsai_image.loaders.formats import mlx
-from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes
-from bonsai_image.loaders.names import is_packable
+from bonsai_image.loaders.klein import KleinConfig, diffusers_shapes, is_packable
 from bonsai_image.loaders.qwen3 import Qwen3Config, qwen3_shapes
 from bonsai_image.ops.packed import pack_codes, packed_weight
 
