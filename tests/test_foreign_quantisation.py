@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from bonsai_image.loaders import load_text_encoder, load_transformer
-from bonsai_image.loaders.klein import comfyui_shapes
-from bonsai_image.loaders.names import is_packable
+from bonsai_image.loaders.klein import comfyui_shapes, is_packable
 from bonsai_image.loaders.qwen3 import qwen3_shapes
 from bonsai_image.tests.support.random_model import _KLEIN, _TEXT
 from bonsai_image.tests.support.sound_files import refusal

@@ -95,7 +95,7 @@ def test_scales_of_several_dtypes_stay_exact(diffusers):
     packed_weight(CODES, SCALE.repeat(1, 2), 4)], ids=["form", "bits", "dense", "group"])
 def test_what_is_packed_differently_is_not_joined(other, diffusers):
     weight = packed_weight(CODES, SCALE, 4)
-    assert klein.alike([weight, weight, weight]) and not names.alike([weight, other, weight])
+    assert klein.alike([weight, weight, weight]) and not klein.alike([weight, other, weight])
     with pytest.raises(ValueError, match="not packed alike"):
         names.to_comfyui({**diffusers, Q: weight, K: other, V: weight})
 
