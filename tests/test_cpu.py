@@ -1,12 +1,14 @@
 """The cpu backend against float64, the reference and the definition of int8 products, for every instruction that this
 machine has; AMX with its instructions emulated."""
 
+import _thread
 import ctypes
 import os
 import re
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -281,6 +283,25 @@ if not child:
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_ctrl_c_ends_a_pool_of_threads(monkeypatch):
+    """As on Windows and macOS, where there is no libgomp: no index is begun after it, and none is left running."""
+    monkeypatch.setattr(cpu_backend, "_gnu_openmp", lambda: None)
+    begun, ended = [], []
+
+    def task(_worker, index):
+        begun.append(index)
+        time.sleep(0.002)
+        if index == 5:
+            _thread.interrupt_main()
+        ended.append(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        cpu_backend.spread(task, range(1000), 2)
+    assert len(begun) < 100
+    time.sleep(0.02)
+    assert len(ended) >= len(begun) - 1 and len(begun) < 100
 
 
 # The choice

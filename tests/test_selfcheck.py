@@ -8,6 +8,8 @@ from bonsai_image.ops.backends import AUTO, Choice, Setting, selfcheck, torch_ba
 from bonsai_image.ops.backends.libraries import Library
 from bonsai_image.ops.linear import PackedLinear
 from bonsai_image.ops.packed import parts
+from bonsai_image.standalone import doctor
+from bonsai_image.standalone.generate import Compute, complete_repository, generate
 from bonsai_image.tests.support.reference import dense64, random_weight, relative
 
 CPU = torch.device("cpu")
@@ -23,6 +25,28 @@ def test_the_self_check_passes_what_is_right(form):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             kind = selfcheck.Kind(bits, form, group, dtype, torch.bfloat16)
             assert selfcheck.worst_error(torch_backend, CPU, kind, False) <= 1
+
+
+@pytest.mark.parametrize("ambient", [
+    lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("meta"), torch.inference_mode, torch.no_grad])
+def test_the_self_check_is_the_same_in_any_surroundings(ambient):
+    kind = selfcheck.Kind(2, "symmetric", 128, torch.float32, torch.bfloat16)
+    expected = [selfcheck.worst_error(torch_backend, CPU, kind, False)]
+    with ambient():
+        assert [selfcheck.worst_error(torch_backend, CPU, kind, False)] == expected
+
+
+def test_a_failed_self_check_shows_wherever_a_backend_is_named(monkeypatch, caplog, repository, tmp_path):
+    """``tests/host/test_nodes.py`` has Bonsai Model Info."""
+    monkeypatch.setattr(selfcheck, "worst_error", lambda backend, *_: 7.0 if backend.NAME == "cpu" else 0.0)
+    said = "fails the self-check of the backend cpu on cpu (2 bits, symmetric: 7.0 times the tolerance)"
+    choice = backends.choose(AUTO, CPU, 4608, TERNARY, torch.bfloat16)
+    assert choice.backend is torch_backend and said in choice.reason
+    assert said in caplog.text and "; torch multiplies packed weights on cpu." in caplog.text
+    (found,) = [device for device in doctor.diagnose(tmp_path)["devices"] if device["device"] == "cpu"]
+    assert found["backends"]["exact"]["ternary"] == "torch" and said in found["not used"]["cpu"]
+    result = generate(complete_repository(repository), ["x"], Compute(CPU, torch.bfloat16), 16, 16, 1, progress=False)
+    assert result.settings["backend"] == "torch"
 
 
 class Toy:

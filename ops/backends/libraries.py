@@ -38,7 +38,7 @@ LLVMLITE = Library("llvmlite", "llvmlite.binding", "0.50", "pip install --upgrad
 #: Linux gets Triton with PyTorch, Windows does not.
 TRITON = Library("triton", "triton.language", "3.6", "pip install triton, on Windows pip install triton-windows",
                  "update the GPU's driver and Triton")
-GEMLITE = Library("gemlite", "gemlite", "0.6",
+GEMLITE = Library("gemlite", "gemlite.core", "0.6",
                   "pip install --upgrade gemlite, on Windows pip install --upgrade --no-deps gemlite",
                   "update gemlite (pip install --upgrade gemlite)")
 MLX = Library("mlx", "mlx.core", "0.32.4", "pip install --upgrade mlx",
@@ -57,11 +57,12 @@ def problem(library: Library, use: Callable[[], object] = lambda: None) -> str |
     try:
         importlib.import_module(library.module)
     except FAILURES as failure:
+        found = sentence(library, failure)
         # Left half imported, it would be found there by others: einops imports MLX for every tensor that it sees.
         for name in sys.modules.keys() - before:
             if name.partition(".")[0] == library.name:
                 sys.modules.pop(name, None)
-        return sentence(library, failure)
+        return found
     try:
         use()
     except FAILURES as failure:
@@ -96,7 +97,7 @@ def sentence(library: Library, failure: BaseException | str, what: str = "fails 
         lines = str(failure).strip().splitlines()
         failure = f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__
     found = version(library)
-    old = found is not None and release(found) < release(library.oldest)
+    old = found is not None and () < release(found) < release(library.oldest)
     cure = f"{library.oldest} or newer is needed ({library.install})" if old else f"to repair it: {library.remedy}"
     return f"{' '.join(filter(None, (library.name, found)))} {what} ({failure}); {cure}"
 

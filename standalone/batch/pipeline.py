@@ -14,7 +14,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ...ops.backends import libraries
 from .stages import STAGES, Work
+
+RAY = libraries.Library("ray", "ray.data", "2.50", "pip install --upgrade 'ray[data]'",
+                        "pip install --force-reinstall 'ray[data]'")
 
 #: Tasks that Ray Data is handed at a time, which bounds what the driver keeps of them.
 _WAVE = 20_000
@@ -83,6 +87,8 @@ def start(address: str | None, pools: Pools) -> int:
     if not address:
         # What Ray does on Windows and macOS: its servers listen on 127.0.0.1, elsewhere on every interface.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if found := libraries.problem(RAY):
+        raise ValueError(found)
     import ray
     import ray.data
 

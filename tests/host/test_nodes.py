@@ -13,6 +13,7 @@ from bonsai_image.nodes import definitions as nodes
 from bonsai_image.nodes import folders as node_folders
 from bonsai_image.nodes import models
 from bonsai_image.ops import backends
+from bonsai_image.ops.backends import selfcheck
 from bonsai_image.ops.packed import PackedLayout, equal, is_packed, packed_nbytes, parts
 from bonsai_image.tests.support import random_model
 from bonsai_image.tests.support.reference import relative
@@ -91,6 +92,13 @@ def test_info_counts_bytes_and_names_the_parts(transformer, shown):
     for part in ("ternary", "mlx", "bfloat16", f"{len(packed)} linears of 2 bits in groups of 128, backend {backend}",
                  "bonsai-mini-ternary"):
         assert part in text
+
+
+def test_info_says_that_a_self_check_failed(transformer, shown, monkeypatch, fresh_backends):
+    monkeypatch.setattr(selfcheck, "worst_error", lambda backend, *_: 7.0 if backend.NAME == "cpu" else 0.0)
+    text = nodes.BonsaiModelInfo.execute(models.load_model(str(transformer), "bf16")).args[0]
+    assert "backend torch (" in text
+    assert "fails the self-check of the backend cpu on cpu (2 bits, symmetric: 7.0 times the tolerance)" in text
 
 
 def test_host_counts_codes_and_scales(transformer):
