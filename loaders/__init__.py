@@ -2,9 +2,18 @@
 
 from .errors import ModelFileError
 from .formats import container_suffixes, targets
-from .models import TextEncoder, Transformer, Vae, load_text_encoder, load_transformer, load_vae, save_transformer
+from .models import (
+    TextEncoder,
+    Transformer,
+    Vae,
+    load_dense_transformer,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    save_transformer,
+)
 from .repository import Repository, find_repository, is_repository
 
 __all__ = ["ModelFileError", "Repository", "TextEncoder", "Transformer", "Vae", "container_suffixes",
-           "find_repository", "is_repository", "load_text_encoder", "load_transformer", "load_vae", "save_transformer",
-           "targets"]
+           "find_repository", "is_repository", "load_dense_transformer", "load_text_encoder", "load_transformer",
+           "load_vae", "save_transformer", "targets"]

@@ -23,6 +23,7 @@ from .files import Progress, TensorFile, no_progress
 from .formats.dense import expand
 from .formats.interface import About
 from .klein import KleinConfig, check_klein, is_comfyui
+from .names import normalise as normalise_names
 from .names import to_comfyui, to_diffusers
 from .opening import open_tensors
 from .qwen3 import Qwen3Config, check_qwen3, normalise
@@ -91,6 +92,15 @@ def load_transformer(path: Path | str, progress: Progress = no_progress, mmap: b
     return Transformer(file.path, name, tensors, check_klein(file, tensors), file.metadata, _log(file))
 
 
+def load_dense_transformer(path: Path | str, mmap: bool = True) -> Transformer:
+    """Load a dense FLUX.2 Klein, of which :func:`load_transformer` takes only one with Bonsai's own weights, as it
+    does."""
+    file = _open(path, "transformer", no_progress, mmap)
+    formats.refuse_other_than_tensors(file)
+    tensors = normalise_names(file.path, file.tensors)
+    return Transformer(file.path, "dense", tensors, check_klein(file, tensors), file.metadata, _log(file))
+
+
 def load_text_encoder(path: Path | str, progress: Progress = no_progress, mmap: bool = True) -> TextEncoder:
     """Load the text encoder at ``path`` (HQQ, MLX 4-bit or dense), as :func:`load_transformer` does."""
     file = _open(path, "text_encoder", progress, mmap)
@@ -138,7 +148,7 @@ def save_transformer(model: Transformer, path: Path, target: str, progress: Prog
     writer = formats.writer(target, path)
     if writer.suffixes and path.suffix not in writer.suffixes:
         raise ModelFileError(path, f"a file name ending in {writer.suffixes[0]}", f"{path.name!r}", "add the ending")
-    _refuse_existing(path)
+    refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".bonsai-image-") as scratch:
         written = Path(scratch) / f"model{path.suffix if writer.suffixes else ''}"
@@ -151,11 +161,12 @@ def save_transformer(model: Transformer, path: Path, target: str, progress: Prog
             _flush(written)
         _verify(model, writer.keeps_codes, written, progress)
         # The target may have been created meanwhile.
-        _refuse_existing(path)
+        refuse_existing(path)
         written.rename(path)
 
 
-def _refuse_existing(path: Path) -> None:
+def refuse_existing(path: Path) -> None:
+    """Raise ModelFileError if there is anything at ``path``."""
     # A link to a disk that is not there exists, too.
     if os.path.lexists(path):
         raise ModelFileError(path, "a path that is free", "an existing file or folder", "choose another name")

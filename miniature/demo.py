@@ -11,9 +11,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from bonsai_image.loaders import Transformer, load_transformer
-from bonsai_image.loaders.klein import check_klein
-from bonsai_image.loaders.opening import open_tensors, tensor_files
+from bonsai_image.loaders import Transformer, load_dense_transformer, load_transformer
+from bonsai_image.loaders.opening import tensor_files
 from bonsai_image.standalone import cli
 from bonsai_image.standalone.generate import Compute, Result, complete_repository, generate, save_png
 
@@ -33,12 +32,8 @@ _MARGIN, _LABEL, _LINES = 8, 118, 66
 
 
 def load(variant: str) -> Transformer:
-    """A variant of the miniature. The loaders refuse the dense one, as any ordinary FLUX.2 model."""
-    path = MINIATURE / VARIANTS[variant]
-    if variant != "dense":
-        return load_transformer(path)
-    file = open_tensors(path)
-    return Transformer(file.path, "dense", file.tensors, check_klein(file, file.tensors))
+    """A variant of the miniature."""
+    return (load_dense_transformer if variant == "dense" else load_transformer)(MINIATURE / VARIANTS[variant])
 
 
 def sheet(results: dict[str, Result], file_bytes: dict[str, int]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The command line: generate, batch, sheet, inspect, convert, doctor."""
+"""The command line: generate, batch, sheet, recover, inspect, convert, doctor."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
 from . import doctor, inspect
 from .batch import options
+from .recover import options as recovery
 
 
 def _output_options() -> argparse.ArgumentParser:
@@ -35,17 +36,21 @@ def sampling_options() -> argparse.ArgumentParser:
     return parser
 
 
+def _model_options(side: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a downloaded repository")
+    parser.add_argument("--transformer", type=Path, help="a diffusion model, used instead of the checkpoint's own")
+    parser.add_argument("--width", type=int, default=side, help="pixels, a multiple of 16")
+    parser.add_argument("--height", type=int, default=side, help="pixels, a multiple of 16")
+    return parser
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bonsai-image", description="Bonsai Image 4B on packed weights, headless.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    output, sampling = _output_options(), sampling_options()
-    model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--checkpoint", type=Path, required=True, help="folder of a downloaded repository")
-    model.add_argument("--transformer", type=Path, help="a diffusion model, used instead of the checkpoint's own")
-    model.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16")
-    model.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16")
+    output, sampling, model = _output_options(), sampling_options(), _model_options(1024)
 
     command = commands.add_parser("generate", parents=[sampling, model], help="make an image from a prompt")
     command.add_argument("--prompt", required=True)
@@ -53,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=png_path, default="bonsai.png", help="PNG file to write; replaced if it exists")
 
     options.add_parsers(commands, [sampling, model])
+
+    recovery.add_parser(commands, [sampling_options(), _model_options(512)])
 
     command = commands.add_parser("inspect", parents=[output], help="describe a file, folder or repository")
     command.add_argument("path", type=Path)
@@ -135,6 +142,13 @@ def _sheet(args: argparse.Namespace) -> None:
     print(*sheet.write(args.folder), sep="\n")
 
 
+def _recover(args: argparse.Namespace) -> int:
+    from .generate import Compute
+    from .recover import command
+
+    return command.run(args, Compute(*run_on(args)))
+
+
 def _inspect(args: argparse.Namespace) -> None:
     parts = inspect.inspect(args.path, args.verify)
     print(json.dumps(parts, indent=2) if args.json else "\n".join(map(inspect.report, parts)))
@@ -150,8 +164,8 @@ def _doctor(args: argparse.Namespace) -> None:
     print(json.dumps(found, indent=2) if args.json else doctor.report(found))
 
 
-_COMMANDS = {"generate": _generate, "batch": _batch, "sheet": _sheet, "inspect": _inspect, "convert": _convert,
-             "doctor": _doctor}
+_COMMANDS = {"generate": _generate, "batch": _batch, "sheet": _sheet, "recover": _recover,
+             "inspect": _inspect, "convert": _convert, "doctor": _doctor}
 
 
 def main(argv: list[str] | None = None) -> int:

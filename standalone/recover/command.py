@@ -1,0 +1,60 @@
+"""The command ``recover``: from the options to the LoRA, and what it says of it."""
+
+import argparse
+import json
+import sys
+
+from ... import __version__
+from ...loaders.models import refuse_existing
+from ...ops.backends import Setting
+from ..generate import Compute, save_png
+from . import branch, cost, report, teacher
+from .run import Run
+from .store import write_tensors
+from .student import Student
+
+#: The exit status after Ctrl-C.
+_STOPPED = 130
+
+
+def run(args: argparse.Namespace, compute: Compute) -> int:
+    """Returns 0; 1 where no LoRA was better than none; 130 where a signal ended the run. Raises ModelFileError,
+    ValueError and OSError."""
+    if compute.setting.backend == "mlx":
+        raise ValueError("recover trains in PyTorch; give another --backend")
+    if compute.device.type == "mps" and compute.setting.backend == "auto":
+        compute = compute._replace(setting=Setting("torch", compute.setting.precision))
+    try:
+        this = Run(args, compute)
+        cost.announce(this)
+        teacher.draw(this)
+        status = 0 if args.shards else _learn(this)
+    except KeyboardInterrupt:
+        status = _STOPPED
+    if status == _STOPPED:
+        print("Stopped; the same command continues.", file=sys.stderr)
+    return status
+
+
+def _learn(run: Run) -> int:
+    student, out = Student(run), run.args.out
+    state = student.train(run.store.folder / "state.safetensors")
+    if state is None:
+        return _STOPPED
+    update, after = state.found()
+    figures = {"update": update, "before": state.errors[0][1], "after": after}
+    if update:
+        about = {"variant": run.packed.variant, "base": run.packed.source, "bonsai-image": __version__}
+        refuse_existing(out)
+        write_tensors(out, branch.exported(state.best, run.args.rank),
+                      {"bonsai.recovery": json.dumps(about | run.training | figures)})
+        save_png(report.sheet(student, state), figures, out.with_name(f"{out.stem}-sheet.png"))
+    save_png(report.curves(state), figures, out.with_suffix(".png"))
+    if run.args.json:
+        print(json.dumps({"out": str(out) if update else None, **figures}))
+    else:
+        before, after = (" ".join(f"{error:.4f}" for error in figures[name]) for name in ("before", "after"))
+        print(f"{out}: the error of prompts held out after each step is {after}, and {before} without (best: update "
+              f"{update} of {run.args.updates})." if update else
+              f"No LoRA was written: none brought prompts held out nearer to the dense model ({before} without).")
+    return 0 if update else 1

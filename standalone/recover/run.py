@@ -1,0 +1,102 @@
+"""One run of ``recover``: what its options name, opened and checked before anything is computed."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...loaders import ModelFileError, Transformer, load_dense_transformer, load_transformer
+from ...loaders.models import refuse_existing
+from .. import models
+from ..batch import rows
+from ..generate import Compute, complete_repository, encode, text_pipeline
+from .sampling import Sampler
+from .store import Store
+
+_TEACHER = "give --teacher the dense FLUX.2 Klein 4B that the packed model was made from"
+
+
+def _rows(path: Path, defaults: rows.Row) -> tuple[rows.Row, ...]:
+    """The rows of a prompt file, those of one prompt next to each other; each starts from noise of its own."""
+    found = []
+    for number, row in enumerate(rows.read(path, defaults)):
+        if isinstance(row, ValueError):
+            raise row
+        if row.task_key() != defaults.task_key():
+            raise ValueError(f"row {number + 1} of {path.name}: recover draws all rows at one size, without reference "
+                             "and LoRA; leave out all columns but prompt, seed and id")
+        found.append(replace(row, seed=row.seed + number))
+    return tuple(sorted(found, key=lambda row: (row.prompt, row.seed)))
+
+
+def _held_out(found: Sequence[rows.Row], count: int) -> tuple[list[int], list[int]]:
+    """The numbers of the rows to train on, and of one row each of ``count`` prompts that training never sees."""
+    prompts = list(dict.fromkeys(row.prompt for row in found))
+    if len(prompts) < 2 * count:
+        raise ValueError(f"{len(prompts)} different prompts are too few to hold {count} out; give more, or a smaller "
+                         "--held-out")
+    held = {prompts[i * len(prompts) // count] for i in range(count)}
+    measured = {row.prompt: number for number, row in enumerate(found) if row.prompt in held}
+    return [number for number, row in enumerate(found) if row.prompt not in held], list(measured.values())
+
+
+class Run:
+    """Raises ModelFileError and ValueError for what cannot be used."""
+
+    def __init__(self, args: argparse.Namespace, compute: Compute):
+        if args.out.suffix != ".safetensors":
+            raise ValueError(f"--out {args.out} must end in .safetensors")
+        refuse_existing(args.out)
+        self.args, self.compute = args, compute
+        self.repository = complete_repository(args.checkpoint, args.transformer)
+        self.packed = load_transformer(self.repository.transformer)
+        defaults = rows.Row("", args.seed, args.width, args.height, args.steps)
+        self.store = Store(args.work or args.out.with_name(f"{args.out.stem}-work"), _rows(args.prompts, defaults))
+        self.trained, self.held_out = _held_out(self.store.rows, args.held_out)
+        self.sampler = Sampler(models.scheduler(self.repository.scheduler), args.width, args.height, args.steps,
+                               compute.device)
+        drawn = json.dumps([[row.prompt, row.seed] for row in self.store.rows]).encode()
+        #: What the dense model's latents depend on.
+        self.facts: dict[str, Any] = {
+            "teacher": rows.digest(self.dense().path), "text encoder": rows.digest(self.repository.text_encoder),
+            "prompts": hashlib.sha256(drawn).hexdigest(), "width": args.width, "height": args.height,
+            "steps": args.steps, "dtype": str(compute.dtype).removeprefix("torch.")}
+        #: What training depends on.
+        self.training = self.facts | {"student": rows.digest(self.packed.path)} | {
+            name: getattr(args, name) for name in ("precision", "rank", "updates", "batch", "learning_rate", "held_out",
+                                                   "seed")}
+
+    def dense(self) -> Transformer:
+        """The dense model. Raises ModelFileError unless it has the architecture of the packed one."""
+        try:
+            model = load_dense_transformer(self.args.teacher)
+        except ModelFileError as error:
+            raise ModelFileError(error.path, error.expected, error.found, _TEACHER) from error
+        ours, theirs = asdict(self.packed.config), asdict(model.config)
+        if odd := [name for name in ours if ours[name] != theirs[name]]:
+            wanted, found = (", ".join(f"{name} {config[name]}" for name in odd) for config in (ours, theirs))
+            raise ModelFileError(model.path, f"{wanted}, as the packed model has", found, _TEACHER)
+        return model
+
+    @cached_property
+    def encoder(self) -> Any:
+        """A pipeline with the text encoder, loaded when first used."""
+        return text_pipeline(self.repository, self.compute)
+
+    def encode(self, prompt: str) -> torch.Tensor:
+        """The embeddings (tokens, channels) of a prompt."""
+        return encode(self.encoder, [prompt], self.compute)[0]
+
+    def texts(self, numbers: Sequence[int]) -> torch.Tensor:
+        """The embeddings (rows, tokens, channels) of the prompts of rows."""
+        found = [self.encode(self.store.rows[number].prompt) if self.args.encode_again else self.store.text(number)
+                 for number in numbers]
+        if len({len(text) for text in found}) > 1:
+            raise ValueError("a long prompt has more tokens than the others; give --per-device-batch 1")
+        return torch.stack(found).to(self.compute.device)

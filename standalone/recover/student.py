@@ -1,0 +1,158 @@
+"""The second pass: low-rank factors beside the packed weights learn the steps of the dense model."""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from ...loaders import ModelFileError
+from .. import models
+from . import branch
+from .run import Run
+from .store import write_tensors
+
+#: Updates of the warm-up, the part of all in which the learning rate falls, how often a run measures prompts held out.
+_WARM_UP, _DECAY, _CHECKS = 20, 0.6, 12
+#: Rows that the variance of the channels is taken from, at most.
+_SAMPLE = 2048
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class State:
+    """Where training is. ``errors``: (update, error after each step); those of update 0 are of strength 0."""
+
+    factors: dict[str, torch.Tensor]
+    best: dict[str, torch.Tensor]
+    losses: list[float] = field(default_factory=list)
+    errors: list[tuple[int, list[float]]] = field(default_factory=list)
+
+    def found(self) -> tuple[int, list[float]]:
+        """The update with the least error in finished images, and its errors."""
+        return min(self.errors, key=lambda known: known[1][-1])
+
+
+class Student:
+    """The packed model with the latents to learn from."""
+
+    def __init__(self, run: Run):
+        self.run, self.args, self.sampler, self.device = run, run.args, run.sampler, run.compute.device
+        self.transformer = models.transformer_module(run.packed, *run.compute)
+        self.transformer.enable_gradient_checkpointing()
+        # A channel that the VAE hardly uses is noise to the end; unweighted, it would be learned like the others.
+        ends = torch.stack([run.store.latents(number, slice(-1, None))[0] for number in run.trained[:_SAMPLE]])
+        self.weight = (ends.var((0, 1)) / ends.var((0, 1)).sum()).to(self.device)
+
+    def loss(self, numbers: list[int], levels: torch.Tensor) -> torch.Tensor:
+        """The error of the velocity from each level to the next, every channel weighted by its variance in finished
+        images."""
+        pairs = torch.stack([self.run.store.latents(number, slice(level, level + 2))
+                             for number, level in zip(numbers, levels.tolist(), strict=True)]).to(self.device)
+        levels = levels.to(self.device)
+        wanted = (pairs[:, 1] - pairs[:, 0]) / self.sampler.sigmas.diff()[levels, None, None]
+        found = self.sampler.velocity(self.transformer, pairs[:, 0], levels, self.run.texts(numbers))
+        return ((found - wanted).square() @ self.weight).mean()
+
+    @torch.no_grad()
+    def error(self) -> list[float]:
+        """How far prompts held out are from the dense model's latents after each step from the same noise, weighted
+        as in :meth:`loss`."""
+        errors = []
+        for part in torch.tensor(self.run.held_out).split(self.args.per_device_batch):
+            wanted = torch.stack([self.run.store.latents(number) for number in part.tolist()], 1).to(self.device)
+            steps = self.sampler.trajectory(self.transformer, wanted[0], self.run.texts(part.tolist()))
+            errors.append(((torch.stack([*steps]) - wanted)[1:].square() @ self.weight).mean(2))
+        return torch.cat(errors, 1).mean(1).tolist()
+
+    def train(self, path: Path) -> State | None:
+        """Train from the state at ``path``, or from nothing, to the end; None if a signal ended it before.
+
+        What an update draws follows from the seed and its number alone, so a continued run is the unbroken one. Raises
+        ModelFileError.
+        """
+        start = branch.new(self.transformer, self.run.packed.config, self.args.rank, self.args.seed)
+        state = State({name: torch.nn.Parameter(each.to(self.device)) for name, each in start.items()}, start)
+        optimizer = torch.optim.AdamW(state.factors.values(), self.args.learning_rate, weight_decay=0.0)
+        if path.exists():
+            _restore(path, state, optimizer, self.run.training)
+        updates, saved = self.args.updates, time.monotonic()
+        with (branch.applied(self.transformer, self.run.packed.config, state.factors), _signalled() as stopped,
+              tqdm(total=updates, initial=len(state.losses), desc="LoRA", unit="update") as bar):
+            while len(state.losses) < updates and not stopped:
+                if not state.errors:
+                    self._check(state)
+                state.losses.append(self._update(len(state.losses), state, optimizer))
+                done = len(state.losses)
+                if done == updates or done % max(1, updates // _CHECKS) == 0:
+                    self._check(state)
+                bar.update()
+                bar.set_postfix(loss=f"{state.losses[-1]:.4f}", error=f"{state.errors[-1][1][-1]:.4f}",
+                                without=f"{state.errors[0][1][-1]:.4f}")
+                if stopped or done == updates or time.monotonic() - saved > 60 * self.args.save_minutes:
+                    _save(path, state, optimizer, self.run.training)
+                    saved = time.monotonic()
+        return None if len(state.losses) < updates else state
+
+    def _update(self, number: int, state: State, optimizer: torch.optim.Optimizer) -> float:
+        args, trained = self.args, self.run.trained
+        chance = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
+        drawn = torch.randint(len(trained), (args.batch,), generator=chance)
+        levels = torch.randint(args.steps, (args.batch,), generator=chance)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(
+            1.0, (number + 1) / _WARM_UP, (args.updates - number) / (_DECAY * args.updates))
+        optimizer.zero_grad()
+        total = 0.0
+        for part in torch.arange(args.batch).split(args.per_device_batch):
+            loss = self.loss([trained[i] for i in drawn[part].tolist()], levels[part]) * len(part) / args.batch
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        return total
+
+    def _check(self, state: State) -> None:
+        state.errors.append((len(state.losses), self.error()))
+        if state.found() is state.errors[-1]:
+            state.best = {name: factor.detach().cpu().clone() for name, factor in state.factors.items()}
+
+
+@contextmanager
+def _signalled() -> Iterator[list[int]]:
+    """Collects Ctrl-C and SIGTERM instead of ending at them, so that an update is finished or not begun."""
+    caught: list[int] = []
+    before = {number: signal.signal(number, lambda signum, _frame: caught.append(signum))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _save(path: Path, state: State, optimizer: torch.optim.Optimizer, facts: dict) -> None:
+    tensors = {f"best.{name}": factor for name, factor in state.best.items()}
+    for name, factor in state.factors.items():
+        tensors |= {f"factors.{name}": factor} | {f"{each}.{name}": optimizer.state[factor][each] for each in _MOMENTS}
+    about = {"facts": facts, "losses": state.losses, "errors": state.errors}
+    write_tensors(path, tensors, {"state": json.dumps(about)})
+
+
+def _restore(path: Path, state: State, optimizer: torch.optim.Optimizer, facts: dict) -> None:
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["state"])
+        if odd := [name for name in facts if about["facts"].get(name) != facts[name]]:
+            raise ModelFileError(path, f"training with {odd[0]} {facts[odd[0]]}", str(about["facts"].get(odd[0])),
+                                 "give the same options, or remove this file to begin anew")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    state.losses, state.errors = about["losses"], about["errors"]
+    state.best = {name: tensors[f"best.{name}"] for name in state.factors}
+    for name, factor in state.factors.items():
+        factor.data.copy_(tensors[f"factors.{name}"])
+        moments = {each: tensors[f"{each}.{name}"].to(factor.device) for each in _MOMENTS}
+        optimizer.state[factor] = moments | {"step": torch.tensor(float(len(state.losses)))}
