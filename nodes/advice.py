@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import comfy.model_management
+import comfy.sd
+import torch
 from comfy.patcher_extension import WrappersMP
 
 #: One latent position covers this many pixels in each direction.
@@ -35,16 +37,20 @@ def check_inputs(patcher, text_width: int) -> None:
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "bonsai_image", check)
 
 
-def on_out_of_memory(patcher, methods: tuple[str, ...], advice: str) -> None:
-    """Re-raise out-of-memory errors of ``methods`` of the model of ``patcher`` with ``advice`` as the message.
+class AdvisingVAE(comfy.sd.VAE):
+    """ComfyUI's VAE, with advice where even its own retry in tiles ran out of memory."""
 
-    ComfyUI still recognises the error: it retries a VAE in tiles, and shows ``advice`` only if these fail too.
-    """
-    # A class of its own for this one model: an object patch would still call the first model from a clone on another
-    # device, and a bound method kept in the model would keep it alive.
-    kind = type(patcher.model)
-    advising = {name: _advising(getattr(kind, name), lambda: advice) for name in methods}
-    patcher.model.__class__ = type(kind.__name__, (kind,), advising)
+    def encode(self, *args, **kwargs):
+        return _advising(super().encode, self._advice)(*args, **kwargs)
+
+    def decode(self, *args, **kwargs):
+        return _advising(super().decode, self._advice)(*args, **kwargs)
+
+    def _advice(self) -> str:
+        # On GPUs without BF16, ComfyUI computes the VAE in FP32.
+        double = ", which takes twice the memory of BF16 on this GPU" if self.vae_dtype == torch.float32 else ""
+        return (f"Out of memory in the VAE{double}, even in tiles; lower batch_size or the image size, use VAE Encode "
+                "(Tiled) or VAE Decode (Tiled) with a tile_size of 256, or start ComfyUI with --cpu-vae.")
 
 
 def _advising(function: Callable, advice: Callable[[], str]) -> Callable:

@@ -1,6 +1,7 @@
 """What the lists of the loaders show, and how to download what they lack."""
 
 import contextlib
+import functools
 import os
 import shlex
 import subprocess
@@ -22,22 +23,40 @@ def model_choices(kind: str, more_suffixes: Collection[str] = ()) -> list[str]:
 
     ``more_suffixes`` are listed besides those of the files that ComfyUI itself can read.
     """
-    files = set(folder_paths.get_filename_list(kind))
-    if more_suffixes:
-        for root in folder_paths.get_folder_paths(kind):
-            found, _ = folder_paths.recursive_search(root, [".git"])
-            files.update(folder_paths.filter_files_extensions(found, more_suffixes))
-    files = {file for file in files
-             if not any(part.startswith(".") or part.endswith(PARTIAL) for part in Path(file).parts)}
-    folders = {Path(file).parent.as_posix() for file in files} - {"."}
-    return sorted([*files, *folders])
+    return [*_model_choices(kind, tuple(more_suffixes), _walked(kind))]
 
 
 def repository_choices() -> list[str]:
     """Folders under ``models/diffusers``, one or two levels deep, that look like a downloaded repository: they have
     subfolders with weights, or are the entry of a Hugging Face cache."""
-    roots = (Path(root) for root in folder_paths.get_folder_paths("diffusers"))
-    return sorted({found.relative_to(root).as_posix() for root in roots for found in _repositories(root, depth=2)})
+    return [*_repository_choices(tuple(folder_paths.get_folder_paths("diffusers")), _walked("diffusers"))]
+
+
+def _walked(kind: str) -> float:
+    """When ComfyUI last walked the folders of ``kind``: it does so again only after one of them has changed.
+
+    Each answer stands for a state of the folders, so the lists below are made once for each.
+    """
+    folder_paths.get_filename_list(kind)
+    return folder_paths.filename_list_cache[kind][2]
+
+
+@functools.lru_cache(maxsize=8)
+def _model_choices(kind: str, more_suffixes: tuple[str, ...], _walked: float) -> tuple[str, ...]:
+    files = set(folder_paths.get_filename_list(kind))
+    for root in folder_paths.get_folder_paths(kind) if more_suffixes else ():
+        found, _ = folder_paths.recursive_search(root, [".git"])
+        files.update(folder_paths.filter_files_extensions(found, more_suffixes))
+    files = {file for file in files
+             if not any(part.startswith(".") or part.endswith(PARTIAL) for part in Path(file).parts)}
+    folders = {Path(file).parent.as_posix() for file in files} - {"."}
+    return tuple(sorted([*files, *folders]))
+
+
+@functools.lru_cache(maxsize=8)
+def _repository_choices(roots: tuple[str, ...], _walked: float) -> tuple[str, ...]:
+    found = {path.relative_to(root).as_posix() for root in roots for path in _repositories(Path(root), depth=2)}
+    return tuple(sorted(found))
 
 
 def _repositories(folder: Path, depth: int) -> Iterator[Path]:

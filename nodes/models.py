@@ -41,7 +41,6 @@ class Origin:
     format: str
     variant: str
     source: str
-    compute_dtype: torch.dtype
     setting: backends.Setting
 
 
@@ -51,12 +50,26 @@ def progress_bar() -> Progress:
     return lambda done, total: bar.update_absolute(done, total)
 
 
-def _compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """The dtype to impose on ComfyUI. None leaves it the choice, which it makes well everywhere but on a CPU."""
+#: ComfyUI's options for dtypes, and the dtype that each means on a CPU. The others say how to store dense weights.
+_OPTIONS = {
+    "diffusion model": {"fp64_unet": torch.float64, "fp32_unet": torch.float32, "bf16_unet": torch.bfloat16,
+                        "fp16_unet": torch.float16, "force_fp32": torch.float32},
+    # Told to store them in FP16, ComfyUI still computes in FP32.
+    "text encoder": {"fp32_text_enc": torch.float32, "fp16_text_enc": torch.float32, "force_fp32": torch.float32},
+}
+
+
+def dtype_to_impose(part: str, name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype to impose on ComfyUI: ``name`` (``auto`` or one of :data:`DTYPES`), then ComfyUI's options.
+
+    None leaves it the choice, which it makes well, and by the same options, everywhere but on a CPU.
+    """
     if name != "auto":
         return DTYPES[name]
-    chosen = any((host_args.fp32_unet, host_args.fp64_unet, host_args.bf16_unet, host_args.fp16_unet))
-    return default_dtype(device) if device.type == "cpu" and not chosen else None
+    if device.type != "cpu":
+        return None
+    return next((dtype for option, dtype in _OPTIONS[part].items() if getattr(host_args, option)),
+                default_dtype(device))
 
 
 def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting = backends.AUTO,
@@ -66,7 +79,7 @@ def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting
     Raises ModelFileError. ComfyUI calls it again with the same arguments for a clone on another device.
     """
     loaded = load_transformer(path, progress_bar(), mmap=not host_args.disable_mmap)
-    dtype = _compute_dtype(compute_dtype, comfy.model_management.get_torch_device())
+    dtype = dtype_to_impose("diffusion model", compute_dtype, comfy.model_management.get_torch_device())
     patcher = comfy.sd.load_diffusion_model_state_dict(
         # A copy: ComfyUI removes entries while it loads, and ``loaded`` is read again below.
         dict(to_comfyui(loaded.tensors)), model_options={"custom_operations": packed_operations(setting)},
@@ -78,9 +91,9 @@ def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting
     lora.install(patcher)
     advice.check_inputs(patcher, loaded.config.joint_attention_dim)
     patcher.cached_patcher_init = (load_model, (path, compute_dtype, setting))
-    used = dtype or patcher.model.get_dtype_inference()
-    patcher.set_attachments(ATTACHMENT, Origin(path, loaded.format, loaded.variant, loaded.source, used, setting))
-    if backends.only("mlx", backends.choices(setting, patcher.load_device, loaded.tensors.values(), used)):
+    patcher.set_attachments(ATTACHMENT, Origin(path, loaded.format, loaded.variant, loaded.source, setting))
+    found = backends.choices(setting, patcher.load_device, loaded.tensors.values(), _dtype(patcher))
+    if backends.only("mlx", found):
         with libraries.contained(libraries.MLX, "cannot run the whole transformer"):
             from . import mlx_path
 
@@ -104,7 +117,7 @@ def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = Fa
     if width != _TEXT_WIDTH:
         raise ModelFileError(path, f"a text encoder {_TEXT_WIDTH} wide (Qwen3-4B)", f"one {width} wide",
                              "choose the text encoder of Bonsai Image 4B")
-    dtype = _compute_dtype(compute_dtype, comfy.model_management.text_encoder_device())
+    dtype = dtype_to_impose("text encoder", compute_dtype, comfy.model_management.text_encoder_device())
     clip = comfy.sd.load_text_encoder_state_dicts(
         [loaded.tensors], clip_type=comfy.sd.CLIPType.FLUX2,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
@@ -112,9 +125,6 @@ def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = Fa
                        "qwen3_4b_model_config": text_dimensions(loaded.config)},
         disable_dynamic=disable_dynamic)
     lora.install(clip.patcher)
-    advice.on_out_of_memory(clip.patcher, ("encode_token_weights",), (
-        "Out of memory in the text encoder; close other programs that use this device, or start ComfyUI with --novram, "
-        "which runs the text encoder on the CPU."))
     clip.patcher.cached_patcher_init = (lambda **options: load_clip(path, compute_dtype, **options).patcher, ())
     return clip
 
@@ -122,14 +132,16 @@ def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = Fa
 def load_vae_model(path: str):
     """The VAE at ``path``. Raises ModelFileError."""
     loaded = load_vae(path, mmap=not host_args.disable_mmap)
-    vae = comfy.sd.VAE(sd=dict(loaded.tensors))
+    vae = advice.AdvisingVAE(sd=dict(loaded.tensors))
     if vae.first_stage_model is None:
         raise ModelFileError(path, "a ComfyUI that supports this VAE", "an older one", "update ComfyUI")
-    advice.on_out_of_memory(vae.patcher, ("encode", "decode"), (
-        "Out of memory in the VAE, even in tiles; lower batch_size or the image size, use VAE Encode (Tiled) or VAE "
-        "Decode (Tiled) with a tile_size of 256, or start ComfyUI with --cpu-vae."))
     vae.patcher.cached_patcher_init = (lambda **_: load_vae_model(path).patcher, ())
     return vae
+
+
+def _dtype(patcher) -> torch.dtype:
+    """What the model of ``patcher`` computes in now: nodes may have changed it."""
+    return patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
 
 
 def describe(patcher) -> str:
@@ -139,13 +151,13 @@ def describe(patcher) -> str:
     dense_linears = sum(not is_packed(p) and not is_packable(name) and p.ndim == 2 for name, p in parameters.items())
     origin = patcher.get_attachment(ATTACHMENT)
     if origin is None:
-        lines, setting, dtype = ["Not loaded by a Bonsai node."], backends.AUTO, default_dtype(patcher.load_device)
+        lines, setting = ["Not loaded by a Bonsai node."], backends.AUTO
     else:
         lines = [f"Bonsai Image 4B, {origin.variant}", f"source: {origin.source}", f"file: {origin.path}",
                  f"format: {origin.format}", *_published(Path(origin.path)),
-                 f"compute dtype: {str(origin.compute_dtype).removeprefix('torch.')}"]
-        setting, dtype = origin.setting, origin.compute_dtype
-    found = backends.choices(setting, patcher.load_device, parameters.values(), dtype)
+                 f"compute dtype: {str(_dtype(patcher)).removeprefix('torch.')}"]
+        setting = origin.setting
+    found = backends.choices(setting, patcher.load_device, parameters.values(), _dtype(patcher))
     lines += [f"packed: {layers} linears of {bits} bits in groups of {group}, backend {choice}"
               + (f" ({choice.reason})" if choice.reason else "") for (bits, group, choice), layers in found.items()]
     if (path := patcher.get_attachment(MLX_ATTACHMENT)) is not None:

@@ -14,7 +14,8 @@ from torch import nn
 
 from . import backends
 from .backends import AUTO, Setting
-from .packed import Form, Packed, dequantize, is_packed, packed_parameter, parts, tag
+from .packed import Form, Packed, dequantize, is_packed, parts, tag
+from .tensor import packed_parameter
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
@@ -65,7 +66,7 @@ _packed_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 def _parameter(tensor: torch.Tensor) -> torch.Tensor:
     if is_packed(tensor):
-        return packed_parameter(parts(tensor), tensor.dtype)
+        return packed_parameter(tensor)
     return nn.Parameter(tensor, requires_grad=False)
 
 

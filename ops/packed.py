@@ -29,13 +29,14 @@ packed; all others see the dense weight.
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeGuard, get_args
+from typing import Literal, NamedTuple, TypeGuard, get_args
 
 import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class
 from comfy_kitchen.tensor.base import BaseLayoutParams
+
+from .tensor import PackedTensor
 
 Form = Literal["symmetric", "affine", "zeropoint"]
 
@@ -126,28 +127,6 @@ class PackedLayout(QuantizedLayout):
 register_layout_class(LAYOUT_NAME, PackedLayout)
 
 
-class PackedTensor(QuantizedTensor):
-    """comfy-kitchen's tensor, which by itself can neither be deep-copied nor pickled."""
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _restored, (tuple(parts(self)), self.dtype, isinstance(self, torch.nn.Parameter))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
-        if id(self) not in memo:
-            restore, (packed, *rest) = self.__reduce_ex__(4)
-            copies = (part.clone() if isinstance(part, torch.Tensor) else part for part in packed)
-            memo[id(self)] = restore(copies, *rest)
-        return memo[id(self)]
-
-
-# ComfyUI knows by this name what memory it may pin.
-PackedTensor.__name__ = "QuantizedTensor"
-
-
-def _restored(packed: Iterable[Any], dtype: torch.dtype, is_parameter: bool) -> QuantizedTensor:
-    return (packed_parameter if is_parameter else rewrap)(Packed(*packed), dtype)
-
-
 def packed_weight(codes: torch.Tensor, scale: torch.Tensor, bits: int, form: Form = "symmetric",
                   shift: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
     """Wrap canonical tensors (see the module docstring) as one weight of shape ``(N, K)`` and apparent ``dtype``.
@@ -176,17 +155,6 @@ def rewrap(packed: Packed, dtype: torch.dtype) -> QuantizedTensor:
     return packed_weight(packed.codes, packed.scale, packed.bits, packed.form, packed.shift, dtype)
 
 
-def packed_parameter(packed: Packed, dtype: torch.dtype) -> QuantizedTensor:
-    """As :func:`rewrap`, the parameter of a module."""
-    # Hosts run a model inside inference_mode and unload it outside. A wrapper created inside works in both; one created
-    # outside does not.
-    with torch.inference_mode():
-        wrapper = rewrap(packed, dtype)
-    # What nn.Parameter does to a tensor subclass, but for the copy of its scales, which would be inference tensors.
-    wrapper._is_param = True
-    return wrapper
-
-
 def is_packed(tensor: torch.Tensor | None) -> TypeGuard[QuantizedTensor]:
     """Whether ``tensor`` is a weight in the canonical packed form."""
     # By name: another copy of this package in the process registers a class of its own under it.
@@ -194,7 +162,7 @@ def is_packed(tensor: torch.Tensor | None) -> TypeGuard[QuantizedTensor]:
 
 
 def parts(weight: QuantizedTensor) -> Packed:
-    """The parts of a packed weight, shared with it. The only place that reads comfy-kitchen's private fields."""
+    """The parts of a packed weight, shared with it."""
     params = weight._params
     return Packed(weight._qdata, params.scale, params.shift, params.bits, params.form)
 

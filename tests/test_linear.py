@@ -1,6 +1,9 @@
 """The packed layers against the float64 reference on the same codes."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,3 +194,24 @@ def test_calling_the_module_runs_the_kernel(monkeypatch):
         with context:
             module(torch.randn(2, 256))
     assert len(calls) == 3
+
+
+TWO_COPIES = """
+import importlib.util, sys, torch
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, sys.argv[1] + "/__init__.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return [importlib.import_module(f"{name}.ops.{module}") for module in ("packed", "linear")]
+one = load("one")
+weight = one[0].packed_weight(torch.full((8, 32), 228, dtype=torch.uint8), torch.rand(8, 1), 2)
+x = torch.randn(3, 128)
+expected = one[1].linear(x, weight, None, one[1].Setting("torch"))
+for packed, linear in (one, load("two"), one):
+    assert packed.is_packed(weight) and packed.is_packed(weight[2:]), packed
+    assert torch.equal(linear.linear(x, weight, None, linear.Setting("torch")), expected)
+"""
+
+
+def test_a_second_copy_of_the_pack_in_the_process_changes_nothing():
+    subprocess.run([sys.executable, "-c", TWO_COPIES, Path(__file__).parents[1]], check=True, timeout=300)

@@ -1,5 +1,6 @@
 """What the lists of the loaders show, and what reaches a loader from ComfyUI's command line."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from comfy.cli_args import args as host_args
 from bonsai_image import published
 from bonsai_image.loaders import find_repository
 from bonsai_image.nodes import folders, models
+from bonsai_image.nodes.definitions import BonsaiCheckpointLoader, BonsaiModelLoader
 
 TRANSFORMER = "transformer-packed-mflux"
 
@@ -38,6 +40,29 @@ def test_repositories_in_every_place(roots, repository):
     assert choices == ["models--prism-ml--x", "nested", "plain", "prism-ml/below", "twice/twice"]
     for choice in choices:
         assert find_repository(folders.resolve("diffusers", choice)).require("text_encoder", "vae")
+
+
+def test_folders_are_walked_once_until_they_change(roots, repository, monkeypatch):
+    """The browser asks for every list at every start and refresh, and a share of models is slow to walk."""
+    looks = []
+    for name in ("scandir", "listdir", "walk"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, original=original, **kw: looks.append(1) or original(*args, **kw))
+
+    def request() -> list[list[str]]:
+        return [node.GET_SCHEMA().inputs[0].options for node in (BonsaiCheckpointLoader, BonsaiModelLoader)]
+
+    (roots / "diffusion_models" / "a.gguf").touch()
+    assert request() == [[], ["a.gguf"]] and looks
+    looks.clear()
+    assert request() == [[], ["a.gguf"]] and not looks
+    shutil.copytree(repository, roots / "diffusers" / "new")
+    (roots / "diffusion_models" / "below").mkdir()
+    (roots / "diffusion_models" / "below" / "b.gguf").touch()
+    assert request() == [["new"], ["a.gguf", "below", "below/b.gguf"]]
+    shutil.rmtree(roots / "diffusers" / "new" / TRANSFORMER)
+    (roots / "diffusers" / "new").rename(roots / "diffusers" / "new.partial")
+    assert request()[0] == []
 
 
 def test_no_attribute_files_and_no_unfinished_downloads(roots):
