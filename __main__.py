@@ -30,13 +30,18 @@ def main() -> int:
     try:
         name = "download" if sys.argv[1:2] == ["download"] else "cli"
         return importlib.import_module(f".standalone.{name}", _package()).main(sys.argv[1:])
-    except ModuleNotFoundError as missing:
-        print(f"bonsai-image: {sys.executable} has no {missing.name}; install it with pip, or use the Python that runs "
-              "ComfyUI.", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("bonsai-image: cancelled.", file=sys.stderr)
         return 130
+    except (Exception, SystemExit) as error:
+        library = importlib.import_module(".standalone", _package()).broken_import(error)
+        if library is None:
+            raise
+        fault = "has no" if isinstance(error, ModuleNotFoundError) else "cannot import"
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        print(f"bonsai-image: {sys.executable} {fault} {library} ({said}); install or update it with pip, or use the "
+              "Python that runs ComfyUI.", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

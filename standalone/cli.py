@@ -13,7 +13,7 @@ from .. import __version__
 from ..loaders import ModelFileError, load_transformer, save_transformer, targets
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
-from . import doctor, inspect
+from . import broken_import, doctor, inspect
 from .batch import options
 from .recover import options as recovery
 
@@ -180,5 +180,7 @@ def run(command: Callable[[argparse.Namespace], int | None], args: argparse.Name
     try:
         return command(args) or 0
     except (ModelFileError, ValueError, OSError) as error:
+        if broken_import(error):
+            raise
         print(f"bonsai-image: {error}", file=sys.stderr)
         return 2

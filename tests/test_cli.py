@@ -27,17 +27,26 @@ def test_default_device_without_a_gpu_is_the_cpu(monkeypatch):
     assert cli._device(None) == torch.device("cpu")
 
 
-def test_only_drawing_needs_diffusers(repository, monkeypatch, capsys):
-    """As in a Python that runs ComfyUI, which does not install it."""
+@pytest.mark.parametrize("raised", [
+    "ModuleNotFoundError('gone', name='diffusers')", "ImportError('DLL load failed')", "OSError('no shared object')",
+    "TypeError('x')", "RuntimeError('two\\nlines')", "SystemExit(3)", "ValueError('binary incompatibility')", ""])
+def test_only_drawing_needs_diffusers(repository, monkeypatch, capsys, tmp_path, raised):
+    """As in a Python that runs ComfyUI, which does not install it, or another of its release."""
     for name in [name for name in sys.modules if name.startswith("bonsai_image.standalone")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "diffusers").mkdir()
+    (tmp_path / "diffusers" / "__init__.py").write_text(raised and f"raise {raised}")
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "argv", ["bonsai-image", "inspect", str(repository)])
     assert main() == 0
     assert "diffusion model, mlx format, ternary" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["bonsai-image", "generate", "--checkpoint", str(repository), "--prompt", "x"])
     assert main() == 2
-    assert capsys.readouterr().err.startswith(f"bonsai-image: {sys.executable} has no diffusers;")
+    fault = "has no" if raised.startswith("Module") else "cannot import"
+    said = capsys.readouterr().err
+    assert said.startswith(f"bonsai-image: {sys.executable} {fault} diffusers (") and said.count("\n") == 1
 
 
 @pytest.fixture(scope="module")

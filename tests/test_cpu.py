@@ -360,3 +360,28 @@ def test_without_a_working_llvmlite_torch_takes_over(fresh, caplog, monkeypatch,
         assert str(choice) == "torch"
         assert error(Setting("auto", precision)) < 0.003
     assert said in caplog.text
+
+
+def windows_calls(text: str, cpu: str, features: str) -> list[str]:
+    """What a kernel calls on 64-bit Windows, where a frame above 4 KB calls ``__chkstk``, which LLVM's JIT lacks."""
+    machine = llvm.Target.from_triple("x86_64-pc-windows-msvc").create_target_machine(
+        cpu=cpu or "x86-64-v3", features=features if cpu else "", opt=3)
+    module, passes = llvm.parse_assembly(text), llvm.create_new_module_pass_manager()
+    passes.add_sroa_pass()
+    passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()))
+    module.triple = machine.triple
+    return re.findall(r"\bcallq?\s.*", machine.emit_assembly(module))
+
+
+@pytest.mark.skipif(not INT8, reason="not an x86 CPU that has int8 kernels")
+def test_kernels_call_nothing_on_windows(fresh, monkeypatch):
+    seen, target, build = [], ir_text.target, ir_text.build
+    monkeypatch.setattr(ir_text, "target", lambda *args: seen.append(args) or target(*args))
+    monkeypatch.setattr(ir_text, "build", lambda text, *rest: seen.append((text, *seen.pop())) or build(text, *rest))
+    for kind in KINDS:
+        monkeypatch.setattr(cpu_backend, "instruction", lambda kind=kind: kind)
+        for precision in ("exact", "fast") if kind in INT8 else ("exact",):
+            backends.multiply(torch.randn(80, 256), random_packed(128, 256), Setting("cpu", precision))
+    assert len(seen) > len(KINDS) and not [calls for kernel in seen if (calls := windows_calls(*kernel))]
+    big = "define void @kernel() { %a = alloca [5000 x i8] call void asm sideeffect \"\", \"r\"(ptr %a) ret void }"
+    assert windows_calls(big, "", ""), "a large frame would show"

@@ -231,6 +231,22 @@ def test_threads():
                             linear(x, weight)) < TOLERANCE
 
 
+@pytest.mark.parametrize("part", ["step", "load"])
+def test_where_mlx_fails_torch_computes(monkeypatch, caplog, part):
+    def fail(*args, **kwargs):
+        calls.append(part)
+        raise AttributeError("module 'mlx.core' has no attribute 'fast'")
+
+    calls, loaded, arguments = [], model(SMALL, 2), inputs(SMALL, 1, 2, 2)
+    monkeypatch.setattr(mlx_klein, part, fail)
+    module = transformer_module(loaded, CPU, torch.float32, MLX)
+    with torch.inference_mode():
+        expected = transformer_module(loaded, CPU, torch.float32, TORCH)(**arguments, return_dict=False)[0]
+        for _ in range(2):
+            assert relative(module(**arguments)[0], expected) < TOLERANCE
+    assert calls == [part] and caplog.text.count("(AttributeError: module 'mlx.core' has no attribute") == 1
+
+
 # Memory
 
 

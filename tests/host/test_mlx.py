@@ -218,6 +218,21 @@ def test_cancelling(pair, inputs):
     assert relative(forward(pair[1], *inputs), forward(pair[0], *inputs)) < TOLERANCE
 
 
+@pytest.mark.parametrize("part", ["step", "load"])
+def test_where_mlx_fails_comfyui_computes(pair, inputs, monkeypatch, caplog, part):
+    def fail(*args, **kwargs):
+        calls.append(part)
+        raise AttributeError("module 'mlx.core' has no attribute 'fast'")
+
+    calls = []
+    monkeypatch.setattr(mlx_path.mlx_klein, part, fail)
+    for _ in range(2):
+        assert relative(forward(pair[1], *inputs), forward(pair[0], *inputs)) < TOLERANCE
+    assert calls == [part] and path_of(pair[1]).steps == {"ComfyUI": 2}
+    assert "because of a failure of MLX (see the log)" in describe(pair[1])
+    assert caplog.text.count("fails in a step of the whole transformer (AttributeError: ") == 1
+
+
 def test_unloading_drops_the_weights(pair, inputs):
     forward(pair[1], *inputs)
     assert path_of(pair[1])._weights
