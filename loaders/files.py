@@ -47,6 +47,7 @@ def no_progress(done: int, total: int) -> None:
 class TensorFile:
     """Tensors by name, as stored, with the file's own metadata and the JSON files of its folder.
 
+    ``prefix``: what the names of a part of a checkpoint have before them in the file, see :func:`~.names.nested`.
     ``mapped``: the tensors are on disk until they are touched. ``warnings``: what is odd about the file, but does not
     keep it from being read.
     """
@@ -59,6 +60,7 @@ class TensorFile:
     progress: Progress = no_progress
     mapped: bool = True
     warnings: list[str] = field(default_factory=list)
+    prefix: str = ""
 
     def each(self, names: Iterable[str]) -> Iterator[str]:
         """The names in order, reporting progress."""

@@ -54,8 +54,6 @@ _SINGLE: dict[str, tuple[str, Shape]] = {
     "norm.query_norm": ("attn.norm_q", _NORM),
     "norm.key_norm": ("attn.norm_k", _NORM),
 }
-#: Prefixes under which single-file checkpoints nest the diffusion model.
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
 @dataclass(frozen=True)
@@ -101,11 +99,6 @@ def is_comfyui(names: Mapping[str, object]) -> bool:
     return "img_in.weight" in names
 
 
-def prefix(names: Mapping[str, object]) -> str:
-    """The prefix under which a checkpoint nests the diffusion model; empty without one."""
-    return next((prefix for prefix in _PREFIXES if f"{prefix}img_in.weight" in names), "")
-
-
 def alike(weights: list[torch.Tensor]) -> bool:
     """Whether weights that ComfyUI joins into one are packed alike, or all dense."""
     packings = {(parts(w).bits, parts(w).form, parts(w).group) if is_packed(w) else None for w in weights}
@@ -128,7 +121,7 @@ def diffusers_shapes(config: KleinConfig) -> Shapes:
 
 def is_klein(names: Mapping[str, object]) -> bool:
     """Whether these tensor names, of either convention, are those of a FLUX.2 transformer."""
-    return any(f"{prefix(names)}double_stream_modulation_img.{linear}.weight" in names for linear in ("lin", "linear"))
+    return any(f"double_stream_modulation_img.{linear}.weight" in names for linear in ("lin", "linear"))
 
 
 def read_config(path: Path, tensors: Mapping[str, torch.Tensor]) -> KleinConfig:

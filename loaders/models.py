@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from ..ops.packed import equal, is_packed
 from . import formats
 from .description import variant
-from .errors import ModelFileError, refusing
+from .errors import CHOOSE_UNMODIFIED, ModelFileError, refusing
 from .files import Progress, TensorFile, no_progress
 from .formats.dense import expand
 from .formats.interface import About
 from .klein import KleinConfig, check_klein, is_comfyui
+from .names import nested, to_comfyui, to_diffusers
 from .names import normalise as normalise_names
-from .names import to_comfyui, to_diffusers
 from .opening import open_tensors
 from .qwen3 import Qwen3Config, check_qwen3, normalise
 from .repository import find_repository, is_repository, require_part, source
@@ -72,6 +72,11 @@ def _open(path: Path | str, part: str, progress: Progress, mmap: bool) -> Tensor
     if is_repository(path):
         path = find_repository(path).require(part)
     file = open_tensors(Path(path), progress, mmap)
+    file.prefix, tensors = nested(file.tensors, part)
+    if file.prefix and (twice := sorted(tensors.keys() & file.tensors.keys())):
+        raise ModelFileError(file.path, "each tensor once", f"{twice[0]} with and without {file.prefix}",
+                             CHOOSE_UNMODIFIED)
+    file.tensors = tensors
     require_part(file, part)
     return file
 

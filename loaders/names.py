@@ -14,22 +14,31 @@ import torch
 
 from ..ops.packed import is_packed
 from .errors import CHOOSE_UNMODIFIED, ModelFileError
-from .klein import alike, count_blocks, is_comfyui, layers, prefix
+from .klein import alike, count_blocks, is_comfyui, layers
 
 Value = TypeVar("Value")
 
 _SWAPPED = "final_layer.adaLN_modulation.1.weight"
+#: The prefixes under which the files of ComfyUI's Save Checkpoint, Save Model and CLIPSave nest the parts of a model.
+PREFIXES = {"transformer": ("model.diffusion_model.", "diffusion_model."), "vae": ("vae.",),
+            "text_encoder": ("text_encoders.qwen3_4b.transformer.", "qwen3_4b.transformer.")}
+
+
+def nested(tensors: Mapping[str, Value], part: str) -> tuple[str, dict[str, Value]]:
+    """The prefix under which a checkpoint nests its ``part``, and the tensors that have it, without it; without a
+    prefix all of them."""
+    prefix = next((prefix for prefix in PREFIXES[part] if any(name.startswith(prefix) for name in tensors)), "")
+    return prefix, {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def normalise(path: Path, tensors: Mapping[str, Value]) -> dict[str, Value]:
-    """Strip a checkpoint prefix, and bring the norm names of older ComfyUI files (``.scale``) to ``.weight``. What the
-    names stand for does not matter.
+    """Bring the norm names of older ComfyUI files (``.scale``) to ``.weight``, whatever the names stand for.
 
     Raises ModelFileError where that makes two tensors one.
     """
-    nested = prefix(tensors)
-    result = {re.sub(r"_norm\.scale$", "_norm.weight", name.removeprefix(nested)): tensor
-              for name, tensor in tensors.items()}
+    result = {re.sub(r"_norm\.scale$", "_norm.weight", name): tensor for name, tensor in tensors.items()}
     if len(result) < len(tensors):
-        raise ModelFileError(path, "each tensor once", "duplicates after removing the prefix", CHOOSE_UNMODIFIED)
+        raise ModelFileError(path, "each tensor once", "a norm under two names", CHOOSE_UNMODIFIED)
     return result
 
 

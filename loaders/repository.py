@@ -11,6 +11,7 @@ from ..published import PARTIAL, RECORD, weight_files
 from .errors import CHOOSE_MODEL, CHOOSE_TEXT_ENCODER, DOWNLOAD_REPOSITORY, ModelFileError
 from .files import TensorFile, read_json
 from .klein import is_klein
+from .names import nested
 from .opening import WELL_KNOWN, files_in, folders_in, open_tensors
 from .qwen3 import is_qwen3
 from .vae import is_vae
@@ -26,20 +27,22 @@ _CHOOSE = {"transformer": CHOOSE_MODEL, "text_encoder": CHOOSE_TEXT_ENCODER, "va
 _OTHERS: tuple[tuple[str, Callable[[str], object]], ...] = (
     ("a LoRA", re.compile(r"\.lora_|\.lokr_|\.hada_|(^|\.)lora_unet_").search),
     ("a FLUX.1 model", re.compile(r"(^|\.)(double_blocks\.0\.img_mod|transformer_blocks\.0\.norm1_context)\.").search),
-    ("a VAE in another layout than diffusers'", re.compile(r"^decoder\.(up\.0|mid\.block_1)\.").search),
     ("the VAE of another model", re.compile(r"^decoder\.conv_in\.weight$").search),
 )
 
 #: The folders in which repositories keep their parts, which are preferred to others with the same part.
 _FOLDERS = {*_PARTS, *(file.path.split("/")[0] for _, file in weight_files())}
 
+#: What the names of the tensors begin with that hold the files of a tokenizer, in a checkpoint that has one.
+TOKENIZER = "bonsai.tokenizer."
 #: Files of which a tokenizer needs one of these sets.
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
 @dataclass
 class Repository:
-    """The parts of a downloaded repository; a path is None where the folder has no such part, or none that can be told.
+    """The parts of a downloaded repository, or of a checkpoint, where every part has the path of the one file; a path
+    is None where there is no such part, or none that can be told.
 
     ``problems``: why a part is None, by its name, and under ``""`` what else could not be read.
     """
@@ -57,23 +60,25 @@ class Repository:
         for part in parts:
             if getattr(self, part) is None:
                 raise self.problems.get(part) or self.problems.get("") or ModelFileError(
-                    self.path, f"a folder with the {part.replace('_', ' ')} of Bonsai Image", "none",
-                    DOWNLOAD_REPOSITORY)
+                    self.path, f"a {'folder' if self.path.is_dir() else 'checkpoint'} with the "
+                    f"{part.replace('_', ' ')} of Bonsai Image", "none", DOWNLOAD_REPOSITORY if self.path.is_dir() else
+                    "write a whole one with bonsai-image convert REPOSITORY FILE --to checkpoint")
         return getattr(self, parts[-1])
 
 
-def part_of(tensors: Mapping[str, object]) -> str | None:
-    """Which part of a repository these tensors are: ``transformer``, ``text_encoder``, ``vae``, or None."""
-    return next((part for part, matches in _PARTS.items() if matches(tensors)), None)
+def parts_of(tensors: Mapping[str, object]) -> list[str]:
+    """Which parts of a repository these tensors are: of ``transformer``, ``text_encoder``, ``vae`` one, none, or in a
+    checkpoint several."""
+    return [part for part, matches in _PARTS.items() if matches(nested(tensors, part)[1])]
 
 
 def require_part(file: TensorFile, part: str) -> None:
     """Raise ModelFileError, saying what ``file`` is instead, unless its tensors are those of ``part``."""
-    found = part_of(file.tensors)
-    if found == part:
+    if _PARTS[part](file.tensors):
         return
+    found = " and ".join(WORDS[other] for other in parts_of(file.tensors))
     others = (label for label, matches in _OTHERS if any(map(matches, file.tensors)))
-    text = f"the {WORDS[found]} of Bonsai Image" if found else next(
+    text = f"the {found} of Bonsai Image" if found else next(
         others, f"tensors such as {next(iter(file.tensors), 'none')}")
     raise ModelFileError(file.path, f"the {WORDS[part]} of Bonsai Image", text, _CHOOSE[part])
 
@@ -134,12 +139,20 @@ def _folders(path: Path) -> Iterator[Path]:
 
 
 def find_repository(path: Path | str) -> Repository:
-    """Find the parts of a repository by what its folders contain; ``path`` may be a Hugging Face cache entry.
+    """Find the parts of a repository by what its folders contain; ``path`` may be a Hugging Face cache entry, or a
+    checkpoint file.
 
     Raises ModelFileError without a diffusion model. What is wrong with a folder is remembered, and only counts once a
     part is missing.
     """
     path = Path(path)
+    if os.path.isfile(path):
+        tensors = open_tensors(path).tensors
+        transformer, text_encoder, vae = (path if part in parts_of(tensors) else None for part in _PARTS)
+        repository = Repository(path, transformer, text_encoder, vae,
+                                path if any(name.startswith(TOKENIZER) for name in tensors) else None)
+        repository.require("transformer")
+        return repository
     if not os.path.isdir(path):
         raise ModelFileError(path, "the folder of a downloaded Bonsai Image repository", "no such folder",
                              "download the whole repository, not one file of it")
@@ -178,5 +191,5 @@ def _sort(folder: Path, repository: Repository, found: dict[str, list[Path]]) ->
         # Without its vocabulary a tokenizer still loads, and turns every prompt into nothing.
         if any(all((candidate / name).is_file() for name in names) for names in _VOCABULARIES):
             repository.tokenizer = repository.tokenizer or candidate
-    if files_in(folder) and (part := part_of(open_tensors(folder).tensors)):
+    for part in parts_of(open_tensors(folder).tensors) if files_in(folder) else ():
         found[part].append(folder)

@@ -4,12 +4,13 @@ The decoder may be narrower than the encoder. The latent is patched 2 x 2 before
 channels there.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from .check import Shapes, check_json, check_tensors
+from .check import Shapes, check_json, check_tensors, count_numbered
 from .errors import ModelFileError
 from .files import TensorFile
 
@@ -17,11 +18,35 @@ _IMAGE_CHANNELS, _PATCH = 3, 4
 #: Blocks, and resnets in a block: a hostile file of many of both would have the product of their numbers expected.
 _MOST = 99
 _COUNTER = "bn.num_batches_tracked"
+#: Parts of the names in Black Forest Labs' own layout, which ComfyUI saves, and diffusers' for them.
+_DIFFUSERS = {
+    r"^(en|de)coder\.((post_)?quant_conv)\.": r"\2.",
+    r"encoder\.down\.": "encoder.down_blocks.", r"\.block\.": ".resnets.", r"\.nin_shortcut\.": ".conv_shortcut.",
+    r"\.(down|up)sample\.": r".\1samplers.0.", r"coder\.norm_out\.": "coder.conv_norm_out.",
+    r"\.mid\.block_1\.": ".mid_block.resnets.0.", r"\.mid\.block_2\.": ".mid_block.resnets.1.",
+    r"\.mid\.attn_1\.": ".mid_block.attentions.0.", r"(\.attentions\.0\.)norm\.": r"\1group_norm.",
+    r"(\.attentions\.0\.)([qkv])\.": r"\1to_\2.", r"(\.attentions\.0\.)proj_out\.": r"\1to_out.0.",
+}
 
 
 def is_vae(names: Mapping[str, object]) -> bool:
-    """Whether these tensor names are those of an AutoencoderKLFlux2 (the latent's batch norm sets it apart)."""
-    return {"decoder.conv_in.weight", "decoder.up_blocks.0.resnets.0.conv1.weight", "bn.running_mean"} <= names.keys()
+    """Whether these tensor names, diffusers' or Black Forest Labs', are those of an AutoencoderKLFlux2 (the latent's
+    batch norm sets it apart)."""
+    first = {"decoder.up_blocks.0.resnets.0.conv1.weight", "decoder.up.0.block.0.conv1.weight"}
+    return {"decoder.conv_in.weight", "bn.running_mean"} <= names.keys() and bool(first & names.keys())
+
+
+def to_diffusers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors under diffusers' names; Black Forest Labs count the decoder's blocks from its end, and have attention
+    as 1 x 1 convolutions."""
+    last = count_numbered(tensors, r"decoder\.up\.(\d{1,4})\.") - 1
+    result = {}
+    for name, tensor in tensors.items() if last >= 0 else ():
+        name = re.sub(r"decoder\.up\.(\d+)\.", lambda match: f"decoder.up_blocks.{last - int(match[1])}.", name)
+        for theirs, ours in _DIFFUSERS.items():
+            name = re.sub(theirs, ours, name)
+        result[name] = tensor.flatten(1) if ".attentions." in name and tensor.ndim == 4 else tensor
+    return result or dict(tensors)
 
 
 def _resnet(name: str, columns: int, rows: int) -> Shapes:
@@ -67,7 +92,7 @@ def check_vae(file: TensorFile) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     The batch counter, which inference never reads, may be of any dtype, a scalar or one element, or missing; what is
     returned always has it as an int64 scalar.
     """
-    tensors = dict(file.tensors)
+    tensors = to_diffusers(file.tensors)
     counter = tensors.pop(_COUNTER, torch.zeros(()))
 
     encoder = _rows(tensors, "encoder.down_blocks.{}.resnets.0.conv1.weight")

@@ -64,9 +64,9 @@ class BonsaiCheckpointLoader(_Loader):
             description="Load a whole downloaded Bonsai Image repository: diffusion model, text encoder and VAE.",
             search_aliases=["bonsai", "prismml", "ternary", "1-bit", "2-bit", "low bit", "flux 2 klein"],
             inputs=[
-                io.Combo.Input("checkpoint", options=folders.repository_choices(),
+                io.Combo.Input("checkpoint", options=folders.checkpoint_choices(),
                                tooltip="A repository folder under models/diffusers, such as "
-                                       "bonsai-image-ternary-4B-mlx-2bit."),
+                                       "bonsai-image-ternary-4B-mlx-2bit, or a file under models/checkpoints."),
                 *_compute_inputs(),
             ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
@@ -74,7 +74,7 @@ class BonsaiCheckpointLoader(_Loader):
 
     @classmethod
     def execute(cls, checkpoint: str, **compute: str) -> io.NodeOutput:
-        repository = find_repository(folders.resolve("diffusers", checkpoint))
+        repository = find_repository(folders.resolve_checkpoint(checkpoint))
         repository.require("text_encoder", "vae")
         return io.NodeOutput(
             _load_model(str(repository.transformer), **compute),

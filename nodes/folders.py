@@ -12,9 +12,13 @@ from pathlib import Path
 import folder_paths
 
 from ..loaders import ModelFileError
+from ..loaders.files import SAFETENSORS_SUFFIXES
 from ..loaders.opening import folders_in
 from ..loaders.repository import resembles_repository
 from ..published import PARTIAL, REPOSITORIES
+
+#: Bytes of the longest header that is read. ComfyUI puts whole workflows into them.
+_LONGEST_HEADER = 1 << 24
 
 
 def model_choices(kind: str, more_suffixes: Collection[str] = ()) -> list[str]:
@@ -24,6 +28,27 @@ def model_choices(kind: str, more_suffixes: Collection[str] = ()) -> list[str]:
     ``more_suffixes`` are listed besides those of the files that ComfyUI itself can read.
     """
     return [*_model_choices(kind, tuple(more_suffixes), _walked(kind))]
+
+
+def checkpoint_choices() -> list[str]:
+    """:func:`repository_choices`, and the single files under ``models/checkpoints`` that hold packed FLUX.2 weights."""
+    files = folder_paths.get_filename_list("checkpoints")
+    return repository_choices() + [name for name in files if name.endswith(SAFETENSORS_SUFFIXES)
+                                   and _is_packed(folder_paths.get_full_path("checkpoints", name))]
+
+
+def _is_packed(path: str | None) -> bool:
+    """Whether the header of a safetensors file names layers of FLUX.2 and tags of packed ones; not if it is gone."""
+    with contextlib.suppress(OSError):
+        return path is not None and _header_is_packed(path, os.stat(path).st_mtime_ns)
+    return False
+
+
+@functools.lru_cache(maxsize=1024)
+def _header_is_packed(path: str, _changed: int) -> bool:
+    with open(path, "rb") as file:
+        header = file.read(min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER))
+    return b".double_stream_modulation_img." in header and b".comfy_quant" in header
 
 
 def repository_choices() -> list[str]:
@@ -67,6 +92,11 @@ def _repositories(folder: Path, depth: int) -> Iterator[Path]:
                 yield child
             elif depth > 1:
                 yield from _repositories(child, depth - 1)
+
+
+def resolve_checkpoint(name: str) -> str:
+    """The path of one of :func:`checkpoint_choices`. Raises ModelFileError if it is gone."""
+    return resolve("checkpoints" if name.endswith(SAFETENSORS_SUFFIXES) else "diffusers", name)
 
 
 def resolve(kind: str, name: str) -> str:

@@ -10,15 +10,14 @@ from ..loaders import Transformer, Vae, find_repository, is_repository, load_tex
 from ..loaders.description import count, holds_code_3, publication, sha256, variant
 from ..loaders.errors import DOWNLOAD_AGAIN
 from ..loaders.opening import open_tensors, tensor_files
-from ..loaders.repository import WORDS, part_of
+from ..loaders.repository import WORDS, parts_of
 
 _LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_vae}
 
 
-def inspect_part(path: Path, verify: bool = False) -> dict[str, Any]:
-    """Describe one model, a file or folder. With ``verify`` every code is checked and every file hashed. Raises
-    ModelFileError."""
-    name = part_of(open_tensors(path).tensors) or "transformer"
+def _inspect_part(path: Path, name: str, verify: bool = False) -> dict[str, Any]:
+    """Describe the part ``name`` of a file or folder. With ``verify`` every code is checked and every file hashed.
+    Raises ModelFileError."""
     model = _LOADERS[name](path)
     files = tensor_files(path)
     counts = count(model.tensors)._asdict()
@@ -40,10 +39,9 @@ def inspect_part(path: Path, verify: bool = False) -> dict[str, Any]:
 def inspect(path: Path, verify: bool = False) -> list[dict[str, Any]]:
     """Describe every part of a repository folder, or the one model that ``path`` is. Raises ModelFileError."""
     if not is_repository(path):
-        return [inspect_part(path, verify)]
+        return [_inspect_part(path, part, verify) for part in parts_of(open_tensors(path).tensors) or _LOADERS]
     repository = find_repository(path)
-    parts = [inspect_part(part, verify) for part in (repository.transformer, repository.text_encoder, repository.vae)
-             if part is not None]
+    parts = [_inspect_part(folder, part, verify) for part in _LOADERS if (folder := getattr(repository, part))]
     return parts + [{"kind": WORDS.get(part, "other folder"), "path": str(error.path), "problems": [str(error)]}
                     for part, error in repository.problems.items()]
 

@@ -100,18 +100,17 @@ def test_what_is_packed_differently_is_not_joined(other, diffusers):
         names.to_comfyui({**diffusers, Q: weight, K: other, V: weight})
 
 
-@pytest.mark.parametrize("nested", ["", "model.diffusion_model.", "diffusion_model."])
-def test_normalise_takes_prefixes_and_older_names_of_norms_away(nested, diffusers):
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+def test_prefixes_and_older_names_of_norms_are_taken_away(prefix, diffusers):
     comfyui = names.to_comfyui(diffusers)
-    older = {nested + name.replace("_norm.weight", "_norm.scale"): tensor for name, tensor in comfyui.items()}
-    assert klein.prefix(older) == nested
-    assert names.normalise(Path("a"), older) == comfyui
+    older = {prefix + name.replace("_norm.weight", "_norm.scale"): tensor for name, tensor in comfyui.items()}
+    found, inside = names.nested({**older, "vae.bn.running_mean": torch.ones(1)} if prefix else older, "transformer")
+    assert found == prefix and names.normalise(Path("a"), inside) == comfyui
 
 
-@pytest.mark.parametrize("more", ["diffusion_model.img_in.weight", "single_blocks.0.norm.key_norm.scale"])
-def test_two_names_of_one_tensor_are_refused(more):
+def test_two_names_of_one_tensor_are_refused():
     with pytest.raises(ModelFileError, match="each tensor once"):
-        names.normalise(Path("a"), dict.fromkeys((*comfyui_shapes(KLEIN), more)))
+        names.normalise(Path("a"), dict.fromkeys((*comfyui_shapes(KLEIN), "single_blocks.0.norm.key_norm.scale")))
 
 
 def test_packable_are_the_linears_inside_the_blocks(diffusers):

@@ -217,7 +217,6 @@ OTHERS = {
     "a LoRA": ("diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight",
                "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight", "base_model.model.x.lokr_w1"),
     "the VAE of another model": ("decoder.conv_in.weight",),
-    "a VAE in another layout than diffusers'": ("decoder.up.0.block.0.conv1.weight",),
 }
 
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ...ops.packed import FORMAT_NAME, Form, packed_weight, parts, tag, unpack_codes
-from .. import klein, names
+from .. import names
 from ..errors import ModelFileError
 from ..files import SAFETENSORS_SUFFIXES, TensorFile
 from ..klein import KleinConfig
@@ -84,7 +84,7 @@ def _read_once(file: TensorFile, layer: str, codes: torch.Tensor) -> torch.Tenso
     if not file.mapped:
         return codes
     with safe_open(file.path, "pt") as own:
-        return own.get_tensor(f"{klein.prefix(file.tensors)}{layer}.weight")
+        return own.get_tensor(f"{file.prefix}{layer}.weight")
 
 
 def encode(tensors: Tensors, base3: bool = False) -> Tensors:

@@ -52,7 +52,7 @@ def matches(file: TensorFile) -> bool:
 
 def decode(file: TensorFile) -> Tensors:
     entries = gguf.read_header(file.path).entries
-    types = names.normalise(file.path, {name: entry.type for name, entry in entries.items()})
+    types = names.normalise(file.path, {name: entries[file.prefix + name].type for name in file.tensors})
     stored = names.normalise(file.path, file.tensors)
     packed = {name: _unpack(stored.pop(name), types[name])
               for name in file.each(name for name, kind in types.items() if kind.bits)}
