@@ -33,6 +33,7 @@ _ADVICE = {
     "choose a shorter, simpler name": (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ),
     "check that the folder is still there": (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV, errno.ENXIO),
     "close programs that use much memory": (errno.ENOMEM,),
+    "check the disk": (errno.EIO,),
 }
 #: Longest quotation, in characters, of what a file or a library says.
 _LONGEST = 200
@@ -53,13 +54,13 @@ def reason(error: BaseException) -> str:
     return phrase(str(error)) or type(error).__name__
 
 
-def advice(error: BaseException) -> str:
+def advice(error: BaseException, otherwise: str = "check the disk and its free space") -> str:
     """What to do about ``error``, of the file system or of a library that quotes it (as ``os error 28``)."""
     quoted = re.search(r"\(os error (\d+)\)", str(error))
     number = int(quoted[1]) if quoted else getattr(error, "errno", None)
     if isinstance(error, MemoryError) or (number is None and re.search(r"(?i)memory", str(error))):
         number = errno.ENOMEM
-    return next((text for text, numbers in _ADVICE.items() if number in numbers), "check the disk and its free space")
+    return next((text for text, numbers in _ADVICE.items() if number in numbers), otherwise)
 
 
 @contextmanager

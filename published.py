@@ -58,5 +58,5 @@ REPOSITORIES = {
 
 
 def weight_files() -> list[tuple[Repository, File]]:
-    """Every published weight file, with each repository that holds it. No two of them share a size."""
+    """Every published weight file, with each repository that holds it: some share the text encoder and the VAE."""
     return [(repository, file) for repository in REPOSITORIES.values() for file in repository.files]

@@ -68,19 +68,23 @@ def _name(dtype: torch.dtype) -> str:
 def publication(path: Path, sha256: str | None = None) -> str | None:
     """Which published file the one at ``path`` is, or how it differs from the one that should lie there; None if it
     resembles none. ``sha256`` is that of the file, if it was computed."""
-    size = path.stat().st_size
-    for repository, file in published.weight_files():
-        if file.size == size:
-            where = f"{repository.id}, revision {(repository.commit or 'unknown')[:10]}"
-            if sha256 is None:
-                return f"as long as the published file of {where}; its hash was not compared"
-            if file.sha256 is None:
-                return f"as long as the published file of {where}, whose hash is not known here"
-            return f"published file of {where}" if sha256 == file.sha256 else (
-                f"not the published file of {where}, though as long: SHA-256 {sha256[:10]}, not {file.sha256[:10]}")
-    place = source(path).split("@")[0], f"{path.parent.name}/{path.name}"
+    size, place = path.stat().st_size, source(path).split("@")[0].split("/")[-1]
+    same = [(repository, file) for repository, file in published.weight_files() if file.size == size]
+    here = [(repository, file) for repository, file in same if repository.id.endswith(f"/{place}")] or same
+    if here:
+        where = " and of ".join(f"{repository.id}, revision {(repository.commit or 'unknown')[:10]}"
+                                for repository, _ in here)
+        known = here[0][1].sha256  # the same in all
+        if sha256 is None:
+            return f"as long as the published file of {where}; its hash was not compared"
+        if known is None:
+            return f"as long as the published file of {where}, whose hash is not known here"
+        return f"published file of {where}" if sha256 == known else (
+            f"not the published file of {where}, though as long: SHA-256 {sha256[:10]}, not {known[:10]}")
+    name = f"{path.parent.name}/{path.name}"
     return next((f"not the published file: {size:,} bytes, not {file.size:,}"
-                 for repository, file in published.weight_files() if (repository.id, file.path) == place), None)
+                 for repository, file in published.weight_files()
+                 if repository.id.endswith(f"/{place}") and file.path == name), None)
 
 
 def sha256(path: Path, progress: Progress) -> str:

@@ -8,9 +8,10 @@ import os
 import pickle
 import re
 import struct
+import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,26 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _UNPICKLING_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError,
                       AttributeError, AssertionError, OverflowError, MemoryError, ImportError, struct.error, OSError,
                       zipfile.BadZipFile, zlib.error)
-_CHUNK = 1 << 20
+_CHUNK, _PAGE = 1 << 20, 1 << 12
+
+
+#: The files of a model, and what they were when it was read: size in bytes, time of modification in nanoseconds.
+Stamps = dict[Path, tuple[int, int]]
+
+
+def stamp(file: Path) -> tuple[int, int]:
+    """What :data:`Stamps` remembers of ``file``. Raises OSError."""
+    seen = file.stat()
+    return seen.st_size, seen.st_mtime_ns
+
+
+def refuse_changed(stamps: Stamps) -> None:
+    """Raise ModelFileError for a file that is no longer the one whose tensors are mapped: they would be another
+    model's, or gone."""
+    for file, before in stamps.items():
+        with refusing(file, "the file that was loaded", "load the model again", OSError):
+            if stamp(file) != before:
+                raise OSError("one that has changed since")
 
 
 #: Called with (done, total) while something long goes on.
@@ -59,6 +79,7 @@ class TensorFile:
     quantization: dict[str, Any] = field(default_factory=dict)
     progress: Progress = no_progress
     mapped: bool = True
+    stamps: Stamps = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     prefix: str = ""
 
@@ -104,6 +125,14 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
+def locate(folder: Path, name: str) -> Path:
+    """``folder / name``; where there is no such file, one whose name another kind of system writes so: with other
+    separators (a workflow made on Windows), or with accents put together in another way (macOS)."""
+    slashed = name.replace("\\", "/")
+    spellings = (name, slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD")))
+    return next((folder / each for each in spellings if os.path.exists(folder / each)), folder / name)
+
+
 #: How files begin that lie in the place of another: what they are, and what to do.
 _STAND_INS = {
     b"version https://git-lfs": ("a git-lfs pointer, not the file itself", "run git lfs pull in {folder}"),
@@ -121,20 +150,35 @@ def refuse_stand_in(path: Path) -> None:
             raise ModelFileError(path, "the contents of the file", found, action.format(folder=path.parent))
 
 
+def refuse_unfinished(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ModelFileError where zeros run over an edge between two of ``tensors``, mapped from one file, or to its
+    end: a download that reserved its space and did not finish. One tensor may be zero as a whole; two matrices in a
+    row may not. Reads two pages of each."""
+    zeros, begun, ended = 0, False, False  # whole matrices in a row; whether the last tensor begins and ends in zeros
+    ordered = sorted(tensors.items(), key=lambda item: item[1].data_ptr())
+    for name, tensor in [*ordered, ("the end", torch.zeros(1))]:
+        data = tensor.detach().reshape(-1).view(torch.uint8)
+        begins, ends = (not page.any() for page in (data[:_PAGE], data[-_PAGE:]))
+        zeros = zeros + (tensor.ndim > 1) if begins and ends else 0
+        if zeros > 1 or (ended and begins and not (begun and ends)):
+            raise ModelFileError(path, "a finished download", f"zeros in the place of data before {name}",
+                                 "resume the download, or download the file again")
+        begun, ended = begins, ends
+
+
 def read_safetensors(path: Path, mmap: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors, memory-mapped or copied to memory, and the metadata of one safetensors file."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if not mmap:
-                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     except (SafetensorError, OSError, ValueError, OverflowError, KeyError, AttributeError) as error:
         raise ModelFileError(path, "a whole safetensors file",
                              f"a damaged or truncated one, {error or 'unreadable'}") from error
     for name, tensor in tensors.items():
         check_stored(path, name, tensor)
-    return tensors, metadata
+    refuse_unfinished(path, tensors)
+    return tensors if mmap else {name: tensor.clone() for name, tensor in tensors.items()}, metadata
 
 
 def read_pickle(path: Path, mmap: bool = True) -> tuple[dict[str, Any], dict[str, str]]:
@@ -151,9 +195,13 @@ def read_pickle(path: Path, mmap: bool = True) -> tuple[dict[str, Any], dict[str
                              "download it again from its publisher, or use the MLX format") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ModelFileError(path, "a dict of tensors by name", f"a {type(value).__name__}", "choose another file")
-    for name, item in value.items():
-        if isinstance(item, torch.Tensor):
-            check_stored(path, name, item)
+    tensors = {f"{key}.{part}": item for key, entry in value.items()
+               for part, item in (entry.items() if isinstance(entry, dict) else [("", entry)])
+               if isinstance(item, torch.Tensor)}
+    for name, item in tensors.items():
+        check_stored(path, name, item)
+    if mmap:  # otherwise the checksums have been verified
+        refuse_unfinished(path, tensors)
     return value, {}
 
 

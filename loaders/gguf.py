@@ -2,8 +2,7 @@
 
 The header holds metadata, then name, shape, type and offset of every tensor; the tensor data follow, aligned. All of it
 is checked before a byte of a tensor is touched: nothing is read or allocated because a number in the header says so.
-(The ``gguf`` package, 0.19, lacks the types Q2_0, PQ2_0 and PTQ1_0, and follows an array of any claimed length past the
-end of the file until memory is full.)
+(The ``gguf`` package, 0.19, lacks half of our types, and follows an array of any length past the end of the file.)
 
 Source: ``gguf.h`` and ``ggml-common.h`` of ggml; those of PrismML's fork of llama.cpp for PQ2_0 and PTQ1_0.
 """
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from .errors import DOWNLOAD_AGAIN, ModelFileError
+from .files import refuse_unfinished
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,7 @@ def read(path: Path, mmap: bool = True) -> tuple[dict[str, torch.Tensor], dict[s
     data = data if mmap else data.clone()
     tensors = {name: data[entry.offset :][: entry.size].view(*entry.shape[:-1], entry.row).view(entry.type.dtype)
                for name, entry in contents.entries.items()}
+    refuse_unfinished(path, tensors)
     return tensors, {key: value for key, value in contents.metadata.items() if isinstance(value, str)}
 
 

@@ -7,6 +7,7 @@ touched.
 
 import logging
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +16,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from safetensors import SafetensorError
 
+from .. import disk
 from ..ops.packed import equal, is_packed
 from . import formats
 from .description import variant
-from .errors import CHOOSE_UNMODIFIED, ModelFileError, refusing
-from .files import Progress, TensorFile, no_progress
+from .errors import CHOOSE_UNMODIFIED, ModelFileError
+from .files import Progress, Stamps, TensorFile, no_progress
 from .formats.dense import expand
-from .formats.interface import About
+from .formats.interface import About, Writer
 from .klein import KleinConfig, check_klein, is_comfyui
 from .names import nested, to_comfyui, to_diffusers
 from .names import normalise as normalise_names
@@ -43,6 +45,7 @@ class Model(Generic[Config]):
     config: Config
     metadata: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    stamps: Stamps = field(default_factory=dict)
 
 
 class Transformer(Model[KleinConfig]):
@@ -94,7 +97,7 @@ def load_transformer(path: Path | str, progress: Progress = no_progress, mmap: b
     """
     file = _open(path, "transformer", progress, mmap)
     name, tensors = formats.decode(file)
-    return Transformer(file.path, name, tensors, check_klein(file, tensors), file.metadata, _log(file))
+    return Transformer(file.path, name, tensors, check_klein(file, tensors), file.metadata, _log(file), file.stamps)
 
 
 def load_dense_transformer(path: Path | str, mmap: bool = True) -> Transformer:
@@ -103,7 +106,8 @@ def load_dense_transformer(path: Path | str, mmap: bool = True) -> Transformer:
     file = _open(path, "transformer", no_progress, mmap)
     formats.refuse_other_than_tensors(file)
     tensors = normalise_names(file.path, file.tensors)
-    return Transformer(file.path, "dense", tensors, check_klein(file, tensors), file.metadata, _log(file))
+    return Transformer(file.path, "dense", tensors, check_klein(file, tensors), file.metadata, _log(file),
+                       file.stamps)
 
 
 def load_text_encoder(path: Path | str, progress: Progress = no_progress, mmap: bool = True) -> TextEncoder:
@@ -111,7 +115,7 @@ def load_text_encoder(path: Path | str, progress: Progress = no_progress, mmap: 
     file = _open(path, "text_encoder", progress, mmap)
     name, tensors = formats.decode(file)
     tensors = normalise(file.path, tensors)
-    return TextEncoder(file.path, name, tensors, check_qwen3(file, tensors), file.metadata, _log(file))
+    return TextEncoder(file.path, name, tensors, check_qwen3(file, tensors), file.metadata, _log(file), file.stamps)
 
 
 def load_vae(path: Path | str, mmap: bool = True) -> Vae:
@@ -119,19 +123,19 @@ def load_vae(path: Path | str, mmap: bool = True) -> Vae:
     file = _open(path, "vae", no_progress, mmap)
     formats.refuse_other_than_tensors(file)
     tensors, config = check_vae(file)
-    return Vae(file.path, "diffusers", tensors, config, file.metadata, _log(file))
+    return Vae(file.path, "diffusers", tensors, config, file.metadata, _log(file), file.stamps)
 
 
-def _verify(model: Transformer, keeps_codes: bool, path: Path, progress: Progress) -> None:
-    """Raise ModelFileError unless ``path`` loads to exactly the weights of ``model``."""
+def _verify(model: Transformer, keeps_codes: bool, path: Path, progress: Progress) -> str | None:
+    """The first tensor of ``model`` to whose values ``path`` does not load; None if there is none."""
     written = load_transformer(path, progress).tensors
     expected = to_comfyui(model.tensors) if is_comfyui(written) else to_diffusers(model.tensors)
     for name, tensor in expected.items():
         other = written[name]
         same = equal(tensor, other) if is_packed(tensor) and is_packed(other) else torch.equal(tensor, other)
         if not same and (keeps_codes or not torch.equal(expand(tensor), expand(other))):
-            raise ModelFileError(model.path, f"{name} on disk as in memory", "a difference after writing",
-                                 "check the disk")
+            return name
+    return None
 
 
 def _flush(path: Path) -> None:
@@ -139,35 +143,48 @@ def _flush(path: Path) -> None:
     probe = path.with_name("probe")  # beside a "model" or "model.safetensors", see below
     probe.touch()
     for file in [path] if path.is_file() else sorted(path.iterdir()):
-        file.chmod(probe.stat().st_mode)
-        with file.open("rb+") as handle:
-            os.fsync(handle.fileno())
+        with disk.optional():
+            file.chmod(probe.stat().st_mode)
+        disk.flush_path(file)
 
 
 def save_transformer(model: Transformer, path: Path, target: str, progress: Progress = no_progress) -> None:
     """Write ``model`` to ``path`` in the format ``target``, one of :func:`~.formats.targets`.
 
     ``progress`` follows the second half of the work, loading back what was written. Raises ModelFileError on an
-    existing path, a name of the wrong kind, or a format that cannot hold the weights exactly.
+    existing path, a name of the wrong kind, a format that cannot hold the weights exactly, or a disk that fails.
     """
     writer = formats.writer(target, path)
     if writer.suffixes and path.suffix not in writer.suffixes:
         raise ModelFileError(path, f"a file name ending in {writer.suffixes[0]}", f"{path.name!r}", "add the ending")
+    try:
+        _save(model, path, target, writer, progress)
+    except ValueError as error:
+        raise ModelFileError(model.path, f"weights that the {target} format holds exactly", str(error),
+                             "choose another format") from error
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        raise ModelFileError(path, "a whole file written there", disk.reason(error),
+                             f"{disk.advice(error)} and save again, for nothing was written") from error
+
+
+def _save(model: Transformer, path: Path, target: str, writer: Writer, progress: Progress) -> None:
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".bonsai-image-") as scratch:
-        written = Path(scratch) / f"model{path.suffix if writer.suffixes else ''}"
-        with (refusing(path, "a disk that takes the file", "free some space or choose another folder", OSError,
-                       RuntimeError, SafetensorError),
-              refusing(model.path, f"weights that the {target} format holds exactly", "choose another format",
-                       ValueError)):
-            about = About(variant(model.tensors, check_codes=True), model.source)
-            writer.write(written, model.tensors, model.config, about)
-            _flush(written)
-        _verify(model, writer.keeps_codes, written, progress)
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".bonsai-image-"))
+    try:
+        written = scratch / f"model{path.suffix if writer.suffixes else ''}"
+        about = About(variant(model.tensors, check_codes=True), model.source)
+        writer.write(written, model.tensors, model.config, about)
+        _flush(written)
+        if name := _verify(model, writer.keeps_codes, written, progress):
+            raise ModelFileError(model.path, f"{name} on disk as in memory", "a difference after writing",
+                                 "check the disk")
         # The target may have been created meanwhile.
         refuse_existing(path)
-        written.rename(path)
+        disk.patiently(written.rename, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # on Windows, what an error keeps mapped cannot be deleted
+    disk.flush_path(path.parent)
 
 
 def refuse_existing(path: Path) -> None:

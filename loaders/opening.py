@@ -1,5 +1,6 @@
 """Which files a model consists of, and opening them: one file, or the shards that an index lists."""
 
+import contextlib
 import os
 import reprlib
 from collections.abc import Iterator
@@ -37,6 +38,15 @@ def files_in(folder: Path) -> list[Path]:
 def folders_in(folder: Path) -> list[Path]:
     """The folders that lie in ``folder`` itself, sorted."""
     return [child for child in _visible(folder) if os.path.isdir(child)]
+
+
+def fingerprint(path: Path, depth: int = 5) -> tuple:
+    """Names, sizes and times of the file or of all files in the folder ``path``: others once one is replaced."""
+    if os.path.isdir(path):
+        return tuple(fingerprint(child, depth - 1) for child in _visible(path)) if depth else ()
+    with contextlib.suppress(OSError):  # a link to nowhere
+        return path.name, *files.stamp(path), path.stat().st_ctime_ns
+    return (path.name,)
 
 
 def _shards(folder: Path) -> dict[str, set[str]]:
@@ -91,7 +101,9 @@ def open_tensors(path: Path, progress: Progress = no_progress, mmap: bool = True
                         quantization=read_json(folder / "quantization_config.json"), progress=progress, mapped=mmap)
     for file, listed in found.items():
         files.refuse_stand_in(file)
-        part, opened.metadata = _readers().get(file.suffix.lower(), files.read_safetensors)(file, mmap)
+        with refusing(file, "a readable file", "check its permissions and its disk", OSError, RuntimeError):
+            opened.stamps[file] = files.stamp(file)
+            part, opened.metadata = _readers().get(file.suffix.lower(), files.read_safetensors)(file, mmap)
         if listed and (odd := sorted(part.keys() ^ listed)):
             opened.warn(f"the index and {file.name} differ in {len(odd)} tensors, such as {odd[0]}")
         opened.tensors |= part

@@ -5,10 +5,22 @@ from collections.abc import Callable
 import comfy.model_management
 import comfy.sd
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+from ..loaders.files import Stamps, refuse_changed
 
 #: One latent position covers this many pixels in each direction.
 _PIXELS = 16
+
+
+def check_files(patcher, stamps: Stamps) -> None:
+    """Before the weights of ``patcher`` are copied or used, refuse files that changed since they were mapped."""
+    def check(executor, *args, **kwargs):
+        refuse_changed(stamps)
+        return executor(*args, **kwargs)
+
+    add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "bonsai_image", check, patcher.model_options,
+                         is_model_options=True)
 
 
 def check_inputs(patcher, text_width: int) -> None:

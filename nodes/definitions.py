@@ -9,6 +9,8 @@ from comfy_api.latest import ComfyExtension, io, ui
 from server import PromptServer
 
 from ..loaders import container_suffixes, find_repository, load_transformer, save_transformer
+from ..loaders.files import refuse_changed
+from ..loaders.opening import fingerprint
 from ..ops import backends
 from ..ops.devices import DTYPES
 from . import folders, models
@@ -53,6 +55,14 @@ class _Loader(io.ComfyNode):
         """Replaces ComfyUI's check of these lists: the frontend hides its message behind an icon, but shows in full
         what ``execute`` raises."""
         return True
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str = "", model_name: str = "", text_encoder_name: str = "", **_) -> list:
+        """Makes ComfyUI load a file again that was replaced."""
+        paths = (checkpoint and folders.resolve_checkpoint(checkpoint),
+                 model_name and folders.resolve("diffusion_models", model_name),
+                 text_encoder_name and folders.resolve("text_encoders", text_encoder_name))
+        return [fingerprint(Path(path)) for path in paths if path]
 
 
 class BonsaiCheckpointLoader(_Loader):
@@ -163,6 +173,7 @@ class BonsaiSaveModel(io.ComfyNode):
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory())
         file = f"{name}_{counter:05}_.safetensors"
+        refuse_changed(origin.stamps)
         # Read the file again: the MODEL in memory may be offloaded or in use.
         progress = models.progress_bar()
         target = "comfy-base3" if storage == "base3" else "comfy"

@@ -12,7 +12,7 @@ from pathlib import Path
 import folder_paths
 
 from ..loaders import ModelFileError
-from ..loaders.files import SAFETENSORS_SUFFIXES
+from ..loaders.files import SAFETENSORS_SUFFIXES, locate
 from ..loaders.opening import folders_in
 from ..loaders.repository import resembles_repository
 from ..published import PARTIAL, REPOSITORIES
@@ -102,10 +102,11 @@ def resolve_checkpoint(name: str) -> str:
 def resolve(kind: str, name: str) -> str:
     """The path of a choice. Raises ModelFileError if it is gone."""
     # Lexically, without resolving links: what a user has linked into the folder may lie anywhere.
-    inside = not Path(name).anchor and ".." not in Path(name).parts
+    slashed = Path(name.replace("\\", "/"))
+    inside = not slashed.anchor and ".." not in slashed.parts
     for root in map(Path, folder_paths.get_folder_paths(kind)):
-        if inside and (root / name).exists():
-            return str(root / name)
+        if inside and os.path.exists(found := locate(root, name)):
+            return str(found)
     action = how_to_download(name) if kind == "diffusers" else "put it there and press R to refresh the list"
     raise ModelFileError(name, f"a file or folder under models/{kind}", "nothing of that name", action)
 

@@ -13,7 +13,7 @@ from comfy.cli_args import args as host_args
 
 from ..loaders import ModelFileError, load_text_encoder, load_transformer, load_vae
 from ..loaders.description import count, publication
-from ..loaders.files import Progress
+from ..loaders.files import Progress, Stamps
 from ..loaders.klein import is_packable
 from ..loaders.names import to_comfyui
 from ..loaders.opening import tensor_files
@@ -42,6 +42,7 @@ class Origin:
     variant: str
     source: str
     setting: backends.Setting
+    stamps: Stamps
 
 
 def progress_bar() -> Progress:
@@ -90,8 +91,10 @@ def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting
         patcher.set_model_compute_dtype(dtype)
     lora.install(patcher)
     advice.check_inputs(patcher, loaded.config.joint_attention_dim)
+    advice.check_files(patcher, loaded.stamps)
     patcher.cached_patcher_init = (load_model, (path, compute_dtype, setting))
-    patcher.set_attachments(ATTACHMENT, Origin(path, loaded.format, loaded.variant, loaded.source, setting))
+    origin = Origin(path, loaded.format, loaded.variant, loaded.source, setting, loaded.stamps)
+    patcher.set_attachments(ATTACHMENT, origin)
     found = backends.choices(setting, patcher.load_device, loaded.tensors.values(), _dtype(patcher))
     if backends.only("mlx", found):
         with libraries.contained(libraries.MLX, "cannot run the whole transformer"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from ..disk import advice, reason
 from ..loaders import ModelFileError, load_transformer, save_transformer, targets
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
@@ -179,8 +180,10 @@ def run(command: Callable[[argparse.Namespace], int | None], args: argparse.Name
     sentence to stderr if the input is unusable."""
     try:
         return command(args) or 0
-    except (ModelFileError, ValueError, OSError) as error:
+    except (ModelFileError, ValueError, OSError, MemoryError) as error:
         if broken_import(error):
             raise
-        print(f"bonsai-image: {error}", file=sys.stderr)
+        said = str(error) if isinstance(error, (ModelFileError, ValueError)) else (
+            f"{reason(error)}; {advice(error)} and run the same command again.")
+        print(f"bonsai-image: {said}", file=sys.stderr)
         return 2

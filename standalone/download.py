@@ -5,16 +5,19 @@ Needs huggingface_hub only, so that any Python that has it can run it. Nothing e
 
 import argparse
 import json
+import os
 from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
+from ..disk import advice, patiently, reason, write_whole
 from ..published import PARTIAL, RECORD, REPOSITORIES, Repository
 
-#: What the client's HTTP library raises, in every version: the client's own error derives from it.
-_TRANSPORT_ERRORS = (*HfHubHTTPError.__bases__, OSError)
+
+class Refused(ValueError):
+    """One sentence about what was not downloaded, or not wholly, and what to do."""
 
 
 def _matches(file: Path, entry) -> bool:
@@ -30,19 +33,19 @@ def _matches(file: Path, entry) -> bool:
 def _inside(name: str) -> str:
     path = PureWindowsPath(name)  # treats / and \ as separators
     if path.anchor or ".." in path.parts:
-        raise ValueError(f"The hub names a file outside of the repository ({name}); nothing was downloaded.")
+        raise Refused(f"The hub names a file outside of the repository ({name}); nothing was downloaded.")
     return name
 
 
 def _refuse_changed(repository: Repository, commit: str, listed: dict) -> None:
-    """Raise ValueError where the hub lists a weight file with another size or hash than the one known at ``commit``.
+    """Raise Refused where the hub lists a weight file with another size or hash than the one known at ``commit``.
 
     ``listed``: the hub's entries by name.
     """
     for file in repository.files if commit == repository.commit else ():
         entry = listed.get(file.path)
         if not entry or entry.size != file.size or file.sha256 not in (None, entry.lfs and entry.lfs.sha256):
-            raise ValueError(f"{file.path} of {repository.id} at {commit} is not the published file of {file.size:,} "
+            raise Refused(f"{file.path} of {repository.id} at {commit} is not the published file of {file.size:,} "
                              "bytes; nothing was downloaded.")
 
 
@@ -51,43 +54,50 @@ def download(repository: Repository, revision: str | None, folder: Path) -> Path
     return that.
 
     A broken connection is resumed where it stopped. After an interruption, whole files stay in ``<name>.partial`` and
-    are not fetched again; the client library starts the others over. Raises ValueError, one sentence, where the target
-    exists, the hub does not answer, or a file is not what the hub or :mod:`..published` says it is.
+    are not fetched again; the client library starts the others over. Raises :class:`Refused` where the target exists,
+    the hub does not answer, a file is not what the hub or :mod:`..published` says it is, or whatever else goes wrong.
     """
     revision = revision or repository.commit or "main"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{folder} is not a writable folder ({error.strerror}); choose another with --to.") from error
     target = folder / repository.id.split("/")[1]
     partial = target.with_name(f"{target.name}{PARTIAL}")
-    if target.exists():
-        raise ValueError(f"{target} already exists; remove it, or choose another folder with --to.")
     try:
-        info = HfApi().model_info(repository.id, revision=revision, files_metadata=True, token=False)
-        listed = {_inside(entry.rfilename): entry for entry in info.siblings}
-        _refuse_changed(repository, info.sha, listed)
-        snapshot_download(repository.id, revision=info.sha, local_dir=partial, token=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(target):
+            raise Refused(f"{target} already exists; remove it, or choose another folder with --to.")
+    except OSError as error:
+        raise Refused(f"{folder} is not a writable folder ({reason(error)}); choose another with --to.") from error
+    try:
+        _fetch(repository, revision, partial)
+        patiently(partial.rename, target)
+    except (Refused, KeyboardInterrupt, SystemExit, ModuleNotFoundError):
+        raise
     except RevisionNotFoundError as error:
-        raise ValueError(f"{repository.id} has no revision {revision}; use --revision main for the newest.") from error
-    except _TRANSPORT_ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"Downloading {repository.id} stopped ({reason}); whole files are kept, so run the same "
-                         "command again to continue.") from error
+        raise Refused(f"{repository.id} has no revision {revision}; use --revision main for the newest.") from error
+    except BaseException as error:  # whatever the client's libraries raise; a panic of its Rust part is no Exception
+        first = f"{todo} and " if (todo := advice(error, "")) else ""
+        raise Refused(f"Downloading {repository.id} stopped ({reason(error)}); whole files are kept in {partial}, so "
+                      f"{first}run the same command again to continue.") from error
+    return target
+
+
+def _fetch(repository: Repository, revision: str, partial: Path) -> None:
+    """Bring ``partial`` to hold exactly the files of the repository, and a record of where they came from."""
+    info = HfApi().model_info(repository.id, revision=revision, files_metadata=True, token=False)
+    listed = {_inside(entry.rfilename): entry for entry in info.siblings}
+    _refuse_changed(repository, info.sha, listed)
+    snapshot_download(repository.id, revision=info.sha, local_dir=partial, token=False)
     if damaged := [name for name, entry in listed.items() if not _matches(partial / name, entry)]:
         for name in damaged:
-            (partial / name).unlink(missing_ok=True)
-        raise ValueError(f"{', '.join(damaged)} arrived damaged and was removed; run the same command again to "
-                         "download it again.")
+            patiently((partial / name).unlink, True)
+        raise Refused(f"{', '.join(damaged)} arrived damaged and was removed; run the same command again to download "
+                      "it again.")
     # Files of another revision, from an interrupted download of it; the client's own records stay.
     for file in list(partial.rglob("*")):
         name = file.relative_to(partial).as_posix()
         if file.is_file() and name not in listed and not name.startswith(".cache/"):
-            file.unlink()
+            patiently(file.unlink)
     record = {"repository": repository.id, "revision": revision, "commit": info.sha}
-    (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.rename(target)
-    return target
+    write_whole(partial / RECORD, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def main(argv: list[str]) -> int:
@@ -106,6 +116,6 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv[1:])
     try:
         print(download(REPOSITORIES[args.variant, args.format], args.revision, args.to))
-    except ValueError as error:
+    except Refused as error:
         parser.exit(2, f"bonsai-image: {error}\n")
     return 0

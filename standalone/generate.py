@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..disk import write_whole
 from ..loaders import ModelFileError, Repository, Transformer, find_repository, load_text_encoder, load_transformer
 from ..loaders.description import count
-from ..loaders.files import Progress, no_progress
+from ..loaders.files import Progress, no_progress, refuse_changed
 from ..loaders.opening import tensor_files
 from ..ops import backends
 from ..ops.backends.mlx import backend as mlx_backend
@@ -184,6 +184,7 @@ def generate(repository: Repository, prompts: Sequence[str], compute: Compute, w
     del pipeline  # makes room for the diffusion model
     with stages.run("load diffusion model") as advance:
         model = model or load_transformer(repository.transformer, advance)
+        refuse_changed(model.stamps)
         if (text_width := model.config.joint_attention_dim) != embeddings.shape[-1]:
             raise ModelFileError(model.path, f"a model for text {embeddings.shape[-1]} wide, as the text encoder's",
                                  f"one for {text_width}", "choose a model and a text encoder that fit")

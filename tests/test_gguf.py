@@ -366,6 +366,6 @@ def test_rounded_block_layer(models, tmp_path):
     """Q8_0 in a layer that Bonsai packs: an ordinary FLUX.2 Klein, or Bonsai rounded."""
     entries = gguf.layout({name: (gguf.Q8_0 if name == QKV else gguf.BF16, tuple(tensor.shape))
                            for name, tensor in models[1].dense.items()})
-    data = (torch.zeros(entry.size, dtype=torch.uint8) for entry in entries.values())
+    data = (torch.ones(entry.size, dtype=torch.uint8) for entry in entries.values())
     gguf.write(tmp_path / "model.gguf", entries, data, {})
     assert "Q8_0" in refusal(load_transformer, tmp_path / "model.gguf")

@@ -15,7 +15,7 @@ from typing import Any
 from ...loaders import ModelFileError, Repository, container_suffixes
 from ...loaders.description import sha256
 from ...loaders.errors import refusing
-from ...loaders.files import PICKLE_SUFFIXES, SAFETENSORS_SUFFIXES, no_progress
+from ...loaders.files import PICKLE_SUFFIXES, SAFETENSORS_SUFFIXES, locate, no_progress
 from ..generate import check_settings
 from ..references import open_image
 from . import table
@@ -96,7 +96,7 @@ def make(record: dict[str, Any], defaults: Row, folder: Path) -> Row:
     check_settings(row.width, row.height, row.steps, row.seed, row.prompt)
     for name in ("reference", "lora"):
         if getattr(row, name):
-            path = folder.absolute() / getattr(row, name)
+            path = locate(folder.absolute(), getattr(row, name))
             if not path.is_file():
                 raise ValueError(f"{name} {path} does not exist")
             row = replace(row, **{name: str(path)})

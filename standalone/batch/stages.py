@@ -24,6 +24,7 @@ from PIL import Image
 
 from ...disk import write_whole
 from ...loaders import ModelFileError, load_transformer
+from ...loaders.files import refuse_changed
 from ...ops.backends import Setting
 from .. import generate, lora, models
 from ..references import open_image
@@ -153,7 +154,7 @@ class Denoise(Stage):
     def __init__(self, work: Work):
         super().__init__(work)
         loaded = load_transformer(self.repository.transformer)
-        self.source = loaded.source
+        self.source, self.stamps = loaded.source, loaded.stamps
         transformer = models.transformer_module(loaded, *self.compute)
         self.pipeline = generate.image_pipeline(self.repository, transformer, self.compute)
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
@@ -168,6 +169,7 @@ class Denoise(Stage):
                 yield part
 
     def run(self, rows: list[dict[str, Any]], data: list[np.ndarray]) -> list[np.ndarray]:
+        refuse_changed(self.stamps)
         first, copies = rows[0], self.work.batch - len(rows)
         tensors = [torch.from_numpy(part.copy()).view(self.work.dtype) for part in data]
         embeddings = torch.stack(tensors + tensors[-1:] * copies).to(self.compute.device)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...loaders import ModelFileError
+from ...loaders.files import locate
 from ..references import open_image
 
 #: The inputs of every known node that are widgets, in the order in which a saved workflow lists their values.
@@ -130,7 +131,7 @@ class _Reader:
 
     def _scaled(self) -> tuple[int, int]:
         """Width and height of the reference as ImageScaleToTotalPixels makes them."""
-        path = self._path.parent / self.value("LoadImage", "image")
+        path = locate(self._path.parent, self.value("LoadImage", "image"))
         try:
             width, height = open_image(path).size
         except ModelFileError as error:

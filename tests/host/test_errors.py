@@ -1,7 +1,9 @@
 """What goes wrong in a first graph ends in one sentence that says what to do."""
 
 import importlib.util
+import os
 import shlex
+import shutil
 import subprocess
 
 import comfy.model_management
@@ -127,6 +129,34 @@ def test_out_of_memory_in_the_vae_after_the_host_has_tried_tiles(repository, mon
     with pytest.raises(comfy.model_management.OOM_EXCEPTION, match=r"VAE, which takes.*lower .*--cpu-vae") as caught:
         getattr(vae, method)(given)
     assert len(calls) > 1 and one_sentence(str(caught.value)) and comfy.model_management.is_oom(caught.value)
+
+
+@pytest.mark.parametrize("change", ["replaced", "truncated"])
+def test_a_model_file_that_changes_is_noticed(change, transformer, repository, tmp_path, monkeypatch):
+    """The node loads it again in the next prompt; a MODEL whose file is mapped computes nothing from another file."""
+    for kind, source in (("diffusion_models", transformer), ("diffusers", repository)):
+        shutil.copytree(source, tmp_path / kind / "mini")
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))
+
+    def fingerprints():
+        return (nodes.BonsaiModelLoader.fingerprint_inputs(model_name="mini", compute_dtype="auto"),
+                nodes.BonsaiCheckpointLoader.fingerprint_inputs(checkpoint="mini"))
+
+    seen, latent = fingerprints(), torch.zeros(1, 128, 4, 4)
+    model = nodes.BonsaiModelLoader.execute("mini", compute_dtype="fp32").args[0].clone()
+    sample(model, latent)
+    assert fingerprints() == seen
+    for file in (tmp_path / "diffusion_models/mini/diffusion_pytorch_model.safetensors",
+                 tmp_path / "diffusers/mini/vae/diffusion_pytorch_model.safetensors"):
+        if change == "truncated":
+            os.truncate(file, 100_000)
+        else:
+            shutil.copy(file, file.with_suffix(".new"))
+            file.with_suffix(".new").replace(file)
+    assert all(now != before for now, before in zip(fingerprints(), seen, strict=True))
+    for use in (lambda: sample(model, latent), lambda: nodes.BonsaiSaveModel.execute(model, "mini", "packed")):
+        with pytest.raises(ModelFileError, match="one that has changed since; load the model again"):
+            use()
 
 
 def _without(monkeypatch, missing: str) -> None:

@@ -58,9 +58,12 @@ def test_choices_are_files_and_folders(folders, transformer):
     choices = node_folders.model_choices("diffusion_models")
     assert choices == ["mini", "mini/diffusion_pytorch_model.safetensors"]
     for choice in choices:
-        assert load_transformer(node_folders.resolve("diffusion_models", choice)).variant == "ternary"
+        for name in (choice, choice.replace("/", "\\")):  # as a workflow made on Windows has it
+            assert load_transformer(node_folders.resolve("diffusion_models", name)).variant == "ternary"
     with pytest.raises(ModelFileError, match="press R"):
         node_folders.resolve("diffusion_models", "../diffusers")
+    with pytest.raises(ModelFileError, match="press R"):
+        node_folders.resolve("diffusion_models", "..\\diffusers")
 
 
 @pytest.mark.parametrize("storage", ["packed", "base3"])

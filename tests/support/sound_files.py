@@ -76,7 +76,7 @@ def write_all(root: Path) -> Path:
     for name, tensors in (("mlx", mlx.encode(model)), ("comfy", comfy.encode(ours)), ("unpacked", plain),
                           ("base3", comfy.encode(ours, base3=True)), ("single", to_comfyui(plain)),
                           ("te-mlx", mlx.encode(encoder)),
-                          ("te-dense", {name: torch.zeros(tensor.shape) for name, tensor in encoder.items()})):
+                          ("te-dense", {name: torch.ones(tensor.shape) for name, tensor in encoder.items()})):
         save_file(tensors, root / name / FILES[name][1], {"format": "pt"})
     torch.save(gemlite.encode(model), root / "gemlite" / "state_dict.pt")
     torch.save(hqq_entries(encoder), root / "te-hqq" / "qmodel.pt")
