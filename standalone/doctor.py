@@ -1,6 +1,5 @@
 """What a bug report needs, and what will be slow: versions, devices, backends and why, memory, models found."""
 
-import importlib.metadata
 import platform
 import re
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from ..loaders.description import publication
 from ..loaders.opening import files_in, folders_in, tensor_files
 from ..loaders.repository import resembles_repository
 from ..ops import backends
-from ..ops.backends import Setting
+from ..ops.backends import Setting, libraries
 from ..ops.devices import cpu_has_fast_bfloat16, default_dtype
 from ..ops.packed import Packed
 
@@ -38,19 +37,12 @@ def diagnose(program: Path) -> dict[str, Any]:
                      "system": f"{platform.system()} {platform.release()} {platform.machine()}",
                      # torch's metadata on PyPI do not say for which GPUs it was built.
                      "ComfyUI": _comfyui_version(comfyui), "torch": str(torch.__version__),
-                     **{name: _version(name) for name in _LIBRARIES}},
+                     **{name: libraries.version(name) for name in _LIBRARIES}},
         "devices": devices,
         "memory": {"total": psutil.virtual_memory().total, "free": psutil.virtual_memory().available},
         "models": list(_models(comfyui)) if comfyui else [],
         "advice": list(dict.fromkeys(text for device in devices for text in _advice(device))),
     }
-
-
-def _version(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _comfyui(program: Path) -> Path | None:

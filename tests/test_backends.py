@@ -173,22 +173,6 @@ def test_the_choice_is_logged_once(caplog):
 # What is installed
 
 
-@pytest.mark.parametrize(("gemlite", "triton", "said"), [
-    ("0.6.0.post2", "3.9.0", None),
-    ("0.6.0", "3.6.0", None),
-    ("0.5.1.post1", "3.7.1", None),
-    ("0.5.1.post1", "3.8.0", "gemlite 0.5.1.post1 does not work with triton 3.8.0; update it"),
-    ("0.5.1", "3.10.0", "gemlite 0.5.1 does not work with triton 3.10.0"),
-    ("0.6.0", "3.5.1", "gemlite 0.6.0 needs triton 3.6 or newer, found 3.5.1; update PyTorch"),
-])
-def test_versions_of_gemlite_and_triton(monkeypatch, gemlite, triton, said):
-    monkeypatch.setattr(libraries, "missing", lambda library: None)
-    monkeypatch.setattr(libraries, "problem", lambda library, use=None: None)
-    monkeypatch.setattr(libraries, "version", lambda library: {"gemlite": gemlite, "triton": triton}[library.name])
-    reason = gemlite_backend.problem(None)
-    assert reason is None if said is None else said in reason
-
-
 @pytest.mark.parametrize(("gpu", "said"), [(GEFORCE, None), (TURING, "sm_75"), (RADEON, "RX 7900 XTX"), (ARC, "A770")])
 def test_gemlite_and_gpus(machine, gpu, said):
     machine(gpu)

@@ -51,6 +51,8 @@ def stand_in(monkeypatch, tmp_path, fresh_backends):
     pytest.importorskip("triton")  # GemLite is asked for after it
     yield install
     cpu_backend.instruction.cache_clear()
+    for module in [module for module in sys.modules if (tmp_path / module.partition(".")[0]).is_dir()]:
+        del sys.modules[module]
 
 
 def check(backend, caplog) -> str:

@@ -62,26 +62,10 @@ def problem(device: torch.device | None, fast: bool = False) -> str | None:
             return f"gemlite is untested on {name}"
         if capability < AMPERE:  # its kernels compile to scalar code there
             return f"gemlite is slow before Ampere, {name} is {here.architecture}"
-    found = libraries.missing(LIBRARY) or libraries.problem(libraries.TRITON) or version_problem()
+    found = libraries.missing(LIBRARY) or libraries.problem(libraries.TRITON)
     if found is not None or device is None:  # its import needs a GPU, and sets a Triton allocator in the context
         return found
     return contextvars.copy_context().run(libraries.problem, LIBRARY, _modules)
-
-
-def version_problem() -> str | None:
-    """Why the versions of GemLite and Triton cannot be used together, or None.
-
-    Sources: GemLite 0.5.1 uses what Triton 3.8 removed; 0.6 needs Triton 3.6.
-    """
-    gemlite, triton = libraries.version(LIBRARY), libraries.version(libraries.TRITON)
-    if gemlite is None or triton is None:
-        return None
-    old, release = libraries.release(gemlite) < (0, 6), libraries.release(triton)
-    if old and release >= (3, 8):
-        return f"gemlite {gemlite} does not work with triton {triton}; update it (pip install --upgrade gemlite)"
-    if not old and release < (3, 6):
-        return f"gemlite {gemlite} needs triton 3.6 or newer, found {triton}; update PyTorch, which brings it"
-    return None
 
 
 def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:

@@ -38,9 +38,10 @@ LLVMLITE = Library("llvmlite", "llvmlite.binding", "0.50", "pip install --upgrad
 #: Linux gets Triton with PyTorch, Windows does not.
 TRITON = Library("triton", "triton.language", "3.6", "pip install triton, on Windows pip install triton-windows",
                  "update the GPU's driver and Triton")
+#: 0.5.1 lacks what Triton 3.8 took away; 0.6 needs Triton 3.6.
 GEMLITE = Library("gemlite", "gemlite.core", "0.6",
                   "pip install --upgrade gemlite, on Windows pip install --upgrade --no-deps gemlite",
-                  "update gemlite (pip install --upgrade gemlite)")
+                  "update gemlite (pip install --upgrade gemlite), and Triton (with PyTorch) if it is below 3.6")
 MLX = Library("mlx", "mlx.core", "0.32.4", "pip install --upgrade mlx",
               "reinstall MLX for this macOS (pip install --force-reinstall --no-cache-dir mlx mlx-metal, in a native "
               "arm64 Python), or update MLX and, on macOS 26.0 or 26.1, macOS to 26.2")
@@ -96,19 +97,20 @@ def sentence(library: Library, failure: BaseException | str, what: str = "fails 
     if isinstance(failure, BaseException):
         lines = str(failure).strip().splitlines()
         failure = f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__
-    found = version(library)
+    found = version(library.name, library.module)
     old = found is not None and () < release(found) < release(library.oldest)
     cure = f"{library.oldest} or newer is needed ({library.install})" if old else f"to repair it: {library.remedy}"
     return f"{' '.join(filter(None, (library.name, found)))} {what} ({failure}); {cure}"
 
 
-def version(library: Library) -> str | None:
-    """The version that was imported, else the one that is installed (Triton has several names there), or None."""
+def version(name: str, module: str = "") -> str | None:
+    """The version of ``module`` or ``name`` that was imported, else the one that is installed (Triton has several names
+    there), or None."""
     with suppress(*FAILURES):
-        for module in (library.module, library.name):
-            if isinstance(found := getattr(sys.modules.get(module), "__version__", None), str):
+        for imported in (module, name):
+            if isinstance(found := getattr(sys.modules.get(imported), "__version__", None), str):
                 return found
-        return importlib.metadata.version(library.name)
+        return importlib.metadata.version(name)
     return None
 
 

@@ -16,7 +16,6 @@ import torch
 from bonsai_image.loaders import ModelFileError
 from bonsai_image.nodes import definitions as nodes
 from bonsai_image.nodes import folders, models
-from bonsai_image.ops.backends import libraries
 
 TEXT_WIDTH = 3 * 2560
 MISSING = "bonsai-image-binary-4B-mlx-1bit"
@@ -177,20 +176,9 @@ def _old_mlx(monkeypatch) -> None:
     monkeypatch.setattr(mx, "__version__", "0.28.0")
 
 
-def _versions(gemlite: str, triton: str):
-    def install(monkeypatch) -> None:
-        monkeypatch.setattr(libraries, "missing", lambda library: None)
-        monkeypatch.setattr(libraries, "problem", lambda library, use=None: None)
-        monkeypatch.setattr(libraries, "version", lambda library: {"gemlite": gemlite, "triton": triton}[library.name])
-
-    return install
-
-
 @pytest.mark.parametrize(("backend", "arrange", "said"), [
     ("gemlite", lambda patch: _without(patch, "gemlite"), "gemlite is not installed"),
     ("gemlite", lambda patch: _without(patch, "triton"), "is not installed"),
-    ("gemlite", _versions("0.5.1", "3.8.0"), "gemlite 0.5.1 does not work with triton 3.8.0"),
-    ("gemlite", _versions("0.6.0", "3.5.1"), "gemlite 0.6.0 needs triton 3.6 or newer"),
     ("triton", lambda patch: _without(patch, "triton"), "triton is not installed"),
     ("mlx", lambda patch: _without(patch, "mlx"), "mlx is not installed"),
     ("mlx", _old_mlx, "0.32.4 or newer is needed"),
