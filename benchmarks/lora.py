@@ -1,36 +1,24 @@
 """What LoRAs beside packed weights cost on this machine's CPU: all 80 block linears with and without, side by side.
 
-    COMFYUI_PATH=/path/to/ComfyUI python benchmarks/lora.py [--rows 1536] [--rank 16] [--counts 1 4] [--repeats 5]
+    python benchmarks/lora.py [--rows 1536] [--rank 16] [--counts 1 4] [--repeats 5]
 
 Only the linears are timed, so the share of a whole step (which has attention and norms as well) is smaller.
 """
 
 import argparse
-import os
-import sys
 import time
 
 import torch
 from linear import SHAPES, random_levels
 
-if "COMFYUI_PATH" not in os.environ:
-    sys.exit("set COMFYUI_PATH to a ComfyUI checkout")
-sys.path.insert(0, os.environ["COMFYUI_PATH"])
-from comfy.cli_args import args as host_args
-
-host_args.cpu = True
-
-from comfy.weight_adapter import LoRAAdapter  # noqa: E402
-
-from bonsai_image.nodes.side_paths import side_paths  # noqa: E402
-from bonsai_image.ops import backends  # noqa: E402
-from bonsai_image.ops.devices import DTYPES  # noqa: E402
-from bonsai_image.ops.packed import Packed, rewrap  # noqa: E402
+from bonsai_image.ops import backends
+from bonsai_image.ops.devices import DTYPES
+from bonsai_image.ops.packed import Packed, rewrap
+from bonsai_image.ops.side_paths import Patch, lora, side_paths
 
 
-def patches(n: int, k: int, rank: int, count: int) -> list:
-    return [(0.7, LoRAAdapter(set(), (torch.randn(n, rank).half(), torch.randn(rank, k).half(), float(rank), None, None,
-                                      None)), 1.0, None, None) for _ in range(count)]
+def patches(n: int, k: int, rank: int, count: int) -> list[Patch]:
+    return [Patch(lora(torch.randn(n, rank).half(), torch.randn(rank, k).half()), 0.7) for _ in range(count)]
 
 
 def once(x: torch.Tensor, packed: Packed, weight: torch.Tensor, paths: tuple) -> float:
@@ -55,7 +43,7 @@ def main() -> None:
         x = torch.randn(args.rows, k).to(DTYPES[args.dtype])
         packed = random_levels(n, k, 2)
         weight = rewrap(packed, x.dtype)
-        paths = {count: side_paths(patches(n, k, args.rank, count), "weight", torch.Size((n, k)), x.device)
+        paths = {count: side_paths(patches(n, k, args.rank, count))
                  for count in totals}
         best = dict.fromkeys(totals, float("inf"))
         for _ in range(args.repeats):

@@ -2,6 +2,7 @@
 
 from .errors import ModelFileError
 from .formats import container_suffixes, targets
+from .lora import Lora, load_lora, save_lora
 from .models import (
     TextEncoder,
     Transformer,
@@ -14,6 +15,6 @@ from .models import (
 )
 from .repository import Repository, find_repository, is_repository
 
-__all__ = ["ModelFileError", "Repository", "TextEncoder", "Transformer", "Vae", "container_suffixes",
-           "find_repository", "is_repository", "load_dense_transformer", "load_text_encoder", "load_transformer",
-           "load_vae", "save_transformer", "targets"]
+__all__ = ["Lora", "ModelFileError", "Repository", "TextEncoder", "Transformer", "Vae", "container_suffixes",
+           "find_repository", "is_repository", "load_dense_transformer", "load_lora", "load_text_encoder",
+           "load_transformer", "load_vae", "save_lora", "save_transformer", "targets"]

@@ -18,7 +18,9 @@ from .klein import alike, count_blocks, is_comfyui, layers
 
 Value = TypeVar("Value")
 
-_SWAPPED = "final_layer.adaLN_modulation.1.weight"
+#: The layer whose halves the two have in opposite order.
+FINAL_MODULATION = "final_layer.adaLN_modulation.1"
+_SWAPPED = f"{FINAL_MODULATION}.weight"
 #: The prefixes under which the files of ComfyUI's Save Checkpoint, Save Model and CLIPSave nest the parts of a model.
 PREFIXES = {"transformer": ("model.diffusion_model.", "diffusion_model."), "vae": ("vae.",),
             "text_encoder": ("text_encoders.qwen3_4b.transformer.", "qwen3_4b.transformer.")}

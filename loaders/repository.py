@@ -11,6 +11,7 @@ from ..published import PARTIAL, RECORD, weight_files
 from .errors import CHOOSE_MODEL, CHOOSE_TEXT_ENCODER, DOWNLOAD_REPOSITORY, ModelFileError
 from .files import TensorFile, read_json
 from .klein import is_klein
+from .lora_names import of_lora
 from .names import nested
 from .opening import WELL_KNOWN, files_in, folders_in, open_tensors
 from .qwen3 import is_qwen3
@@ -25,7 +26,7 @@ _CHOOSE = {"transformer": CHOOSE_MODEL, "text_encoder": CHOOSE_TEXT_ENCODER, "va
 
 #: Files of other kinds that users confuse with ours: what they are called, and how their names show it.
 _OTHERS: tuple[tuple[str, Callable[[str], object]], ...] = (
-    ("a LoRA", re.compile(r"\.lora_|\.lokr_|\.hada_|(^|\.)lora_unet_").search),
+    ("a LoRA", of_lora),
     ("a FLUX.1 model", re.compile(r"(^|\.)(double_blocks\.0\.img_mod|transformer_blocks\.0\.norm1_context)\.").search),
     ("the VAE of another model", re.compile(r"^decoder\.conv_in\.weight$").search),
 )

@@ -5,12 +5,14 @@ load of the model, and whenever hooks come or go, :func:`attach` turns them into
 The few dense linears of the model are treated alike: their BF16 weights would round a LoRA away in part.
 """
 
+import logging
+
 import comfy.hooks
 import comfy.model_management
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP, add_wrapper_with_key
 
 from .operations import HostEmbedding, HostLayer
-from .side_paths import Adapters, factors, side_paths
+from .side_paths import Adapters, factors, fits, side_paths
 
 #: The key of the injection and the wrapper.
 _KEY = "bonsai_image_lora"
@@ -23,6 +25,7 @@ def attach(patcher, loading: bool = False) -> None:
     injection of a clone that it has just given a LoRA, while another one is sampling. A layer without adapters gets
     them only during a load (``loading``): ComfyUI also runs injections after a load that failed.
     """
+    drop_misfits(patcher)
     if not loading and patcher.model.current_weight_patches_uuid != patcher.patches_uuid:
         return
     hook_patches = patcher.get_combined_hook_patches(patcher.current_hooks)
@@ -33,12 +36,35 @@ def attach(patcher, loading: bool = False) -> None:
             patches = (*patcher.patches.get(key, ()), *hook_patches.get(key, ()))
             # Called several times per prompt; skip unchanged layers.
             if layer.adapters is None or not layer.adapters.made_for(device, patches):
-                layer.adapters = Adapters(device, patches, side_paths(patches, key, layer.loaded_weight().shape, device,
-                                                                      lookup=isinstance(layer, HostEmbedding)))
+                paths = side_paths(patches, key, device, isinstance(layer, HostEmbedding))
+                layer.adapters = Adapters(device, patches, paths)
             # Under dynamic VRAM, ComfyUI has also left the patch here, to merge it into the weight.
             layer.weight_lowvram_function = None
     if loading:
         count(patcher)
+
+
+def drop_misfits(patcher) -> None:
+    """Take the patches off ``patcher`` that do not fit their weights, and say so in one sentence.
+
+    ComfyUI runs injections, and with them this, as soon as a LoRA is added. It would itself try each patch at every
+    load, log an error for each, and go on.
+    """
+    layers, dropped = dict(patcher.model.named_modules()), []
+    for by_key in (patcher.patches, *patcher.hook_patches.values()):
+        for key, patches in list(by_key.items()):
+            layer = layers.get(key.removesuffix(".weight"))
+            if not isinstance(layer, HostLayer):
+                continue
+            fitting = [patch for patch in patches if fits(patch, layer.loaded_weight().shape)]
+            if len(fitting) < len(patches):
+                dropped.append(key)
+                by_key[key] = fitting
+                if not fitting:
+                    del by_key[key]
+    if dropped:
+        logging.warning("Bonsai Image: a LoRA has no effect on %d weights, which have another shape in this model "
+                        "(first: %s); choose one made for FLUX.2 Klein 4B.", len(dropped), dropped[0])
 
 
 def detach(patcher, unpatch_all: bool) -> None:

@@ -2,16 +2,19 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from .. import __version__
 from ..disk import advice, reason
-from ..loaders import ModelFileError, load_transformer, save_transformer, targets
+from ..loaders import ModelFileError, load_lora, load_transformer, save_lora, save_transformer, targets
+from ..loaders.lora import COMFY_LORA
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
 from . import broken_import, doctor, inspect
@@ -56,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("generate", parents=[sampling, model], help="make an image from a prompt")
     command.add_argument("--prompt", required=True)
     command.add_argument("--image", type=Path, action="append", default=[], help="an image to edit (repeatable)")
+    command.add_argument("--lora", type=lora_option, action="append", default=[], metavar="PATH[:STRENGTH]",
+                         help="a LoRA, at strength 1 unless said (repeatable)")
     command.add_argument("--out", type=png_path, default="bonsai.png", help="PNG file to write; replaced if it exists")
 
     options.add_parsers(commands, [sampling, model])
@@ -66,10 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("path", type=Path)
     command.add_argument("--verify", action="store_true", help="read every byte: compare hashes, check codes")
 
-    command = commands.add_parser("convert", help="convert a diffusion model to another format without loss")
+    command = commands.add_parser("convert", help="convert a diffusion model or a LoRA without loss")
     command.add_argument("source", type=Path)
     command.add_argument("target", type=Path)
-    command.add_argument("--to", choices=targets(), required=True, help="comfy-base3 is comfy with five weights a byte")
+    command.add_argument("--to", choices=(*targets(), COMFY_LORA), required=True,
+                         help="comfy-base3 is comfy with five weights a byte; comfy-lora is for a LoRA")
 
     commands.add_parser("doctor", parents=[output], help="versions, devices, backends and models, for a bug report")
 
@@ -87,6 +93,19 @@ def png_path(text: str) -> Path:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text} cannot be written, because {folder} is not a writable folder")
     return path
+
+
+def lora_option(text: str) -> tuple[Path, float]:
+    """The type of an option that names a LoRA: a path, which may itself have colons, and its strength."""
+    path, _, end = text.rpartition(":")
+    strength = None
+    with suppress(ValueError):
+        strength = float(end)
+    if strength is None or not path or os.path.isfile(text):
+        return Path(text), 1.0
+    if not math.isfinite(strength):
+        raise argparse.ArgumentTypeError(f"{end} is no strength; give a number, such as 0.8")
+    return Path(path), strength
 
 
 def _device(name: str | None) -> torch.device:
@@ -124,7 +143,8 @@ def _generate(args: argparse.Namespace) -> None:
 
     compute, repository = Compute(*run_on(args)), complete_repository(args.checkpoint, args.transformer)
     images, settings, stages = generate(repository, [args.prompt], compute, args.width, args.height, args.steps,
-                                        args.seed, [open_image(path) for path in args.image], progress=not args.json)
+                                        args.seed, [open_image(path) for path in args.image], progress=not args.json,
+                                        loras=[(load_lora(path), strength) for path, strength in args.lora])
     save_png(images[0], settings, args.out)
     print(json.dumps({"out": str(args.out), "settings": settings, "stages": stages}) if args.json else
           f"\n{table({args.out.name: stages})}\n\n{args.out}: {args.width} x {args.height}, "
@@ -156,7 +176,10 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    save_transformer(load_transformer(args.source), args.target, args.to)
+    if args.to == COMFY_LORA:
+        save_lora(load_lora(args.source), args.target)
+    else:
+        save_transformer(load_transformer(args.source), args.target, args.to)
     print(args.target)
 
 

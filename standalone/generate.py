@@ -18,13 +18,21 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from ..disk import write_whole
-from ..loaders import ModelFileError, Repository, Transformer, find_repository, load_text_encoder, load_transformer
+from ..loaders import (
+    Lora,
+    ModelFileError,
+    Repository,
+    Transformer,
+    find_repository,
+    load_text_encoder,
+    load_transformer,
+)
 from ..loaders.description import count
 from ..loaders.files import Progress, no_progress, refuse_changed
 from ..loaders.opening import tensor_files
 from ..ops import backends
 from ..ops.backends.mlx import backend as mlx_backend
-from . import models
+from . import lora, models
 from .references import check_size
 
 
@@ -164,7 +172,7 @@ def decode(vae: torch.nn.Module, processor: Any, latents: torch.Tensor) -> list[
 @torch.inference_mode()
 def generate(repository: Repository, prompts: Sequence[str], compute: Compute, width: int = 1024, height: int = 1024,
              steps: int = 4, seed: int = 0, images: Sequence[Image.Image] = (), model: Transformer | None = None,
-             progress: bool = True) -> Result:
+             progress: bool = True, loras: Sequence[tuple[Lora, float]] = ()) -> Result:
     """An image for each of ``prompts`` by a complete ``repository``, all from the noise of one ``seed``.
 
     ``images`` are the references of an edit. ``model`` replaces the diffusion model of the repository. Raises
@@ -176,6 +184,8 @@ def generate(repository: Repository, prompts: Sequence[str], compute: Compute, w
     settings = {"prompt": prompts[0] if len(prompts) == 1 else list(prompts), "width": width, "height": height,
                 "steps": steps, "seed": seed, "dtype": str(compute.dtype).removeprefix("torch."),
                 "device": str(compute.device)}
+    if loras:
+        settings["loras"] = [[each.path.name, strength] for each, strength in loras]
     stages = Stages(compute.device, progress)
     with stages.run("load text encoder") as advance:
         pipeline = text_pipeline(repository, compute, advance)
@@ -190,17 +200,18 @@ def generate(repository: Repository, prompts: Sequence[str], compute: Compute, w
                                  f"one for {text_width}", "choose a model and a text encoder that fit")
         settings |= {"variant": model.variant, "format": model.format, "source": model.source,
                      "packed_bytes": count(model.tensors).packed_bytes}
-        transformer = models.transformer_module(model, *compute)
+        transformer = models.transformer_module(model, *compute, layers=bool(loras))
         del model
+        hooks = lora.hooks(transformer, loras) if loras else []
     with stages.run("load VAE"):
         pipeline = image_pipeline(repository, transformer, compute)
-    with stages.run("denoise") as advance:
+    with stages.run("denoise") as advance, lora.applied(hooks):
         latents = denoise(pipeline, embeddings, [seed] * len(prompts), width, height, steps, images, advance)
     # After the last step: what computed in the end.
     found = backends.choices(compute.setting, compute.device, transformer.parameters(), compute.dtype)
     names = sorted({str(choice) for *_, choice in found}) or [getattr(transformer, "backend", "torch")]
     settings["backend"] = ", ".join(names)
-    pipeline.transformer = transformer = None  # makes room for decoding
+    pipeline.transformer = transformer = hooks = None  # makes room for decoding
     with stages.run("decode image"):
         drawn = decode(pipeline.vae, pipeline.image_processor, latents)
     return Result(drawn, settings, stages.figures)

@@ -6,13 +6,36 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..loaders import Transformer, Vae, find_repository, is_repository, load_text_encoder, load_transformer, load_vae
+from ..loaders import (
+    Transformer,
+    Vae,
+    find_repository,
+    is_repository,
+    load_lora,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+)
 from ..loaders.description import count, holds_code_3, publication, sha256, variant
 from ..loaders.errors import DOWNLOAD_AGAIN
+from ..loaders.klein import KleinConfig, comfyui_shapes
+from ..loaders.lora import COMFY_LORA
+from ..loaders.lora_names import of_lora
 from ..loaders.opening import open_tensors, tensor_files
 from ..loaders.repository import WORDS, parts_of
 
 _LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_vae}
+
+
+def _inspect_lora(path: Path) -> dict[str, Any]:
+    """Describe a LoRA, and what of it has an effect on FLUX.2 Klein 4B. Raises ModelFileError."""
+    lora = load_lora(path)
+    applied = sum(map(len, lora.fitting(comfyui_shapes(KleinConfig())).values()))
+    ignored = [f"ComfyUI's loaders ignore {lora.ignored} of its layers; convert it with --to {COMFY_LORA}"]
+    return {"kind": "LoRA", "path": str(path), "kinds": dict(lora.kinds()), "naming": dict(lora.naming),
+            "ranks": lora.ranks(), "layers": len(lora.groups), "layers_that_fit_4B": applied,
+            "made_for": lora.made_for(), "file_bytes": lora.path.stat().st_size,
+            "problems": lora.without_effect(applied) + (ignored if lora.ignored else [])}
 
 
 def _inspect_part(path: Path, name: str, verify: bool = False) -> dict[str, Any]:
@@ -37,9 +60,12 @@ def _inspect_part(path: Path, name: str, verify: bool = False) -> dict[str, Any]
 
 
 def inspect(path: Path, verify: bool = False) -> list[dict[str, Any]]:
-    """Describe every part of a repository folder, or the one model that ``path`` is. Raises ModelFileError."""
+    """Describe every part of a repository folder, or the one model or LoRA that ``path`` is. Raises ModelFileError."""
     if not is_repository(path):
-        return [_inspect_part(path, part, verify) for part in parts_of(open_tensors(path).tensors) or _LOADERS]
+        tensors = open_tensors(path).tensors
+        if any(map(of_lora, tensors)):
+            return [_inspect_lora(path)]
+        return [_inspect_part(path, part, verify) for part in parts_of(tensors) or _LOADERS]
     repository = find_repository(path)
     parts = [_inspect_part(folder, part, verify) for part in _LOADERS if (folder := getattr(repository, part))]
     return parts + [{"kind": WORDS.get(part, "other folder"), "path": str(error.path), "problems": [str(error)]}
@@ -63,5 +89,10 @@ def report(part: dict[str, Any]) -> str:
                   f"{part['dense_tensors']} dense tensors in {part['dense_bytes']:,} bytes "
                   f"({', '.join(part['dense_dtypes'])})", f"{part['file_bytes']:,} bytes on disk", *part["published"]]
         lines += [f"warning: {warning}" for warning in part["warnings"]]
+    if "naming" in part:
+        lines += [f"{count} layers of {what}" for kind in ("kinds", "naming") for what, count in part[kind].items()]
+        lines += [f"rank {', '.join(map(str, part['ranks']))}" if part["ranks"] else "no rank",
+                  f"made for {part['made_for']}; {part['layers_that_fit_4B']} of {part['layers']} layers fit FLUX.2 "
+                  "Klein 4B", f"{part['file_bytes']:,} bytes on disk"]
     lines += [f"problem: {problem}" for problem in part["problems"] or ["none"]]
     return "\n  ".join(lines)

@@ -1,61 +1,87 @@
-"""A LoRA beside packed layers of diffusers' transformer: computed next to the packed product, never merged into it."""
+"""LoRAs beside the packed layers of diffusers' transformer, which ``ops/side_paths.py`` adds to their results."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import fields
+from functools import partial
 
 import torch
-from diffusers import Flux2KleinPipeline
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from ..loaders import ModelFileError
+from ..loaders import Lora, ModelFileError
+from ..loaders.klein import KleinConfig, comfyui_shapes, layers
+from ..loaders.names import FINAL_MODULATION
+from ..ops.side_paths import Difference, Patch, SidePath, changed, moved, side_paths
 
-_PREFIX, _DOWN, _UP = "transformer.", ".lora_A.weight", ".lora_B.weight"
+#: A module, and what turns (module, inputs, result) into its result with LoRAs.
+Hooks = list[tuple[torch.nn.Module, Callable]]
 
 
-def load(path: Path, transformer: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs (down ``(rank, in)``, up ``(out, rank)``) by module, in the transformer's dtype and on its device.
+def hooks(transformer: torch.nn.Module, loras: Sequence[tuple[Lora, float]]) -> Hooks:
+    """What adds LoRAs, each at its strength, to ``transformer``. Logs what of a file has no effect.
 
-    Reads what diffusers converts: its own names, kohya's and ai-toolkit's. Raises ModelFileError.
+    Raises ModelFileError where nothing of it fits, and ValueError for a transformer without layers.
     """
-    def refuse(found: str) -> ModelFileError:
-        return ModelFileError(path, "a LoRA for FLUX.2 Klein 4B", found, "choose another LoRA")
+    if not hasattr(transformer, "transformer_blocks"):
+        raise ValueError("A LoRA needs the layers one by one, which MLX joins here; choose another --backend.")
+    config = KleinConfig(**{field.name: transformer.config[field.name] for field in fields(KleinConfig)})
+    shapes, patches = comfyui_shapes(config), dict[str, list[Patch]]()
+    for lora, strength in loras:
+        found = lora.fitting(shapes, strength)
+        problems = lora.without_effect(sum(map(len, found.values())))
+        if not found:
+            raise ModelFileError(lora.path, "a LoRA that fits this model", problems[0],
+                                 "choose one made for FLUX.2 Klein 4B")
+        for problem in problems:
+            logging.warning("Bonsai Image: %s: %s.", lora.path, problem)
+        for layer, more in found.items():
+            patches.setdefault(layer, []).extend(moved(patch, transformer.device) for patch in more)
+    return [hook for name, (sources, _) in layers(config.num_layers, config.num_single_layers).items()
+            if (attached := patches.get(name.removesuffix(".weight")))
+            for hook in _on_layer(transformer, name.removesuffix(".weight"), sources, attached)]
 
-    try:
-        tensors = Flux2KleinPipeline.lora_state_dict(load_file(path))
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise refuse(str(error)) from error
-    pairs = {}
-    for key in [key for key in tensors if key.endswith(_DOWN)]:
-        layer = key.removesuffix(_DOWN)
-        down, up, alpha = tensors.pop(key), tensors.pop(f"{layer}{_UP}", None), tensors.pop(f"{layer}.alpha", None)
-        try:
-            module = transformer.get_submodule(layer.removeprefix(_PREFIX))
-        except AttributeError:
-            raise refuse(f"a layer {layer} that the model lacks") from None
-        shape = getattr(module, "out_features", None), getattr(module, "in_features", None)
-        if up is None or down.ndim != 2 or (*up.shape[:1], *down.shape[1:]) != shape or up.shape[1:] != down.shape[:1]:
-            raise refuse(f"tensors of {layer} that do not fit a layer of {shape}")
-        if alpha is not None:
-            up = up * (alpha.item() / len(down))
-        pairs[layer.removeprefix(_PREFIX)] = tuple(part.to(transformer.device, transformer.dtype)
-                                                   for part in (down, up))
-    if tensors or not pairs:
-        raise refuse(f"{min(tensors)}, which is not of a LoRA" if tensors else "no LoRA layers")
-    return pairs
+
+def _on_layer(transformer: torch.nn.Module, layer: str, sources: Sequence[str], patches: list[Patch]) -> Iterator:
+    """The hooks of one of ComfyUI's layers, which is one of diffusers' or three."""
+    modules = [transformer.get_submodule(source.removesuffix(".weight")) for source in sources]
+    if modules[0].weight.ndim == 1:
+        yield modules[0], partial(_scaled, patches)
+        return
+    n = modules[0].weight.shape[0]
+    half = n // 2 if layer == FINAL_MODULATION else 0
+    for i, module in enumerate(modules):
+        if len(modules) > 1 and any(patch.magnitude is not None for patch in patches):
+            # The norms of columns are those of all rows.
+            paths = (Difference(partial(changed, patches), (i * n, n)),)
+            yield module, partial(_added, paths, modules, 0)
+        else:
+            within = [part for patch in patches if (part := patch.within(i * n, n))] if len(modules) > 1 else patches
+            yield module, partial(_added, side_paths(within), [module], half)
+
+
+def _scaled(patches: list[Patch], module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], result: torch.Tensor):
+    """The result of a norm with differences of its weight."""
+    weight = module.weight.float() + sum(patch.strength * patch.adapter.matrix() for patch in patches)
+    return torch.nn.functional.rms_norm(inputs[0], module.normalized_shape, weight.to(module.weight.dtype), module.eps)
+
+
+def _added(paths: Sequence[SidePath], modules: list[torch.nn.Module], half: int, module: torch.nn.Module,
+           inputs: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
+    """``result`` with ``paths`` on the weights of ``modules``, one below the other; ``half``: whose rows are the other
+    way round."""
+    y = result.roll(half, -1) if half else result.contiguous()
+    weight = modules[0].weight if len(modules) == 1 else torch.cat([each.weight for each in modules])
+    for path in paths:
+        path.add(inputs[0], y, weight.roll(half, 0) if half else weight)
+    return y.roll(half, -1) if half else y
 
 
 @contextmanager
-def applied(transformer: torch.nn.Module, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]],
-            strength: float) -> Iterator[None]:
-    """Adds ``strength * up(down(x))`` to the output of every layer in ``pairs``."""
-    def hook(down: torch.Tensor, up: torch.Tensor):
-        return lambda module, args, output: output + (args[0] @ down.T @ up.T) * strength
-
-    hooks = [transformer.get_submodule(layer).register_forward_hook(hook(*pair)) for layer, pair in pairs.items()]
+def applied(hooks: Hooks) -> Iterator[None]:
+    """The transformer has the LoRAs of ``hooks``."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
         yield
     finally:
-        for each in hooks:
-            each.remove()
+        for handle in handles:
+            handle.remove()

@@ -78,9 +78,10 @@ def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], dtype: torc
 
 
 def transformer_module(model: Transformer, device: torch.device, dtype: torch.dtype,
-                       setting: Setting = AUTO) -> Flux2Transformer2DModel | MlxTransformer:
-    """diffusers' FLUX.2 transformer with the weights of ``model``, computing in ``dtype``; in MLX where it is used."""
-    if only("mlx", choices(setting, device, model.tensors.values(), dtype)):
+                       setting: Setting = AUTO, layers: bool = False) -> Flux2Transformer2DModel | MlxTransformer:
+    """diffusers' FLUX.2 transformer with the weights of ``model``, computing in ``dtype``; in MLX where it is used,
+    unless its ``layers`` are needed one by one."""
+    if not layers and only("mlx", choices(setting, device, model.tensors.values(), dtype)):
         return MlxTransformer(model, device, dtype, setting)
     return _diffusers_module(model, device, dtype, setting)
 

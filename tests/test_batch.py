@@ -199,7 +199,7 @@ def test_a_reference_reaches_the_image(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.safetensors", b"nothing", "a LoRA for FLUX.2 Klein 4B"),
+    ("a.safetensors", b"nothing", "a whole safetensors file"),
     ("vae.safetensors", None, "a LoRA for FLUX.2 Klein 4B")], ids=["damaged", "something else"])
 def test_a_lora_that_is_none_fails_its_row_alone(name, content, words, tmp_path, capsys):
     if content is None:

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from ...disk import write_whole
-from ...loaders import ModelFileError, load_transformer
+from ...loaders import ModelFileError, load_lora, load_transformer
 from ...loaders.files import refuse_changed
 from ...ops.backends import Setting
 from .. import generate, lora, models
@@ -158,7 +158,7 @@ class Denoise(Stage):
         transformer = models.transformer_module(loaded, *self.compute)
         self.pipeline = generate.image_pipeline(self.repository, transformer, self.compute)
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
-        self.lora = ("", {})
+        self.lora: tuple[tuple[str, float], lora.Hooks] = ("", 0.0), []
 
     def groups(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         suspects = [row for row in rows if self._deaths(row)]
@@ -184,11 +184,10 @@ class Denoise(Stage):
         return [_bytes(each) for each in latents[:len(rows)].to(self.work.dtype)]
 
     def _lora(self, path: str, strength: float):
-        if not path:
-            return nullcontext()
-        if path != self.lora[0]:
-            self.lora = path, lora.load(Path(path), self.pipeline.transformer)
-        return lora.applied(self.pipeline.transformer, self.lora[1], strength)
+        if (path, strength) != self.lora[0]:
+            found = lora.hooks(self.pipeline.transformer, [(load_lora(path), strength)]) if path else []
+            self.lora = (path, strength), found
+        return lora.applied(self.lora[1])
 
 
 class Decode(Stage):

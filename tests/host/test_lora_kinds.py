@@ -5,9 +5,10 @@ import comfy.weight_adapter
 import pytest
 import torch
 
-from bonsai_image.nodes.side_paths import Difference, Kronecker, side_paths
+from bonsai_image.nodes.side_paths import side_paths
 from bonsai_image.ops import backends
 from bonsai_image.ops.packed import PackedLayout, is_packed
+from bonsai_image.ops.side_paths import Difference, Product
 from bonsai_image.tests.support.adapters import FACTORED, KINDS, Maker, codes_of, with_lora
 from bonsai_image.tests.support.reference import relative
 from bonsai_image.tests.support.sampling import host_forward
@@ -83,20 +84,16 @@ def test_side_paths_count_one_kernel_call_per_layer(packed_model, tensors, input
     assert len(calls) == sum(is_packed(p) for p in packed_model.model.diffusion_model.parameters())
 
 
-def lokr_patch(rows=4, more=(), **fields):
+def lokr_patch(more=(), **fields):
     adapter = comfy.weight_adapter.LoKrAdapter(
-        set(), (torch.ones(rows, 8), torch.ones(2, 4), None, None, None, None, None, None, None, *more))
+        set(), (torch.ones(4, 8), torch.ones(2, 4), None, None, None, None, None, None, None, *more))
     vars(adapter).update(fields)
     return 1.0, adapter, 1.0, None, None
 
 
-def test_an_adapter_keeps_the_fields_of_newer_versions_of_comfyui():
-    patch = lokr_patch(key="layer.weight", row_offset=None)
-    (path,) = side_paths([patch], "layer.weight", (8, 32), torch.device("cpu"))
-    assert isinstance(path, Kronecker) and (path.adapter.key, path.adapter.row_offset) == ("layer.weight", None)
-
-
-@pytest.mark.parametrize("patch", [lokr_patch(rows=2), lokr_patch(more=(None,))], ids=["fewer rows", "longer tuple"])
-def test_a_lokr_that_is_not_understood_is_left_to_comfyui(patch):
-    (path,) = side_paths([patch], "layer.weight", (8, 32), torch.device("cpu"))
-    assert isinstance(path, Difference)
+@pytest.mark.parametrize(("patch", "kind"), [
+    (lokr_patch(key="layer.weight", row_offset=None), Product), (lokr_patch(more=(None,)), Difference)],
+    ids=["fields of newer versions of ComfyUI", "a longer tuple, which only ComfyUI understands"])
+def test_what_is_translated(patch, kind):
+    (path,) = side_paths([patch], "layer.weight", torch.device("cpu"))
+    assert isinstance(path, kind)

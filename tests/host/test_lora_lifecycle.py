@@ -171,7 +171,9 @@ def test_a_clone_with_a_lora_does_not_change_the_model_that_is_loaded(packed_mod
 def tensors_in(thing) -> list[torch.Tensor]:
     if isinstance(thing, torch.Tensor):
         return [thing]
-    if dataclasses.is_dataclass(thing):
+    if isinstance(thing, functools.partial):
+        thing = thing.args
+    elif dataclasses.is_dataclass(thing):
         thing = tuple(vars(thing).values())
     elif isinstance(thing, comfy.weight_adapter.WeightAdapterBase):
         thing = thing.weights

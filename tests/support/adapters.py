@@ -1,6 +1,5 @@
 """Adapter files of every kind, for some layers of the small model, and what the tests ask of a patched MODEL."""
 
-import comfy.sd
 import torch
 
 from bonsai_image.ops.packed import PackedLayout, is_packed
@@ -79,6 +78,8 @@ FACTORED = {"lora", "lora_without_alpha", "locon", "lokr", "lokr_decomposed"}
 
 
 def with_lora(model, file, strength=1.0):
+    import comfy.sd
+
     patched, _ = comfy.sd.load_lora_for_models(model, None, dict(file), strength, 0.0)
     return patched
 
