@@ -76,8 +76,7 @@ def test_a_prompt_is_read_literally(name, content, prompts, tmp_path):
     ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": b}', "line 3, character 12"),
     ("a.json", '[\n {"prompt": "a"},\n {"prompt": b}]', "line 3 column 13"),
     ("a.jsonl", '["prompt", "a"]', "something"), ("a.jsonl", '{"seed": 1, "seed": 2}', "column seed twice"),
-    ("a.json", "[" * 100_000, "readable prompt file"),
-    ("a.xlsx", b"PK\3\4", "save it as CSV"), ("a.csv", b"PK\3\4", "saved as CSV")], ids=str)
+    ("a.json", "[" * 100_000, "readable prompt file"), ("a.xlsx", b"PK\3\4", "save it as CSV")], ids=str)
 def test_a_file_that_cannot_be_understood_is_named_with_the_place(name, content, words, tmp_path):
     with pytest.raises(ModelFileError) as caught:
         list(rows.read(written(tmp_path, name, content), rows.Row("")))
@@ -85,7 +84,7 @@ def test_a_file_that_cannot_be_understood_is_named_with_the_place(name, content,
 
 
 @pytest.mark.parametrize("header, cells, words", [
-    ("seed", "1.5", "seed cannot be '1.5'"), ("seed", "1.000", "seed cannot be '1.000'"),
+    ("seed", "1.5", "seed cannot be '1.5'"), ("seed", "1.000 ", "seed cannot be '1.000 '"),
     ("seed", '"1,024"', "seed cannot be '1,024'"), ("width", "1e999999999", "width cannot be"),
     ("seed", "inf", "seed cannot be"),
     ("seed", "1e30", "seed cannot be"), ("seed", "1e20", "a seed must be between"),

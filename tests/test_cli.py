@@ -1,7 +1,9 @@
 """The command line, end to end on small models."""
 
+import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -162,3 +164,15 @@ def test_output_that_cannot_show_a_name_does_not_fail(repository, tmp_path):
     done = subprocess.run([sys.executable, "-m", "bonsai_image", "convert", str(repository), str(target), "--to",
                            "comfy"], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
     assert done.returncode == 0 and target.exists() and rb"\u65e5" in done.stdout
+
+
+def test_streams_that_stand_in_for_stdout_and_stderr_are_enough(monkeypatch):
+    """``%run __main__.py`` in Jupyter, whose streams have no ``reconfigure``."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.StringIO())
+    monkeypatch.setattr(sys, "argv", ["bonsai-image", "inspect", str(BINARY)])
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setitem(sys.modules, "bonsai_image", sys.modules["bonsai_image"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(MINIATURE.parent / "__main__.py"), run_name="__main__")
+    assert "binary" in sys.stdout.getvalue()

@@ -8,8 +8,11 @@ import itertools
 import json
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +30,10 @@ _WAVE = 20_000
 _DENOISE_SHARE, _OTHER_SHARE = 0.5, 0.25
 #: Bytes of the object store, between all stages, for each worker that denoises, and at least.
 _STORE_BYTES, _LEAST_STORE_BYTES = 256 << 20, 512 << 20
+
+#: What a cluster may want that refuses to be joined.
+_TOKEN = ("; if it runs and authenticates, as ray start --head makes it, copy ~/.ray/auth_token from its first machine "
+          "and set RAY_AUTH_MODE=token")
 
 Rows = list[dict[str, Any]]
 T = TypeVar("T")
@@ -77,6 +84,18 @@ def here(tasks: Iterable[Rows], work: Work) -> Iterator[dict[str, Any]]:
         yield from json.loads(task["rows"])
 
 
+def _code(folder: Path) -> str:
+    """A copy of this package's code in ``folder``, under its import name, whatever its own folder is called. Workers
+    import it: nothing has to be installed on their machines, and all run the same version."""
+    root, package = Path(__file__).absolute().parents[2], folder / __package__.partition(".")[0]
+    for pattern in ("*.py", *(f"{part}/**/*.py" for part in ("loaders", "networks", "ops", "standalone"))):
+        for file in root.glob(pattern):
+            copy = package / file.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+    return str(package)
+
+
 def start(address: str | None, pools: Pools) -> int:
     """Join the cluster at ``address``, or start Ray for this process alone, reachable from this machine only. Its GPUs.
 
@@ -94,14 +113,14 @@ def start(address: str | None, pools: Pools) -> int:
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
+    local = {} if address else {"num_cpus": pools.cpus(), "num_gpus": pools.gpus, "include_dashboard": False,
+                                "object_store_memory": 2 * pools.store_bytes()}
     try:
-        if address:
-            ray.init(address, log_to_driver=False, logging_level="error")
-        else:
-            ray.init("local", num_cpus=pools.cpus(), num_gpus=pools.gpus, include_dashboard=False, log_to_driver=False,
-                     logging_level="error", object_store_memory=2 * pools.store_bytes())
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"no Ray at {address or 'this machine'}: {error}") from error
+        with tempfile.TemporaryDirectory() as folder:
+            ray.init(address or "local", log_to_driver=False, logging_level="error",
+                     runtime_env={"py_modules": [_code(Path(folder))]}, **local)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ValueError(f"no Ray at {address or 'this machine'}: {error}{_TOKEN if address else ''}") from error
     return int(ray.cluster_resources().get("GPU", 0))
 
 

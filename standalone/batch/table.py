@@ -22,8 +22,6 @@ _NOTHING = {"nan", "na", "n/a", "#n/a", "<na>", "none", "null"}
 def _decoded(path: Path) -> str:
     """UTF-8, or UTF-16 with its byte order mark. Anything else could be read in several ways, so it is refused."""
     content = path.read_bytes()
-    if content.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0")):
-        raise ValueError("a spreadsheet, which has to be saved as CSV (UTF-8)")
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
         text = content.decode(encoding)
@@ -106,6 +104,6 @@ def value(kind: type, cell: Any) -> Any:
         raise ValueError("not a number")
     if kind is float:
         return float(number)
-    if (isinstance(cell, str) and re.search(r"\d[.,]\d{3}$", text)) or number % 1:
+    if (isinstance(cell, str) and re.search(r"\d[.,]\d{3}\s*$", text)) or number % 1:
         raise ValueError("not a whole number")
     return int(number)

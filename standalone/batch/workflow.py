@@ -82,19 +82,14 @@ def _from_saved(path: Path, data: dict[str, Any]) -> Graph:
         mode = node.get("mode", 0)
         if node["type"] in _NOTES or mode in (_MUTED, _BYPASSED):
             continue
-        inputs = dict(zip(NODES.get(node["type"], ()), _values(node), strict=False))
+        # The frontend stores what happens to a seed after a run behind the seed, which is the last.
+        inputs = dict(zip(NODES.get(node["type"], ()), node.get("widgets_values") or [], strict=False))
         if node["type"] == "CLIPTextEncode" and (found := _DYNAMIC.search(str(inputs.get("text")))):
             raise ModelFileError(path, "a prompt as it is sent", f"{found[0]!r} in node CLIPTextEncode (number "
                                  f"{node['id']}), which only ComfyUI's page expands", "export the workflow for the API")
         linked = {each["name"]: links[each["link"]] for each in node["inputs"] if each.get("link") is not None}
         graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs | linked}
     return graph
-
-
-def _values(node: dict[str, Any]) -> list[Any]:
-    """Widget values; the frontend stores what happens to a seed after a run behind the seed, which is the last."""
-    values = node.get("widgets_values") or []
-    return list(values.values()) if isinstance(values, dict) else list(values)
 
 
 class _Reader:
