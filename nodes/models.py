@@ -95,8 +95,7 @@ def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting
     patcher.cached_patcher_init = (load_model, (path, compute_dtype, setting))
     origin = Origin(path, loaded.format, loaded.variant, loaded.source, setting, loaded.stamps)
     patcher.set_attachments(ATTACHMENT, origin)
-    found = backends.choices(setting, patcher.load_device, loaded.tensors.values(), _dtype(patcher))
-    if backends.only("mlx", found):
+    if backends.only("mlx", setting, patcher.load_device, loaded.tensors.values(), _dtype(patcher)):
         with libraries.contained(libraries.MLX, "cannot run the whole transformer"):
             from . import mlx_path
 

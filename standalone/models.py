@@ -15,7 +15,7 @@ from ..loaders import ModelFileError, TextEncoder, Transformer, load_vae
 from ..loaders.errors import DOWNLOAD_FOLDER, refusing
 from ..loaders.names import to_comfyui, to_diffusers
 from ..loaders.qwen3 import TAPPED_LAYERS
-from ..ops.backends import AUTO, Setting, choices, libraries, only
+from ..ops.backends import AUTO, Setting, libraries, only
 from ..ops.linear import PackedEmbedding, PackedLinear
 from ..ops.packed import is_packed
 
@@ -81,7 +81,7 @@ def transformer_module(model: Transformer, device: torch.device, dtype: torch.dt
                        setting: Setting = AUTO, layers: bool = False) -> Flux2Transformer2DModel | MlxTransformer:
     """diffusers' FLUX.2 transformer with the weights of ``model``, computing in ``dtype``; in MLX where it is used,
     unless its ``layers`` are needed one by one."""
-    if not layers and only("mlx", choices(setting, device, model.tensors.values(), dtype)):
+    if not layers and only("mlx", setting, device, model.tensors.values(), dtype):
         return MlxTransformer(model, device, dtype, setting)
     return _diffusers_module(model, device, dtype, setting)
 

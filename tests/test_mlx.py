@@ -12,7 +12,7 @@ from bonsai_image.loaders import Transformer
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.miniature import demo
-from bonsai_image.ops import Setting, linear
+from bonsai_image.ops import Setting, backends, linear
 from bonsai_image.ops.backends import choose
 from bonsai_image.ops.packed import is_packed, packed_nbytes, packed_weight, parts
 from bonsai_image.standalone import models
@@ -231,6 +231,15 @@ def test_threads():
                             linear(x, weight)) < TOLERANCE
 
 
+def test_one_weight_that_mlx_does_not_take_leaves_all_to_torch(monkeypatch):
+    weights = [random_weight(2, "symmetric", 64, 256, 128), random_weight(4, "zeropoint", 64, 256, 64)]
+    assert backends.only("mlx", MLX, CPU, weights[:1], torch.float32)
+    assert not backends.only("mlx", MLX, CPU, weights, torch.float32)
+    assert not backends.only("mlx", MLX, CPU, [], torch.float32)
+    monkeypatch.setattr(backends, "choose", None)
+    assert not backends.only("mlx", MLX, torch.device("cuda"), weights, torch.float32), "nothing checked"
+
+
 @pytest.mark.parametrize("part", ["step", "load"])
 def test_where_mlx_fails_torch_computes(monkeypatch, caplog, part):
     def fail(*args, **kwargs):
@@ -261,11 +270,11 @@ def test_the_text_encoder_is_gone_before_the_transformer_loads(tmp_path, monkeyp
         seen.append(weakref.ref(module))
         return module
 
-    def transformer(*args):
+    def transformer(*args, **options):
         assert seen[0]() is None
         assert mx.get_active_memory() - before < 1e5 and mx.get_cache_memory() == 0
         seen.append("checked")
-        return build_transformer(*args)
+        return build_transformer(*args, **options)
 
     monkeypatch.setattr(models, "text_encoder_module", encoder)
     monkeypatch.setattr(models, "transformer_module", transformer)

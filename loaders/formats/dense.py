@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from ...ops.packed import dequantize, is_packed, pack_codes, packed_weight, parts
@@ -89,6 +88,8 @@ def write(path: Path, tensors: Tensors, config: KleinConfig, about: About) -> No
     make_folder(path, config)
     tensors = names.to_diffusers(tensors)
     outlines = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
+    from huggingface_hub import split_torch_state_dict_into_shards  # a library that loading does not need
+
     split = split_torch_state_dict_into_shards(outlines, filename_pattern=f"{_WEIGHTS}{{suffix}}.safetensors",
                                                max_shard_size=_SHARD_SIZE)
     for filename, shard in split.filename_to_tensors.items():

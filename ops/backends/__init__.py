@@ -86,9 +86,11 @@ def choices(setting: Setting, device: torch.device, tensors: Iterable[torch.Tens
                    for weight in map(parts, filter(is_packed, tensors)))
 
 
-def only(name: str, found: Iterable[tuple[int, int, Choice]]) -> bool:
-    """Whether there are :func:`choices`, and all of them are the backend ``name``."""
-    return {choice.backend.NAME for *_, choice in found} == {name}
+def only(name: str, setting: Setting, device: torch.device, tensors: Iterable[torch.Tensor],
+         dtype: torch.dtype) -> bool:
+    """Whether all :func:`choices` are the backend ``name``, and there is one. Checks nothing where it does not run."""
+    return any(name == backend.NAME and device.type in backend.DEVICES for backend in BACKENDS) and {
+        choice.backend.NAME for *_, choice in choices(setting, device, tensors, dtype)} == {name}
 
 
 def choose(setting: Setting, device: torch.device, rows: int, packed: Packed, dtype: torch.dtype) -> Choice:
