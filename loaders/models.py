@@ -5,10 +5,12 @@ is flushed to disk, loaded back and compared tensor by tensor; only then it take
 touched.
 """
 
+import json
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,10 +22,10 @@ from .. import disk
 from ..ops.packed import equal, is_packed
 from . import formats
 from .description import variant
-from .errors import CHOOSE_UNMODIFIED, ModelFileError
+from .errors import CHOOSE_UNMODIFIED, DOWNLOAD_AGAIN, ModelFileError, refusing
 from .files import Progress, Stamps, TensorFile, no_progress
 from .formats.dense import expand
-from .formats.interface import About, Writer
+from .formats.interface import About
 from .klein import KleinConfig, check_klein, is_comfyui
 from .names import nested, to_comfyui, to_diffusers
 from .names import normalise as normalise_names
@@ -122,16 +124,18 @@ def load_vae(path: Path | str, mmap: bool = True) -> Vae:
     """Load the diffusers AutoencoderKLFlux2 at ``path``, as :func:`load_transformer` does."""
     file = _open(path, "vae", no_progress, mmap)
     formats.refuse_other_than_tensors(file)
+    with refusing(file.path, "JSON in the metadata bonsai.vae", DOWNLOAD_AGAIN, ValueError, RecursionError):
+        stored = json.loads(file.metadata.get("bonsai.vae", "{}"))
+    file.config |= stored if isinstance(stored, dict) else {}
     tensors, config = check_vae(file)
     return Vae(file.path, "diffusers", tensors, config, file.metadata, _log(file), file.stamps)
 
 
-def _verify(model: Transformer, keeps_codes: bool, path: Path, progress: Progress) -> str | None:
-    """The first tensor of ``model`` to whose values ``path`` does not load; None if there is none."""
-    written = load_transformer(path, progress).tensors
-    expected = to_comfyui(model.tensors) if is_comfyui(written) else to_diffusers(model.tensors)
+def difference(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor],
+               keeps_codes: bool = True) -> str | None:
+    """The first of the ``expected`` tensors that has another value, or other codes, among those ``found``; or None."""
     for name, tensor in expected.items():
-        other = written[name]
+        other = found[name]
         same = equal(tensor, other) if is_packed(tensor) and is_packed(other) else torch.equal(tensor, other)
         if not same and (keeps_codes or not torch.equal(expand(tensor), expand(other))):
             return name
@@ -142,7 +146,7 @@ def _flush(path: Path) -> None:
     """Bring what was written to disk, readable by whom the umask says (safetensors writes for the owner only)."""
     probe = path.with_name("probe")  # beside a "model" or "model.safetensors", see below
     probe.touch()
-    for file in [path] if path.is_file() else sorted(path.iterdir()):
+    for file in [path] if path.is_file() else filter(Path.is_file, path.rglob("*")):
         with disk.optional():
             file.chmod(probe.stat().st_mode)
         disk.flush_path(file)
@@ -155,29 +159,46 @@ def save_transformer(model: Transformer, path: Path, target: str, progress: Prog
     existing path, a name of the wrong kind, a format that cannot hold the weights exactly, or a disk that fails.
     """
     writer = formats.writer(target, path)
-    if writer.suffixes and path.suffix not in writer.suffixes:
-        raise ModelFileError(path, f"a file name ending in {writer.suffixes[0]}", f"{path.name!r}", "add the ending")
+
+    def write(written: Path) -> None:
+        about = About(variant(model.tensors, check_codes=True), model.source)
+        writer.write(written, model.tensors, model.config, about)
+
+    def verify(written: Path) -> str | None:
+        found = load_transformer(written, progress).tensors
+        expected = to_comfyui(model.tensors) if is_comfyui(found) else to_diffusers(model.tensors)
+        return difference(expected, found, writer.keeps_codes)
+
+    save(model.path, path, target, writer.suffixes, write, verify)
+
+
+def save(source: Path, path: Path, target: str, suffixes: Sequence[str], write: Callable[[Path], None],
+         verify: Callable[[Path], str | None]) -> None:
+    """Have ``write`` make a file ending in one of ``suffixes``, or without them a folder, which takes the name ``path``
+    once ``verify`` has found no difference (see :func:`difference`) to ``source``. Raises ModelFileError."""
+    if suffixes and path.suffix not in suffixes:
+        raise ModelFileError(path, f"a file name ending in {suffixes[0]}", f"{path.name!r}", "add the ending")
     try:
-        _save(model, path, target, writer, progress)
+        _save(source, path, f"model{path.suffix if suffixes else ''}", write, verify)
     except ValueError as error:
-        raise ModelFileError(model.path, f"weights that the {target} format holds exactly", str(error),
+        raise ModelFileError(source, f"weights that the {target} format holds exactly", str(error),
                              "choose another format") from error
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         raise ModelFileError(path, "a whole file written there", disk.reason(error),
                              f"{disk.advice(error)} and save again, for nothing was written") from error
 
 
-def _save(model: Transformer, path: Path, target: str, writer: Writer, progress: Progress) -> None:
+def _save(source: Path, path: Path, name: str, write: Callable[[Path], None],
+          verify: Callable[[Path], str | None]) -> None:
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".bonsai-image-"))
     try:
-        written = scratch / f"model{path.suffix if writer.suffixes else ''}"
-        about = About(variant(model.tensors, check_codes=True), model.source)
-        writer.write(written, model.tensors, model.config, about)
+        written = scratch / name
+        write(written)
         _flush(written)
-        if name := _verify(model, writer.keeps_codes, written, progress):
-            raise ModelFileError(model.path, f"{name} on disk as in memory", "a difference after writing",
+        if different := verify(written):
+            raise ModelFileError(source, f"{different} on disk as in memory", "a difference after writing",
                                  "check the disk")
         # The target may have been created meanwhile.
         refuse_existing(path)

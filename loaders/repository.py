@@ -36,8 +36,10 @@ _FOLDERS = {*_PARTS, *(file.path.split("/")[0] for _, file in weight_files())}
 
 #: What the names of the tensors begin with that hold the files of a tokenizer, in a checkpoint that has one.
 TOKENIZER = "bonsai.tokenizer."
-#: Files of which a tokenizer needs one of these sets.
+#: Files of which a tokenizer needs one of these sets, and what may lie beside them.
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja",
+                   "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Repository:
                 raise self.problems.get(part) or self.problems.get("") or ModelFileError(
                     self.path, f"a {'folder' if self.path.is_dir() else 'checkpoint'} with the "
                     f"{part.replace('_', ' ')} of Bonsai Image", "none", DOWNLOAD_REPOSITORY if self.path.is_dir() else
-                    "write a whole one with bonsai-image convert REPOSITORY FILE --to checkpoint")
+                    "choose a whole repository, or what bonsai-image convert --to checkpoint makes of one")
         return getattr(self, parts[-1])
 
 
@@ -150,8 +152,8 @@ def find_repository(path: Path | str) -> Repository:
     if os.path.isfile(path):
         tensors = open_tensors(path).tensors
         transformer, text_encoder, vae = (path if part in parts_of(tensors) else None for part in _PARTS)
-        repository = Repository(path, transformer, text_encoder, vae,
-                                path if any(name.startswith(TOKENIZER) for name in tensors) else None)
+        tokenizer = path if _is_tokenizer({name.removeprefix(TOKENIZER) for name in tensors}) else None
+        repository = Repository(path, transformer, text_encoder, vae, tokenizer)
         repository.require("transformer")
         return repository
     if not os.path.isdir(path):
@@ -184,13 +186,17 @@ def find_repository(path: Path | str) -> Repository:
     return repository
 
 
+def _is_tokenizer(files: set[str]) -> bool:
+    # Without its vocabulary a tokenizer still loads, and turns every prompt into nothing.
+    return any(files.issuperset(needed) for needed in _VOCABULARIES)
+
+
 def _sort(folder: Path, repository: Repository, found: dict[str, list[Path]]) -> None:
     """Add ``folder`` to what it is: scheduler, tokenizer, or one of the parts in ``found``. Raises ModelFileError."""
     if (folder / "scheduler_config.json").is_file():
         repository.scheduler = repository.scheduler or folder
     for candidate in (folder, folder / "tokenizer"):
-        # Without its vocabulary a tokenizer still loads, and turns every prompt into nothing.
-        if any(all((candidate / name).is_file() for name in names) for names in _VOCABULARIES):
+        if _is_tokenizer({name for name in TOKENIZER_FILES if (candidate / name).is_file()}):
             repository.tokenizer = repository.tokenizer or candidate
     for part in parts_of(open_tensors(folder).tensors) if files_in(folder) else ():
         found[part].append(folder)

@@ -13,7 +13,16 @@ import torch
 
 from .. import __version__
 from ..disk import advice, reason
-from ..loaders import ModelFileError, load_lora, load_transformer, save_lora, save_transformer, targets
+from ..loaders import (
+    ModelFileError,
+    find_repository,
+    load_lora,
+    load_transformer,
+    save_checkpoint,
+    save_lora,
+    save_transformer,
+    targets,
+)
 from ..loaders.lora import COMFY_LORA
 from ..ops import backends
 from ..ops.devices import DTYPES, default_dtype
@@ -42,7 +51,8 @@ def sampling_options() -> argparse.ArgumentParser:
 
 def _model_options(side: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a downloaded repository")
+    parser.add_argument("--checkpoint", type=Path, required=True, help=(
+        "folder of a downloaded repository, or a checkpoint file"))
     parser.add_argument("--transformer", type=Path, help="a diffusion model, used instead of the checkpoint's own")
     parser.add_argument("--width", type=int, default=side, help="pixels, a multiple of 16")
     parser.add_argument("--height", type=int, default=side, help="pixels, a multiple of 16")
@@ -74,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("convert", help="convert a diffusion model or a LoRA without loss")
     command.add_argument("source", type=Path)
     command.add_argument("target", type=Path)
-    command.add_argument("--to", choices=(*targets(), COMFY_LORA), required=True,
-                         help="comfy-base3 is comfy with five weights a byte; comfy-lora is for a LoRA")
+    command.add_argument("--to", choices=(*targets(), "checkpoint", COMFY_LORA), required=True, help=(
+        "comfy-base3: comfy with five weights a byte; checkpoint: a whole repository in one file; comfy-lora: a LoRA"))
 
     commands.add_parser("doctor", parents=[output], help="versions, devices, backends and models, for a bug report")
 
@@ -178,6 +188,8 @@ def _inspect(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     if args.to == COMFY_LORA:
         save_lora(load_lora(args.source), args.target)
+    elif args.to == "checkpoint":
+        save_checkpoint(find_repository(args.source), args.target)
     else:
         save_transformer(load_transformer(args.source), args.target, args.to)
     print(args.target)

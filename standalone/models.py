@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from ..loaders import ModelFileError, TextEncoder, Transformer, load_vae
 from ..loaders.errors import DOWNLOAD_FOLDER, refusing
 from ..loaders.names import to_comfyui, to_diffusers
 from ..loaders.qwen3 import TAPPED_LAYERS
+from ..loaders.whole import tokenizer_files
 from ..ops.backends import AUTO, Setting, libraries, only
 from ..ops.linear import PackedEmbedding, PackedLinear
 from ..ops.packed import is_packed
@@ -119,10 +121,14 @@ def vae_module(path: Path, device: torch.device, dtype: torch.dtype) -> Autoenco
 
 
 def tokenizer(path: Path):
-    """The tokenizer of a repository, from local files only. Code beside it never runs. Raises ModelFileError."""
-    # The tokenizers library raises a plain Exception for a damaged file.
-    with refusing(path, "a Qwen3 tokenizer, which needs no code of its own", DOWNLOAD_FOLDER, Exception):
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    """The tokenizer of a repository or checkpoint. No network, and code beside it never runs. Raises ModelFileError."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = path if path.is_dir() else Path(scratch)
+        for name, content in tokenizer_files(path).items() if folder != path else ():
+            (folder / name).write_bytes(content)
+        # The tokenizers library raises a plain Exception for a damaged file.
+        with refusing(path, "a Qwen3 tokenizer, which needs no code of its own", DOWNLOAD_FOLDER, Exception):
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def scheduler(path: Path | None) -> FlowMatchEulerDiscreteScheduler:
