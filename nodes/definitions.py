@@ -13,7 +13,7 @@ from ..loaders.files import refuse_changed
 from ..loaders.opening import fingerprint
 from ..ops import backends
 from ..ops.devices import DTYPES
-from . import folders, models
+from . import folders, lora, models
 
 #: A schema, with the place where ComfyUI lists the nodes.
 _schema = functools.partial(io.Schema, category="model/loaders/bonsai")
@@ -167,9 +167,9 @@ class BonsaiSaveModel(io.ComfyNode):
         origin = model.get_attachment(models.ATTACHMENT)
         if origin is None:
             raise ValueError("Save Bonsai Model needs a MODEL from a Bonsai loader; save others with Save Model.")
-        if model.patches:
-            raise ValueError("A LoRA or merge is attached to this MODEL and cannot be stored in packed weights; "
-                             "connect the Bonsai loader to Save Bonsai Model directly.")
+        if attached := lora.attached(model):
+            raise ValueError(f"This MODEL has {attached} attached, which cannot be stored in packed weights; connect "
+                             "the Bonsai loader to Save Bonsai Model directly.")
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory())
         file = f"{name}_{counter:05}_.safetensors"

@@ -47,8 +47,7 @@ def attach(patcher, loading: bool = False) -> None:
 def drop_misfits(patcher) -> None:
     """Take the patches off ``patcher`` that do not fit their weights, and say so in one sentence.
 
-    ComfyUI runs injections, and with them this, as soon as a LoRA is added. It would itself try each patch at every
-    load, log an error for each, and go on.
+    ComfyUI would itself try each of them at every load, log an error for each, and go on.
     """
     layers, dropped = dict(patcher.model.named_modules()), []
     for by_key in (patcher.patches, *patcher.hook_patches.values()):
@@ -65,6 +64,17 @@ def drop_misfits(patcher) -> None:
     if dropped:
         logging.warning("Bonsai Image: a LoRA has no effect on %d weights, which have another shape in this model "
                         "(first: %s); choose one made for FLUX.2 Klein 4B.", len(dropped), dropped[0])
+
+
+def attached(patcher) -> str | None:
+    """What changes the weights of ``patcher``, or the results of its layers; None if nothing does."""
+    functions = [function for layer in patcher.model.modules() for name in ("weight_function", "bias_function")
+                 for function in getattr(layer, name, ()) if not getattr(function, "is_lowvram_patch", False)]
+    found = {"a LoRA or merge": patcher.patches, "a LoRA hook": patcher.hook_patches or patcher.forced_hooks,
+             f"an injection ({min(patcher.injections.keys() - {_KEY}, default='')}), as by Load LoRA (Bypass),":
+                 patcher.injections.keys() - {_KEY},
+             "a weight function": patcher.weight_wrapper_patches or functions}
+    return next((name for name, there in found.items() if there), None)
 
 
 def detach(patcher, unpatch_all: bool) -> None:
@@ -87,6 +97,7 @@ def count(patcher) -> None:
 
 
 def _count_first(executor, patcher, *args, **kwargs):
+    drop_misfits(patcher)
     count(patcher)
     return executor(patcher, *args, **kwargs)
 

@@ -1,5 +1,7 @@
 """Merging two Bonsai models, and what a patched one refuses."""
 
+import comfy.hooks
+import comfy.lora
 import comfy.sd
 import pytest
 import torch
@@ -38,8 +40,26 @@ def test_merging_two_bonsai_models_works_densely(transformer, dense_model, tenso
     assert relative(host_forward(first, inputs), host_forward(dense_model, inputs)) < 1e-5
 
 
-def test_save_node_refuses_a_patched_model(packed_model, tensors):
+def _bypassed(model, file):
+    return comfy.sd.load_bypass_lora_for_models(model, None, file, 1.0, 0.0)[0]
+
+
+def _hooked(model, file):
+    patched = model.clone()
+    hooks = comfy.hooks.create_hook_lora(file, 1.0, 0.0)
+    patched.add_hook_patches(hooks.hooks[0], comfy.lora.load_lora(file, comfy.lora.model_lora_keys_unet(model.model)))
+    return patched
+
+
+def _wrapped(model, file):
+    patched = model.clone()
+    patched.add_weight_wrapper("diffusion_model.img_in.weight", lambda weight: weight * 2)
+    return patched
+
+
+@pytest.mark.parametrize("change", [with_lora, _bypassed, _hooked, _wrapped])
+def test_save_node_refuses_what_it_cannot_store(packed_model, tensors, change):
     from bonsai_image.nodes import definitions as nodes
 
-    with pytest.raises(ValueError, match="LoRA"):
-        nodes.BonsaiSaveModel.execute(with_lora(packed_model, Maker(tensors).file("lora")), "x", "packed")
+    with pytest.raises(ValueError, match=r"LoRA|weight function"):
+        nodes.BonsaiSaveModel.execute(change(packed_model, Maker(tensors).file("lora")), "x", "packed")
