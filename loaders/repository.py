@@ -132,6 +132,17 @@ def resembles_repository(path: Path) -> bool:
     return False
 
 
+def repositories_in(folder: Path, depth: int = 2) -> Iterator[Path]:
+    """The folders in ``folder``, up to ``depth`` levels deep, that look like a downloaded repository."""
+    # What cannot be read is left out: choosing it could only fail.
+    with contextlib.suppress(ModelFileError):
+        for child in folders_in(folder):
+            if resembles_repository(child):
+                yield child
+            elif depth > 1:
+                yield from repositories_in(child, depth - 1)
+
+
 def _folders(path: Path) -> Iterator[Path]:
     """The folders in ``path``, and those in folders without tensor files of their own."""
     for folder in folders_in(path):

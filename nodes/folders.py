@@ -6,15 +6,14 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import folder_paths
 
 from ..loaders import ModelFileError
 from ..loaders.files import SAFETENSORS_SUFFIXES, locate
-from ..loaders.opening import folders_in
-from ..loaders.repository import resembles_repository
+from ..loaders.repository import repositories_in
 from ..published import PARTIAL, REPOSITORIES
 
 #: Bytes of the longest header that is read. ComfyUI puts whole workflows into them.
@@ -80,18 +79,8 @@ def _model_choices(kind: str, more_suffixes: tuple[str, ...], _walked: float) ->
 
 @functools.lru_cache(maxsize=8)
 def _repository_choices(roots: tuple[str, ...], _walked: float) -> tuple[str, ...]:
-    found = {path.relative_to(root).as_posix() for root in roots for path in _repositories(Path(root), depth=2)}
+    found = {path.relative_to(root).as_posix() for root in roots for path in repositories_in(Path(root))}
     return tuple(sorted(found))
-
-
-def _repositories(folder: Path, depth: int) -> Iterator[Path]:
-    # What cannot be read is left out of the list: choosing it could only fail.
-    with contextlib.suppress(ModelFileError):
-        for child in folders_in(folder):
-            if resembles_repository(child):
-                yield child
-            elif depth > 1:
-                yield from _repositories(child, depth - 1)
 
 
 def resolve_checkpoint(name: str) -> str:

@@ -9,6 +9,13 @@ from comfy_kitchen.tensor import QuantizedTensor
 class PackedTensor(QuantizedTensor):
     """A tensor that survives ``copy.deepcopy``, ``pickle`` and ``torch.save``, with its scales in their own dtype."""
 
+    def _copy_with(self, *args, **kwargs) -> QuantizedTensor:
+        return _like(super()._copy_with(*args, **kwargs))
+
+    @staticmethod
+    def __tensor_unflatten__(*args) -> QuantizedTensor:
+        return _like(QuantizedTensor.__tensor_unflatten__(*args))
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _made, (self._qdata, self._layout_cls, self._params, isinstance(self, torch.nn.Parameter))
 
@@ -21,6 +28,10 @@ class PackedTensor(QuantizedTensor):
 
 # ComfyUI knows by this name what memory it may pin.
 PackedTensor.__name__ = "QuantizedTensor"
+
+
+def _like(made: QuantizedTensor) -> PackedTensor:
+    return PackedTensor(made._qdata, made._layout_cls, made._params)
 
 
 def packed_parameter(weight: QuantizedTensor) -> PackedTensor:

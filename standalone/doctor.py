@@ -13,11 +13,12 @@ from .. import __version__
 from ..loaders import ModelFileError, find_repository
 from ..loaders.description import publication
 from ..loaders.opening import files_in, folders_in, tensor_files
-from ..loaders.repository import resembles_repository
+from ..loaders.repository import repositories_in
 from ..ops import backends
 from ..ops.backends import Setting, libraries
 from ..ops.devices import cpu_has_fast_bfloat16, default_dtype
 from ..ops.packed import Packed
+from . import comfyui
 
 #: What the nodes need, then what makes them faster or adds a command.
 _LIBRARIES = ("comfy-kitchen", "safetensors", "triton", "triton-windows", "gemlite", "llvmlite", "mlx", "gguf",
@@ -30,31 +31,20 @@ _COLUMNS = 3072
 
 def diagnose(program: Path) -> dict[str, Any]:
     """Everything about this machine and the installation in the folder ``program``. Runs the self-checks."""
-    comfyui = _comfyui(program)
+    base = comfyui.find(program)
     devices = [_device(device) for device in _devices()]
     return {
         "versions": {"bonsai-image": __version__, "python": platform.python_version(),
                      "system": f"{platform.system()} {platform.release()} {platform.machine()}",
                      # torch's metadata on PyPI do not say for which GPUs it was built.
-                     "ComfyUI": _comfyui_version(comfyui), "torch": str(torch.__version__),
+                     "ComfyUI": comfyui.version(base) if base else None, "torch": str(torch.__version__),
                      **{name: libraries.version(name) for name in _LIBRARIES}},
         "devices": devices,
         "memory": {"total": psutil.virtual_memory().total, "free": psutil.virtual_memory().available},
-        "models": list(_models(comfyui)) if comfyui else [],
+        "ComfyUI": str(base) if base else None,
+        "models": list(_models(base)) if base else [],
         "advice": list(dict.fromkeys(text for device in devices for text in _advice(device))),
     }
-
-
-def _comfyui(program: Path) -> Path | None:
-    """The ComfyUI in whose ``custom_nodes`` this is installed. Lexically: the folder may be a link."""
-    return program.parent.parent if program.parent.name == "custom_nodes" else None
-
-
-def _comfyui_version(comfyui: Path | None) -> str | None:
-    # Read, not imported: importing ComfyUI starts it.
-    file = comfyui / "comfyui_version.py" if comfyui else None
-    match = re.search(r'__version__ = "(.+)"', file.read_text(encoding="utf-8")) if file and file.is_file() else None
-    return match and match[1]
 
 
 def _devices() -> Iterator[torch.device]:
@@ -95,20 +85,24 @@ def _choice(setting: Setting, device: torch.device, kind: tuple, dtype: torch.dt
     return backends.choose(setting, device, backends.IMAGE_ROWS, packed, dtype)
 
 
-def _models(comfyui: Path) -> Iterator[dict[str, Any]]:
-    """The repositories and single files in ComfyUI's own model folders."""
-    for folder in sorted((comfyui / "models" / "diffusers").glob("*")):
-        if resembles_repository(folder):
-            try:
-                repository = find_repository(folder)
-            except ModelFileError as error:
-                yield {"path": str(folder), "problem": str(error)}
-                continue
-            for part in (repository.transformer, repository.text_encoder, repository.vae):
-                yield from (_file(file) for file in (tensor_files(part) if part else ()))
-    for kind in ("diffusion_models", "text_encoders"):
-        root = comfyui / "models" / kind
-        for folder in (root, *folders_in(root)) if root.is_dir() else ():
+def _models(base: Path) -> Iterator[dict[str, Any]]:
+    """The repositories and single files in the model folders of the ComfyUI whose data is in ``base``."""
+    more = []
+    try:
+        more = comfyui.listed(base)
+    except ModelFileError as error:
+        yield {"path": str(error.path), "problem": str(error)}
+    folders = comfyui.model_folders(base, more)
+    for folder in (found for root in folders.pop("diffusers") for found in repositories_in(root)):
+        try:
+            repository = find_repository(folder)
+        except ModelFileError as error:
+            yield {"path": str(folder), "problem": str(error)}
+            continue
+        for part in (repository.transformer, repository.text_encoder, repository.vae):
+            yield from (_file(file) for file in (tensor_files(part) if part else ()))
+    for root in (root for roots in folders.values() for root in roots if root.is_dir()):
+        for folder in (root, *folders_in(root)):
             yield from (_file(file) for file in files_in(folder) if "bonsai" in str(file.relative_to(root)).lower())
 
 
@@ -143,5 +137,7 @@ def report(found: dict[str, Any]) -> str:
         lines += [f"  not {name}: {problem}" for name, problem in device["not used"].items()]
     for model in found["models"]:
         lines.append(f"{model['path']}: {model.get('problem') or model['published'] or 'not a published file'}")
-    lines += [] if found["models"] else ["no Bonsai Image model found in ComfyUI's model folders"]
+    if not found["models"]:
+        place = f"ComfyUI in {found['ComfyUI']}" if found["ComfyUI"] else "ComfyUI, which was not found"
+        lines.append(f"no Bonsai Image model found in the model folders of {place}")
     return "\n".join([*lines, *(f"slow: {text}" for text in found["advice"])])

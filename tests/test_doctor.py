@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from bonsai_image.miniature import demo
 from bonsai_image.ops import backends
 from bonsai_image.ops.devices import default_dtype
 from bonsai_image.ops.packed import parts
-from bonsai_image.standalone import cli, doctor
+from bonsai_image.standalone import cli, comfyui, doctor
 from bonsai_image.tests.support.reference import random_weight
 
 
@@ -40,6 +41,94 @@ def test_it_finds_comfyui_its_version_and_the_models(program, monkeypatch):
     assert "problem" in models["diffusers/broken"]
     page = doctor.report(found)
     assert "ComfyUI 0.29.0" in page and models["diffusers/broken"]["problem"] in page
+
+
+class Layouts:
+    """Ways to lay out ComfyUI: each makes one below ``root`` and gives the folder of the pack as ``doctor`` is called,
+    and a folder that ComfyUI lists as one of diffusion models."""
+
+    @staticmethod
+    def _data(base: Path) -> Path:
+        for folder in ("models/diffusion_models", "custom_nodes/bonsai-image", "user"):
+            (base / folder).mkdir(parents=True)
+        (base / "user" / "comfyui.log").write_text("[START] Security\n[2026-11-28] ComfyUI version: 0.41.2\n")
+        return base
+
+    def base_directory(self, root, monkeypatch):
+        base = self._data(root / "data")
+        return base / "custom_nodes" / "bonsai-image", base / "models" / "unet"
+
+    def linked_pack(self, root, monkeypatch):
+        base = self._data(root / "ComfyUI")
+        (base / "custom_nodes" / "bonsai-image").rename(root / "clone")
+        (base / "custom_nodes" / "bonsai-image").symlink_to(root / "clone", target_is_directory=True)
+        self._data(root / "another")
+        monkeypatch.chdir(root / "another")
+        monkeypatch.setattr(sys, "prefix", str(base / ".venv"))
+        return root / "clone", base / "models" / "diffusion_models"
+
+    def linked_custom_nodes(self, root, monkeypatch):
+        base = self._data(root / "ComfyUI")
+        (base / "custom_nodes").rename(root / "custom_nodes")
+        (base / "custom_nodes").symlink_to(root / "custom_nodes", target_is_directory=True)
+        monkeypatch.chdir(base)
+        return root / "custom_nodes" / "bonsai-image", base / "models" / "diffusion_models" / "below"
+
+    def custom_nodes_elsewhere(self, root, monkeypatch):
+        base = self._data(root / "ComfyUI")
+        (base / "custom_nodes").rename(root / "packs")
+        (base / "extra_model_paths.yaml").write_text(
+            "a1111:\nmine:\n  base_path: ..\n  is_default: true\n  custom_nodes: packs\n"
+            "  unet: |\n    sd/unet\n    sd/more\n")
+        monkeypatch.setattr(sys, "prefix", str(root / "python_embeded"))
+        return root / "packs" / "bonsai-image", root / "sd" / "more"
+
+    def _desktop(self, root, monkeypatch, platform, folder, name):
+        base = self._data(root / "Documents" / "ComfyUI")
+        settings = root / folder
+        (settings / "logs").mkdir(parents=True)
+        (base / "user" / "comfyui.log").rename(settings / "logs" / "comfyui.log")
+        (settings / "config.json").write_text(json.dumps({"basePath": str(base), "installState": "installed"}))
+        (settings / name).write_text(f"comfyui_desktop:\n  base_path: {base}\n  is_default: \"true\"\n  custom_nodes: "
+                                     f"custom_nodes/\nbig:\n  diffusion_models: {root / 'big'}/\n")
+        monkeypatch.setattr(sys, "platform", platform)
+        monkeypatch.setenv("APPDATA", str(root / "Roaming"))
+        monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+        (base / "custom_nodes" / "bonsai-image").rename(root / "clone")
+        (base / "custom_nodes" / "bonsai-image").symlink_to(root / "clone", target_is_directory=True)
+        return root / "clone", root / "big"
+
+    def desktop_on_windows(self, root, monkeypatch):
+        return self._desktop(root, monkeypatch, "win32", "Roaming/ComfyUI", "extra_models_config.yaml")
+
+    def desktop_on_macos(self, root, monkeypatch):
+        return self._desktop(root, monkeypatch, "darwin", "Library/Application Support/ComfyUI",
+                             "extra_models_config.yaml")
+
+    def desktop_on_linux(self, root, monkeypatch):
+        return self._desktop(root, monkeypatch, "linux", ".config/ComfyUI", "extra_models_config.yaml")
+
+    def newer_desktop(self, root, monkeypatch):
+        return self._desktop(root, monkeypatch, "win32", "Roaming/Comfy Desktop", "shared_model_paths.yaml")
+
+
+@pytest.mark.parametrize("layout", [name for name in vars(Layouts) if name[0] != "_"])
+def test_it_finds_comfyui_in_every_layout(layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    program, listed = getattr(Layouts(), layout)(tmp_path, monkeypatch)
+    listed.mkdir(parents=True, exist_ok=True)
+    shutil.copy(demo.MINIATURE / "binary.safetensors", listed / "bonsai.safetensors")
+    base = comfyui.find(program)
+    assert base is not None and comfyui.version(base) == "0.41.2"
+    assert [model["path"] for model in doctor._models(base)] == [str(listed / "bonsai.safetensors")]
+
+
+def test_a_list_that_cannot_be_read_hides_no_model(program):
+    (program.parent.parent / "extra_model_paths.yaml").write_text("comfyui: [a, b]\n")
+    problems = [model["problem"] for model in doctor._models(program.parent.parent) if "problem" in model]
+    assert any("extra_model_paths.yaml: expected lists of model folders" in text for text in problems)
+    assert any(model["path"].endswith("bonsai.safetensors") for model in doctor._models(program.parent.parent))
 
 
 def test_backends_are_the_ones_that_are_used(program):

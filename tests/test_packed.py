@@ -247,3 +247,11 @@ def test_a_copy_keeps_what_is_shared_shared():
     assert type(weight).__name__ == "QuantizedTensor", "or ComfyUI would not pin its memory"
     first, second = copy.deepcopy([weight, weight])
     assert first is second
+
+
+@pytest.mark.parametrize("change", [torch.nn.Parameter, torch.Tensor.detach, torch.Tensor.clone, torch.empty_like,
+                                    lambda w: w.to(torch.float16), lambda w: w[2:], lambda w: w.to("cpu")])
+def test_what_is_made_of_a_weight_is_of_its_class(change):
+    """torch asks for it in ``nn.Parameter``, and what is made can be copied as well."""
+    weight = random_weight(2, "symmetric", 12, 256, 64)
+    assert type(change(weight)) is type(weight) and is_packed(copy.deepcopy(change(weight)))
