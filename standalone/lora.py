@@ -69,7 +69,8 @@ def _added(paths: Sequence[SidePath], modules: list[torch.nn.Module], half: int,
            inputs: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
     """``result`` with ``paths`` on the weights of ``modules``, one below the other; ``half``: whose rows are the other
     way round."""
-    y = result.roll(half, -1) if half else result.contiguous()
+    # Autograd lets nobody change the result of an operator of its own.
+    y = result.roll(half, -1) if half else result.clone() if torch.is_grad_enabled() else result.contiguous()
     weight = modules[0].weight if len(modules) == 1 else torch.cat([each.weight for each in modules])
     for path in paths:
         path.add(inputs[0], y, weight.roll(half, 0) if half else weight)

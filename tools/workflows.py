@@ -169,6 +169,26 @@ def lora() -> list[Column]:
             sampling(source=("second", 0)), image()]
 
 
+def few_steps() -> list[Column]:
+    text = note("One or two steps", (
+        "Bonsai is made for 4 steps. Fewer need a LoRA that was trained for them: put it into the folder below, press "
+        "**R**, choose it, select the node and press **Ctrl+B** (it is bypassed until then).\n\n```\n"
+        "models/loras\n```\n\n"
+        "Made for the dense FLUX.2 Klein 4B, and **not tried by us**: radames/FLUX.2-klein-Sana-Sprint (1 and 2 steps, "
+        "rank 256, 735 MB) and epfl-vita/flux2-klein-1step-rdm. One of your own comes from `bonsai-image recover`; it "
+        "is for the number of steps that it was trained with.\n"), 240)
+    sigmas = note("Which noise levels", (
+        "A LoRA for few steps knows only the levels that it was trained at. **Flux2Scheduler** gives, at 512 x 512: "
+        "1 step **1**; 2 steps **1, 0.8854**; 4 steps **1, 0.9581, 0.8840, 0.7175**. At 1024 x 1024: **1**; "
+        "**1, 0.9091**; **1, 0.9674, 0.9081, 0.7672**.\n\nIf the maker of a LoRA states others, put *ManualSigmas* in "
+        "the place of *Steps* and write them there with a **0** at the end: `1, 0.8854, 0`.\n"), 200)
+    lora = Node("lora", "LoraLoaderModelOnly", 300, ["flux2_klein_4b_lora.safetensors", 1.0], {"model": ("loader", 0)},
+                "LoRA for few steps", mode=BYPASSED)
+    return [Column(0, [model(where_it_goes(TERNARY), 120, text)]),
+            Column(180, [Group("LoRA", [[lora]]), prompt(PROMPT), size(512)]),
+            sampling(source=("lora", 0), steps=2), image(described=sigmas)]
+
+
 def batch_variations() -> list[Column]:
     text = note("Variations", (
         "*batch_size* in **Empty Latent** is the number of images made at once from one prompt and one seed; each "
@@ -217,7 +237,7 @@ def lora_training() -> list[Column]:
 
 
 WORKFLOWS = {build.__name__: build for build in (text_to_image, text_to_image_fast_and_small, reference_edit,
-                                                 image_to_image, lora, lora_training, batch_variations)}
+                                                 image_to_image, lora, few_steps, lora_training, batch_variations)}
 
 #: The subgraph that stands for all of text to image, and what of it shows on the one node.
 BLUEPRINT = "Bonsai Text to Image"

@@ -1,58 +1,40 @@
-"""The LoRA that is trained: low-rank factors beside the packed linears, in ComfyUI's naming."""
+"""The factors that are trained, and the LoRA that they are."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
-from torch.nn.functional import linear
 
-from ...loaders.klein import KleinConfig, is_packable, layers
+from ...loaders import Lora
+from ...loaders.klein import KleinConfig, comfyui_shapes, layers
+from ...loaders.lora_names import Target
 from ...ops.packed import is_packed
 
-#: Tensors by ``<layer>.lora_down.weight`` (rank, in) and ``<layer>.lora_up.weight`` (out, rank).
+#: Tensors by ``<ComfyUI's layer>.lora_down.weight`` (rank, in) and ``<ComfyUI's layer>.lora_up.weight`` (out, rank).
 Factors = Mapping[str, torch.Tensor]
-_PREFIX, _DOWN, _UP = "diffusion_model.", ".lora_down.weight", ".lora_up.weight"
-
-
-def _layers(transformer: torch.nn.Module, config: KleinConfig) -> dict[str, list[torch.nn.Module]]:
-    """ComfyUI's name of every packed linear -> the one or three modules of diffusers that it is."""
-    known = layers(config.num_layers, config.num_single_layers)
-    found = {ours.removesuffix(".weight"): [transformer.get_submodule(each.removesuffix(".weight")) for each in theirs]
-             for ours, (theirs, _) in known.items() if is_packable(ours)}
-    return {name: modules for name, modules in found.items() if is_packed(modules[0].weight)}
+_DOWN, _UP = ".lora_down.weight", ".lora_up.weight"
 
 
 def new(transformer: torch.nn.Module, config: KleinConfig, rank: int, seed: int) -> dict[str, torch.Tensor]:
-    """Factors in FP32 that change nothing yet: the upper ones are zero."""
-    chance, factors = torch.Generator().manual_seed(seed), {}
-    for name, modules in _layers(transformer, config).items():
-        columns = modules[0].in_features
-        factors[f"{name}{_DOWN}"] = torch.randn(rank, columns, generator=chance) * columns**-0.5
-        factors[f"{name}{_UP}"] = torch.zeros(sum(module.out_features for module in modules), rank)
+    """Factors in FP32 for every packed linear of diffusers' ``transformer``, which change nothing yet: the upper ones
+    are zero."""
+    chance, shapes, factors = torch.Generator().manual_seed(seed), comfyui_shapes(config), {}
+    for name, (sources, _) in layers(config.num_layers, config.num_single_layers).items():
+        if is_packed(transformer.get_parameter(sources[0])):
+            rows, columns = shapes[name]
+            layer = name.removesuffix(".weight")
+            factors[f"{layer}{_DOWN}"] = torch.randn(rank, columns, generator=chance) * columns**-0.5
+            factors[f"{layer}{_UP}"] = torch.zeros(rows, rank)
     return factors
 
 
-@contextmanager
-def applied(transformer: torch.nn.Module, config: KleinConfig, factors: Factors) -> Iterator[None]:
-    """Adds ``up @ down @ x`` to the result of every layer, in the dtype of its activations."""
-    def beside(down: torch.Tensor, up: torch.Tensor, part: int):
-        def add(module, args, result):
-            rows = up[part * module.out_features:(part + 1) * module.out_features]  # a view of what training changes
-            return result + linear(linear(args[0], down.to(result.dtype)), rows.to(result.dtype))
-
-        return add
-
-    hooks = [module.register_forward_hook(beside(factors[f"{name}{_DOWN}"], factors[f"{name}{_UP}"], part))
-             for name, modules in _layers(transformer, config).items() for part, module in enumerate(modules)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def exported(factors: Factors, rank: int) -> dict[str, torch.Tensor]:
-    """The tensors of a LoRA file that ComfyUI's loaders read, in BF16."""
-    tensors = {f"{_PREFIX}{name}": tensor.to(torch.bfloat16) for name, tensor in factors.items()}
-    return tensors | {f"{_PREFIX}{name.removesuffix(_UP)}.alpha": torch.tensor(float(rank))
-                      for name in factors if name.endswith(_UP)}
+def lora(factors: Factors, metadata: Mapping[str, str] | None = None) -> Lora:
+    """``factors``, which are not copied, as a LoRA of alpha equal to its rank."""
+    found = Lora(Path("recovery"), dict(metadata or {}))
+    for name, up in factors.items():
+        if name.endswith(_UP):
+            layer = name.removesuffix(_UP)
+            found.groups[Target(f"diffusion_model.{layer}", layer)] = {
+                "lora_down.weight": factors[f"{layer}{_DOWN}"], "lora_up.weight": up,
+                "alpha": torch.tensor(float(up.shape[1]))}
+    return found

@@ -4,13 +4,14 @@ import argparse
 import json
 import sys
 
+import torch
+
 from ... import __version__
-from ...loaders.models import refuse_existing
+from ...loaders import save_lora
 from ...ops.backends import Setting
 from ..generate import Compute, save_png
 from . import branch, cost, report, teacher
 from .run import Run
-from .store import write_tensors
 from .student import Student
 
 #: The exit status after Ctrl-C.
@@ -45,9 +46,8 @@ def _learn(run: Run) -> int:
     figures = {"update": update, "before": state.errors[0][1], "after": after}
     if update:
         about = {"variant": run.packed.variant, "base": run.packed.source, "bonsai-image": __version__}
-        refuse_existing(out)
-        write_tensors(out, branch.exported(state.best, run.args.rank),
-                      {"bonsai.recovery": json.dumps(about | run.training | figures)})
+        best = {name: factor.to(torch.bfloat16) for name, factor in state.best.items()}
+        save_lora(branch.lora(best, {"bonsai.recovery": json.dumps(about | run.training | figures)}), out)
         save_png(report.sheet(student, state), figures, out.with_name(f"{out.stem}-sheet.png"))
     save_png(report.curves(state), figures, out.with_suffix(".png"))
     if run.args.json:

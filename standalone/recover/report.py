@@ -9,7 +9,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .. import models
 from ..generate import decode
-from . import branch
 from .student import State, Student
 
 #: Pixels: a plot, and what is left free around it; an image of the contact sheet, its label and its caption.
@@ -55,7 +54,7 @@ def sheet(student: Student, state: State) -> Image.Image:
                           for i, number in enumerate(numbers)])
 
     ends = {"packed": drawn()}
-    with branch.applied(student.transformer, run.packed.config, {k: v.to(device) for k, v in state.best.items()}):
+    with student.recovered(state.best):
         ends["recovered"] = drawn()
     vae, processor = models.vae_module(run.repository.vae, *run.compute[:2]), VaeImageProcessor()
     image = Image.new("RGB", (_LABEL + len(numbers) * _SIDE, 3 * _SIDE + _CAPTION), "white")

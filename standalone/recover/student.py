@@ -4,7 +4,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from ...loaders import ModelFileError
-from .. import models
+from .. import lora, models
 from . import branch
 from .run import Run
 from .store import write_tensors
@@ -71,6 +71,10 @@ class Student:
             errors.append(((torch.stack([*steps]) - wanted)[1:].square() @ self.weight).mean(2))
         return torch.cat(errors, 1).mean(1).tolist()
 
+    def recovered(self, factors: branch.Factors) -> AbstractContextManager[None]:
+        """The model has the LoRA of these factors."""
+        return lora.applied(lora.hooks(self.transformer, [(branch.lora(factors), 1.0)]))
+
     def train(self, path: Path) -> State | None:
         """Train from the state at ``path``, or from nothing, to the end; None if a signal ended it before.
 
@@ -83,7 +87,7 @@ class Student:
         if path.exists():
             _restore(path, state, optimizer, self.run.training)
         updates, saved = self.args.updates, time.monotonic()
-        with (branch.applied(self.transformer, self.run.packed.config, state.factors), _signalled() as stopped,
+        with (self.recovered(state.factors), _signalled() as stopped,
               tqdm(total=updates, initial=len(state.losses), desc="LoRA", unit="update") as bar):
             while len(state.losses) < updates and not stopped:
                 if not state.errors:
