@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, compute: Compute) -> int:
 
 def _learn(run: Run) -> int:
     student, out = Student(run), run.args.out
-    state = student.train(run.store.folder / "state.safetensors")
+    state = student.train()
     if state is None:
         return _STOPPED
     update, after = state.found()

@@ -56,7 +56,7 @@ class Run:
         self.args, self.compute = args, compute
         self.repository = complete_repository(args.checkpoint, args.transformer)
         self.packed = load_transformer(self.repository.transformer)
-        defaults = rows.Row("", args.seed, args.width, args.height, args.steps)
+        defaults = rows.Row("", 0, args.width, args.height, args.steps)  # --seed is that of training
         self.store = Store(args.work or args.out.with_name(f"{args.out.stem}-work"), _rows(args.prompts, defaults))
         self.trained, self.held_out = _held_out(self.store.rows, args.held_out)
         self.sampler = Sampler(models.scheduler(self.repository.scheduler), args.width, args.height, args.steps,
@@ -67,10 +67,12 @@ class Run:
             "teacher": rows.digest(self.dense().path), "text encoder": rows.digest(self.repository.text_encoder),
             "prompts": hashlib.sha256(drawn).hexdigest(), "width": args.width, "height": args.height,
             "steps": args.steps, "dtype": str(compute.dtype).removeprefix("torch.")}
-        #: What training depends on.
+        #: What training depends on, and the file of its state, so that other options begin another.
         self.training = self.facts | {"student": rows.digest(self.packed.path)} | {
             name: getattr(args, name) for name in ("precision", "rank", "updates", "batch", "learning_rate", "held_out",
                                                    "seed")}
+        name = hashlib.sha256(json.dumps(self.training).encode()).hexdigest()[:8]
+        self.state = self.store.folder / f"state-{name}.safetensors"
 
     def dense(self) -> Transformer:
         """The dense model. Raises ModelFileError unless it has the architecture of the packed one."""

@@ -50,7 +50,7 @@ class Store:
         if not (known := read_json(path)):
             write(path, json.dumps(facts, indent=2).encode())
         elif odd := [name for name in facts if known.get(name) != facts[name]]:
-            raise ModelFileError(path, f"latents of this {odd[0]}", f"those of {known.get(odd[0])}",
+            raise ModelFileError(path, f"latents with {odd[0]} {facts[odd[0]]}", f"with {known.get(odd[0])}",
                                  "give another folder with --work, or remove this one")
 
     def numbers(self, shard: int) -> range:

@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from ...loaders import ModelFileError
 from .. import lora, models
 from . import branch
 from .run import Run
@@ -75,8 +74,8 @@ class Student:
         """The model has the LoRA of these factors."""
         return lora.applied(lora.hooks(self.transformer, [(branch.lora(factors), 1.0)]))
 
-    def train(self, path: Path) -> State | None:
-        """Train from the state at ``path``, or from nothing, to the end; None if a signal ended it before.
+    def train(self) -> State | None:
+        """Train from the state on disk, or from nothing, to the end; None if a signal ended it before.
 
         What an update draws follows from the seed and its number alone, so a continued run is the unbroken one. Raises
         ModelFileError.
@@ -84,8 +83,8 @@ class Student:
         start = branch.new(self.transformer, self.run.packed.config, self.args.rank, self.args.seed)
         state = State({name: torch.nn.Parameter(each.to(self.device)) for name, each in start.items()}, start)
         optimizer = torch.optim.AdamW(state.factors.values(), self.args.learning_rate, weight_decay=0.0)
-        if path.exists():
-            _restore(path, state, optimizer, self.run.training)
+        if (path := self.run.state).exists():
+            _restore(path, state, optimizer)
         updates, saved = self.args.updates, time.monotonic()
         with (self.recovered(state.factors), _signalled() as stopped,
               tqdm(total=updates, initial=len(state.losses), desc="LoRA", unit="update") as bar):
@@ -100,7 +99,7 @@ class Student:
                 bar.set_postfix(loss=f"{state.losses[-1]:.4f}", error=f"{state.errors[-1][1][-1]:.4f}",
                                 without=f"{state.errors[0][1][-1]:.4f}")
                 if stopped or done == updates or time.monotonic() - saved > 60 * self.args.save_minutes:
-                    _save(path, state, optimizer, self.run.training)
+                    _save(path, state, optimizer)
                     saved = time.monotonic()
         return None if len(state.losses) < updates else state
 
@@ -139,20 +138,16 @@ def _signalled() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _save(path: Path, state: State, optimizer: torch.optim.Optimizer, facts: dict) -> None:
+def _save(path: Path, state: State, optimizer: torch.optim.Optimizer) -> None:
     tensors = {f"best.{name}": factor for name, factor in state.best.items()}
     for name, factor in state.factors.items():
         tensors |= {f"factors.{name}": factor} | {f"{each}.{name}": optimizer.state[factor][each] for each in _MOMENTS}
-    about = {"facts": facts, "losses": state.losses, "errors": state.errors}
-    write_tensors(path, tensors, {"state": json.dumps(about)})
+    write_tensors(path, tensors, {"state": json.dumps({"losses": state.losses, "errors": state.errors})})
 
 
-def _restore(path: Path, state: State, optimizer: torch.optim.Optimizer, facts: dict) -> None:
+def _restore(path: Path, state: State, optimizer: torch.optim.Optimizer) -> None:
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["state"])
-        if odd := [name for name in facts if about["facts"].get(name) != facts[name]]:
-            raise ModelFileError(path, f"training with {odd[0]} {facts[odd[0]]}", str(about["facts"].get(odd[0])),
-                                 "give the same options, or remove this file to begin anew")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     state.losses, state.errors = about["losses"], about["errors"]
     state.best = {name: tensors[f"best.{name}"] for name in state.factors}
