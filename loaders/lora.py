@@ -89,10 +89,10 @@ class Lora:
     def made_for(self) -> str:
         """The model that it was made for, by its names and shapes."""
         fits = {name: sum(map(len, self.fitting(comfyui_shapes(config)).values())) for name, config in _MODELS.items()}
-        best = max(fits, key=lambda name: fits[name])
-        if 2 * fits[best] > len(self.groups) and not any(map(_FLUX1.search, self.unknown)):
-            return best
-        return "FLUX.1" if any(map(_FLUX1.search, self.unknown)) else "another model"
+        if any(map(_FLUX1.search, self.unknown)):
+            return "FLUX.1"
+        most = max(fits.values())
+        return next(name for name in fits if fits[name] == most) if 2 * most > len(self.groups) else "another model"
 
     def without_effect(self, applied: int) -> list[str]:
         """What has no effect on a model that ``applied`` of the layers fit, as sentences without an end."""
@@ -158,13 +158,15 @@ def _complete(group: Group, layer: str, said: Mapping[str, Any], swapped: bool) 
     ``said`` is PEFT's configuration, ``layer`` the name of the layer in the file; ``swapped``: the halves of its rows
     are the other way round.
     """
-    if _kind(group) is None or ("alpha" in group and group["alpha"].numel() != 1):
+    if _kind(group) is None or ("alpha" in group and group["alpha"].numel() != 1) or not all(
+            tensor.is_floating_point() for name, tensor in group.items() if name != "alpha"):
         return False
     if (magnitude := group.get("dora_scale")) is not None and magnitude.ndim == 1:
         group["dora_scale"] = magnitude[:, None]
     if "alpha" not in group and "lora_down.weight" in group:
-        alpha = next((alpha for pattern, alpha in said.get("alpha_pattern", {}).items()
-                      if re.search(rf"(^|\.){re.escape(pattern)}$", layer)), said.get("lora_alpha"))
+        patterns = said.get("alpha_pattern")
+        alpha = next((alpha for end, alpha in (patterns.items() if isinstance(patterns, dict) else ())
+                      if f".{layer}".endswith(f".{end}")), said.get("lora_alpha"))
         if isinstance(alpha, int | float):
             rank = len(group["lora_down.weight"])
             group["alpha"] = torch.tensor(float(alpha) * (math.sqrt(rank) if said.get("use_rslora") else 1))
@@ -181,7 +183,7 @@ def _complete(group: Group, layer: str, said: Mapping[str, Any], swapped: bool) 
 def _adapter(group: Group) -> Adapter:
     """The adapter without magnitudes."""
     def chain(name: str) -> tuple[torch.Tensor, ...]:
-        return (group[name],) if name in group else (group[f"{name}_a"], group[f"{name}_b"])
+        return tuple(map(flat, (group[name],) if name in group else (group[f"{name}_a"], group[f"{name}_b"])))
 
     def scale(*names: str) -> float:
         rank = next((len(group[name]) for name in names if name in group), None)

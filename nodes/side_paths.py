@@ -52,10 +52,12 @@ def _adapter(value: Any) -> tuple[Adapter | None, torch.Tensor | None]:
         case LoRAAdapter(weights=(up, down, alpha, None, magnitude, None)):
             return ops.lora(ops.flat(up), ops.flat(down), _scale(alpha, down)), magnitude
         case LoKrAdapter(weights=(w1, w2, alpha, w1_a, w1_b, w2_a, w2_b, None, magnitude)):
-            one, other = ((a, b) if whole is None else (whole,) for whole, a, b in ((w1, w1_a, w1_b), (w2, w2_a, w2_b)))
+            one, other = (tuple(map(ops.flat, (a, b) if whole is None else (whole,)))
+                          for whole, a, b in ((w1, w1_a, w1_b), (w2, w2_a, w2_b)))
             return Adapter("kronecker", one, other, _scale(alpha, w1_b if w2 is not None else w2_b)), magnitude
         case LoHaAdapter(weights=(w1_a, w1_b, alpha, w2_a, w2_b, None, None, magnitude)):
-            return Adapter("hadamard", (w1_a, w1_b), (w2_a, w2_b), _scale(alpha, w1_b)), magnitude
+            one, other = (tuple(map(ops.flat, chain)) for chain in ((w1_a, w1_b), (w2_a, w2_b)))
+            return Adapter("hadamard", one, other, _scale(alpha, w1_b)), magnitude
         case ("diff", (torch.Tensor() as difference,)):
             return Adapter("product", (difference,)), None
     return None, None

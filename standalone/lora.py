@@ -35,7 +35,7 @@ def hooks(transformer: torch.nn.Module, loras: Sequence[tuple[Lora, float]]) -> 
         for problem in problems:
             logging.warning("Bonsai Image: %s: %s.", lora.path, problem)
         for layer, more in found.items():
-            patches.setdefault(layer, []).extend(moved(patch, transformer.device) for patch in more)
+            patches.setdefault(layer, []).extend(moved(tuple(more), transformer.device))
     return [hook for name, (sources, _) in layers(config.num_layers, config.num_single_layers).items()
             if (attached := patches.get(name.removesuffix(".weight")))
             for hook in _on_layer(transformer, name.removesuffix(".weight"), sources, attached)]
