@@ -136,7 +136,8 @@ def modelled(device: str, case: dict, size: str) -> str:
     times = roofline.expected(device, int(size), 1 if case["variant"] == "binary" else 2)
     if times is None or case["variant"] == "dense":
         return f"{'-':>7}"
-    return f"{times['dense'] / times[case['precision']]:>7.2f}"
+    exact = min(times["expanded"], times["two digits"])
+    return f"{times['dense'] / (exact if case['precision'] == 'exact' else min(exact, times['one digit'])):>7.2f}"
 
 
 def image_lines(case: dict, result: dict, dense: dict | None, device: str) -> list[str]:

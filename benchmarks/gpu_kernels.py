@@ -1,4 +1,4 @@
-"""Every way to multiply a packed weight on this GPU: right results, time, and the line for ``ops/backends/tuning.py``.
+"""Every way to multiply a packed weight on this GPU: right results and time.
 
     python benchmarks/gpu_kernels.py                 # needs a GPU
     python benchmarks/gpu_kernels.py --tiny          # the same code on a CPU; the figures mean nothing
@@ -17,7 +17,16 @@ from pathlib import Path
 import roofline
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from bonsai_image.ops.backends import gemlite_backend, selfcheck, torch_backend
+from bonsai_image.ops.backends.interface import Digits, int8_product
+from bonsai_image.ops.backends.triton import backend as triton_backend
+from bonsai_image.ops.devices import default_dtype
+from bonsai_image.ops.packed import Packed, dequantize
+
+ROOT, CUDA = Path(__file__).resolve().parent.parent, torch.device("cuda")
+
+#: The digits of our own kernels -> the name of the way.
+WAYS: dict[Digits, str] = {0: "expanded", 1: "one digit", 2: "two digits", "adaptive": "adaptive"}
 
 #: (N, K) of the packed layers of FLUX.2 Klein 4B, and the MLP of the text encoder (4 bits).
 LAYERS = (*roofline.DOUBLE, *roofline.SINGLE)
@@ -46,27 +55,13 @@ def milliseconds(function, device: torch.device, flush: torch.Tensor) -> float:
     return statistics.median(times[len(times) // 4:])
 
 
-def ways(packed, rows: int, tiny: bool, passes: Callable[[object, bool], bool]) -> dict[str, Callable]:
-    """Name -> ``multiply`` for every candidate that differs on this layer: the library's dense product apart."""
-    from bonsai_image.ops.backends import gemlite_backend, torch_backend, tuning
-    from bonsai_image.ops.backends.triton import backend as triton_backend
-
-    found = {"torch": torch_backend.multiply}
-    if not tiny and passes(gemlite_backend, False):
-        found["gemlite"] = gemlite_backend.multiply
-    if passes(triton_backend, False):
-        blocks = set()
-        for workspace in tuning.WORKSPACES:
-            count = len(triton_backend.row_blocks(packed, 2, workspace))
-            if count not in blocks:  # a smaller limit that cuts nothing more is the same product
-                tuned = tuning.DEFAULT._replace(workspace=workspace)
-                found[f"exact {workspace // 10**6} MB"] = functools.partial(triton_backend.multiply, tuned=tuned)
-                blocks.add(count)
-    if packed.form == "symmetric" and rows >= triton_backend.INT8_MIN_ROWS and passes(triton_backend, True):
-        for tile in tuning.TILES:
-            found[f"int8 {tile.m}x{tile.n}"] = functools.partial(
-                triton_backend.multiply, fast=True, tuned=tuning.DEFAULT._replace(tile=tile))
-    return found
+def ways(packed, rows: int, passes: Callable[[object, Digits], bool]) -> dict[str, tuple[Callable, Digits]]:
+    """Name -> ``multiply`` and its digits for every way on this layer but the library's dense product."""
+    found = {backend.NAME: (backend, 0) for backend in (torch_backend, gemlite_backend) if passes(backend, 0)}
+    digits = (0, 1, 2, "adaptive") if triton_backend.serves(CUDA, rows, packed, torch.bfloat16, 1, False) else (0,)
+    found |= {WAYS[number]: (triton_backend, number) for number in digits if passes(triton_backend, number)}
+    return {name: (functools.partial(backend.multiply, digits=number), number)
+            for name, (backend, number) in found.items()}
 
 
 @torch.inference_mode()
@@ -78,11 +73,6 @@ def kernels(device: torch.device, tiny: bool) -> dict:
         import interpreter  # noqa: F401 (our Triton kernels on the CPU)
 
         layers, text_layers, all_rows = ((256, 256), (384, 512)), ((192, 256),), (1, 70)
-    from bonsai_image.ops.backends import selfcheck
-    from bonsai_image.ops.backends.interface import int8_reference
-    from bonsai_image.ops.devices import default_dtype
-    from bonsai_image.ops.packed import Packed, dequantize
-
     dtype, flush = default_dtype(device), torch.empty(1 if tiny else 256_000_000, dtype=torch.uint8, device=device)
     table = []
     kinds = [(bits, "symmetric", 128, shape) for bits in (2, 1) for shape in layers]
@@ -93,66 +83,37 @@ def kernels(device: torch.device, tiny: bool) -> dict:
         packed = Packed(codes, scale, None if form == "symmetric" else -7.5 * scale, bits, form)
         weight, kind = dequantize(packed, dtype), selfcheck.Kind(bits, form, group, dtype, scale.dtype)
 
-        def passes(backend, fast, kind=kind):
-            return tiny or selfcheck.problem(backend, device, kind, fast) is None
+        def passes(backend, digits, kind=kind):
+            if tiny:
+                return backend is not gemlite_backend
+            return not (backend.problem(device, digits) or selfcheck.problem(backend, device, kind, digits))
 
         for m in all_rows:
             x = torch.randn(m, k, device=device).to(dtype)
             expected = x.float() @ weight.float().t()
-            calls = {"dense": functools.partial(torch.nn.functional.linear, x, weight)}
-            calls |= {name: functools.partial(call, x, packed) for name, call in ways(packed, m, tiny, passes).items()}
-            for way, call in calls.items():
-                target = int8_reference(x, packed) if way.startswith("int8") else expected
-                error = (call().float() - target).norm() / target.norm()
+            calls = {"dense": (lambda x, packed, weight=weight: torch.nn.functional.linear(x, weight), 0),
+                     **ways(packed, m, passes)}
+            for way, (call, digits) in calls.items():
+                target = int8_product(x, packed, digits) if digits else expected
+                error = (call(x, packed).float() - target).norm() / target.norm()
                 table.append({"bits": bits, "n": n, "k": k, "rows": m, "way": way, "error": float(error),
                               "tolerance": max(torch.finfo(dtype).eps, 2**-9),
-                              "ms": milliseconds(call, device, flush)})
-    return {"rows": table, "line": line(table, "tiny" if tiny else torch.cuda.get_device_name(device)),
-            "steps": None if tiny else step_times(table)}
+                              "ms": milliseconds(functools.partial(call, x, packed), device, flush)})
+    return {"rows": table, "steps": None if tiny else step_times(table)}
 
 
 def step_times(table: list[dict]) -> dict[str, float]:
     """Way -> milliseconds of the ternary products of a step at 512 x 512 and one at 1024 x 1024."""
     times = {(r["n"], r["k"], r["rows"], r["way"]): r["ms"] for r in table if r["bits"] == 2}
-    exact = [name for name in dict.fromkeys(r["way"] for r in table) if name.startswith("exact")]
-    totals = {}
-    for way in dict.fromkeys(key[3] for key in times):
-        # On a layer that a limit does not cut, the next larger one is the same product.
-        same = [way, *reversed(exact[: exact.index(way)])] if way in exact else [way]
-
-        def ms(n, k, rows, same=same):
-            return next((times[n, k, rows, name] for name in same if (n, k, rows, name) in times), float("nan"))
-
-        totals[way] = sum(
-            roofline.DOUBLE_BLOCKS * sum(ms(n, k, m) for m in (image, text) for n, k in roofline.DOUBLE)
-            + roofline.SINGLE_BLOCKS * sum(ms(n, k, both) for n, k in roofline.SINGLE) for image, text, both in STEPS)
-    return totals
-
-
-def line(table: list[dict], name: str) -> str:
-    """What to enter in ``tuning.MEASURED`` for this GPU."""
-    from bonsai_image.ops.backends import tuning
-
-    times = {} if name == "tiny" else step_times(table)
-    tile = min(tuning.TILES, key=lambda tile: times.get(f"int8 {tile.m}x{tile.n}", 0))
-    workspace = min(tuning.WORKSPACES, key=lambda size: times.get(f"exact {size // 10**6} MB", float("inf")))
-    return f'    "{name}": Tuning({tile}, {workspace}, {_gemlite_rows(table)}),'
-
-
-def _gemlite_rows(table: list[dict]) -> int:
-    """Rows up to which GemLite won on every layer of the model."""
-    best: dict[tuple, dict[str, float]] = {}
-    for row in table:
-        if row["bits"] <= 2:
-            way = row["way"].split()[0]
-            cell = best.setdefault((row["bits"], row["n"], row["k"], row["rows"]), {})
-            cell[way] = min(row["ms"], cell.get(way, float("inf")))
-    lost = min((key[3] for key, ms in best.items() if ms.get("gemlite", 1e9) > ms.get("exact", 1e9)), default=1 << 30)
-    return max((key[3] for key in best if key[3] < lost and "gemlite" in best[key]), default=0)
+    return {way: sum(
+        roofline.DOUBLE_BLOCKS * sum(times.get((n, k, m, way), float("nan")) for m in (image, text)
+                                     for n, k in roofline.DOUBLE)
+        + roofline.SINGLE_BLOCKS * sum(times.get((n, k, both, way), float("nan")) for n, k in roofline.SINGLE)
+        for image, text, both in STEPS) for way in dict.fromkeys(key[3] for key in times)}
 
 
 def lines(result: dict) -> list[str]:
-    """Milliseconds of every way beside dense, one line for each layer and number of rows; then the line to paste."""
+    """Milliseconds of every way beside dense, one line for each layer and number of rows."""
     names = list(dict.fromkeys(row["way"] for row in result["rows"]))
     text = [f"{'bits':>4} {'N x K':>13} {'rows':>5}" + "".join(f"{name:>14}" for name in names)]
     cells: dict[tuple, dict[str, float]] = {}
@@ -163,7 +124,7 @@ def lines(result: dict) -> list[str]:
             f"{ms[name]:>14.3f}" if name in ms else f"{'-':>14}" for name in names))
     if result["steps"]:
         text.append("ms of all products of two steps: " + ", ".join(f"{k} {v:.1f}" for k, v in result["steps"].items()))
-    return [*text, "for MEASURED in ops/backends/tuning.py:", result["line"]]
+    return text
 
 
 def wrong(result: dict) -> list[str]:

@@ -1,10 +1,13 @@
-"""Packed against dense linears on this machine's CPU, side by side: dense, exact (torch, compiled) and fast.
+"""Packed against dense linears on this machine's CPU, side by side: dense, expanded, and with int8 digits.
 
-    python benchmarks/linear.py [--rows 64 512 1536 4608] [--threads 1 2] [--repeats 5] [--dtype bf16] [--bits 2]
+    python benchmarks/linear.py [--rows 64 512 1536 4608] [--threads 1 2] [--dtype bf16] [--bits 2] [--busy 2]
 
 The shapes are the distinct block linears of FLUX.2 Klein 4B under ComfyUI's names. All columns of a line are timed in
-turn, and each is its best wall time; the last lines of a table weigh a shape by how often the model has it. CPU seconds
-are those of all threads, which go on spinning for a while in each wait.
+turn, and each is its median wall time; the last lines of a table weigh a shape by how often the model has it. CPU
+seconds are those of all threads, which go on spinning for a while in each wait.
+
+``torch`` and ``expanded`` keep the activations; the others are two digits, one, and adaptive: without outlying columns,
+and with four that are 30 times as large as the rest. ``--busy N`` computes beside N processes that do nothing else.
 
 Other CPUs are measured by switching features off, for torch and for our kernels:
 
@@ -12,7 +15,11 @@ Other CPUs are measured by switching features off, for torch and for our kernels
 """
 
 import argparse
+import os
 import platform
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -23,11 +30,16 @@ import torch
 
 from bonsai_image.ops.backends import torch_backend
 from bonsai_image.ops.backends.cpu import backend as cpu_backend
+from bonsai_image.ops.backends.interface import Digits
 from bonsai_image.ops.devices import DTYPES
 from bonsai_image.ops.packed import Packed, dequantize, pack_codes
 
 #: (N, K, occurrences in one forward).
 SHAPES = ((9216, 3072, 10), (3072, 3072, 10), (18432, 3072, 10), (3072, 9216, 10), (27648, 3072, 20), (3072, 12288, 20))
+
+
+#: Way -> digits.
+WAYS: dict[str, Digits] = {"two": 2, "one": 1, "adaptive": "adaptive", "outliers": "adaptive"}
 
 
 def random_levels(n: int, k: int, bits: int) -> Packed:
@@ -47,37 +59,41 @@ def cpu_name() -> str:
 
 
 def time_in_turn(functions: dict[str, Callable], repeats: int) -> dict[str, tuple[float, float]]:
-    """For each function the best wall seconds of ``repeats``, and the CPU seconds of that run."""
-    best = dict.fromkeys(functions, (float("inf"), 0.0))
-    for _ in range(repeats):
+    """For each function the median wall and CPU seconds of ``repeats``, after a run to warm up."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    for _ in range(1 + repeats):
         for name, function in functions.items():
             wall, cpu = time.perf_counter(), time.process_time()
             function()
-            best[name] = min(best[name], (time.perf_counter() - wall, time.process_time() - cpu))
-    return best
+            seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {name: (statistics.median(wall for wall, _ in runs[1:]), statistics.median(cpu for _, cpu in runs[1:]))
+            for name, runs in seconds.items()}
 
 
 def table(rows: int, threads: int, dtype: torch.dtype, bits: int, kinds: list[str], repeats: int) -> None:
     """All shapes for a number of rows and threads."""
     torch.set_num_threads(threads)
-    names = ["dense", "torch", "exact", *kinds]
+    names = ["dense", "torch", "expanded", *(f"{kind} {way}" for kind in kinds for way in WAYS)]
     total = dict.fromkeys(names, (0.0, 0.0))
-    print(f"\n{rows} rows, {threads} threads\n{'N':>8}{'K':>8}{'dense s':>10}", *(f"{name:>9}" for name in names[1:]))
+    print(f"\n{rows} rows, {threads} threads\n{'N':>8}{'K':>8}{'dense s':>10}", *(f"{name:>18}" for name in names[1:]))
     for n, k, count in SHAPES:
-        packed, x = random_levels(n, k, bits), torch.randn(rows, k).to(dtype)
+        packed, plain = random_levels(n, k, bits), torch.randn(rows, k)
+        x, outlying = plain.to(dtype), plain.index_fill(1, torch.randperm(k)[:4], 0)
+        outlying = (outlying + 30 * (plain - outlying)).to(dtype)
         weight = dequantize(packed, dtype)
         best = time_in_turn({
             "dense": partial(torch.nn.functional.linear, x, weight),
             "torch": partial(torch_backend.multiply, x, packed),
-            "exact": partial(cpu_backend.multiply_exact, x, packed, cpu_backend.instruction()),
-            **{kind: partial(cpu_backend.multiply_int8, x, packed, kind) for kind in kinds}}, repeats)
+            "expanded": partial(cpu_backend.multiply_exact, x, packed, cpu_backend.instruction()),
+            **{f"{kind} {way}": partial(cpu_backend.multiply_digits, outlying if way == "outliers" else x, packed, kind,
+                                        digits) for kind in kinds for way, digits in WAYS.items()}}, repeats)
         total = {name: (total[name][0] + count * best[name][0], total[name][1] + count * best[name][1])
                  for name in names}
         dense = best["dense"][0]
-        print(f"{n:>8}{k:>8}{dense:>10.4f}", *(f"{best[name][0] / dense:>9.2f}" for name in names[1:]), flush=True)
+        print(f"{n:>8}{k:>8}{dense:>10.4f}", *(f"{best[name][0] / dense:>18.2f}" for name in names[1:]), flush=True)
     for unit, i in (("wall", 0), ("CPU", 1)):
         dense = total["dense"][i]
-        print(f"{f'all 80, {unit}':>16}{dense:>10.2f}", *(f"{total[name][i] / dense:>9.2f}" for name in names[1:]),
+        print(f"{f'all 80, {unit}':>16}{dense:>10.2f}", *(f"{total[name][i] / dense:>18.2f}" for name in names[1:]),
               flush=True)
 
 
@@ -91,12 +107,19 @@ def main() -> None:
     parser.add_argument("--bits", type=int, choices=(1, 2), default=2)
     parser.add_argument("--kinds", nargs="+", default=[cpu_backend.instruction()],
                         help="instructions of the int8 products (ops/backends/cpu/kernels.py)")
+    parser.add_argument("--busy", type=int, default=0, help="processes that compute beside this one")
     args = parser.parse_args()
+    beside = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy)]
     print(f"{date.today()}, {cpu_name()}, torch {torch.__version__}, {args.dtype}, {args.bits} bits; "
-          f"dense in seconds, others as multiples of it")
-    for rows in args.rows:
-        for threads in args.threads:
-            table(rows, threads, DTYPES[args.dtype], args.bits, args.kinds, args.repeats)
+          f"{args.busy} busy processes beside; dense in seconds, others as multiples of it")
+    try:
+        for rows in args.rows:
+            for threads in args.threads:
+                table(rows, threads, DTYPES[args.dtype], args.bits, args.kinds, args.repeats)
+                print("load average", *os.getloadavg(), flush=True)
+    finally:
+        for process in beside:
+            process.kill()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The time of a denoising step that a GPU's bandwidth and rates allow: dense, exact and fast.
+"""The time of a denoising step that a GPU's bandwidth and rates allow: dense, expanded, and with int8 digits.
 
     python benchmarks/roofline.py            # the table of RESULTS.md
 
@@ -37,8 +37,9 @@ class Gpu(NamedTuple):
         """Seconds of a dense BF16 product."""
         return max(2 * m * n * k / (self.bf16 * 1e12 * self.bf16_share) + GAP, self.move(2 * (m * k + n * k + m * n)))
 
-    def multiply_int8(self, m: int, n: int, k: int) -> float:
-        return max(2 * m * n * k / (self.int8 * 1e12 * self.int8_share) + GAP, self.move(m * k + n * k + 2 * m * n))
+    def multiply_int8(self, m: int, n: int, k: int, digits: int) -> float:
+        return max(digits * 2 * m * n * k / (self.int8 * 1e12 * self.int8_share) + GAP,
+                   self.move(digits * m * k + n * k + 2 * m * n))
 
     def expand(self, n: int, k: int, bits: int, itemsize: int) -> float:
         return self.move((bits / 8 + 2 / GROUP + itemsize) * n * k)
@@ -54,13 +55,18 @@ GPUS = {
 }
 
 
+#: A dense weight; the packed one expanded; activations in two int8 digits, and in one: ``fast`` without outliers.
+WAYS = ("dense", "expanded", "two digits", "one digit")
+
+
 def linear(gpu: Gpu, way: str, m: int, n: int, k: int, bits: int = 2) -> float:
     """Seconds of one packed product of ``m`` rows."""
     if way == "dense":
         return gpu.multiply(m, n, k)
-    if way == "exact":
+    if way == "expanded":
         return gpu.expand(n, k, bits, 2) + gpu.multiply(m, n, k)
-    return gpu.move(3 * m * k) + gpu.expand(n, k, bits, 1) + gpu.multiply_int8(m, n, k)
+    digits = 2 if way == "two digits" else 1
+    return gpu.move((2 + digits) * m * k) + gpu.expand(n, k, bits, 1) + gpu.multiply_int8(m, n, k, digits)
 
 
 def step(gpu: Gpu, way: str, size: int, bits: int = 2) -> float:
@@ -79,12 +85,12 @@ def step(gpu: Gpu, way: str, size: int, bits: int = 2) -> float:
 def expected(name: str, size: int, bits: int = 2) -> dict[str, float] | None:
     """Seconds of a step by way on the GPU that torch calls ``name``, or None where its rates are not listed."""
     gpu = GPUS.get(name)
-    return None if gpu is None else {way: step(gpu, way, size, bits) for way in ("dense", "exact", "fast")}
+    return None if gpu is None else {way: step(gpu, way, size, bits) for way in WAYS}
 
 
 def table() -> list[str]:
     """Milliseconds of a step, and its speed relative to dense in brackets."""
-    lines = ["| GPU | size | dense ms | exact ms | fast ms |", "|---|---|---|---|---|"]
+    lines = [f"| GPU | size | {' ms | '.join(WAYS)} ms |", "|---" * (2 + len(WAYS)) + "|"]
     for name in GPUS:
         for size in (512, 1024):
             dense, *packed = expected(name, size).values()

@@ -1,6 +1,7 @@
 """The nodes: three that load MODEL, CLIP and VAE, one that saves a MODEL, one that shows what it is made of."""
 
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ _schema = functools.partial(io.Schema, category="model/loaders/bonsai")
 
 
 def _compute_inputs() -> list[io.Combo.Input]:
-    """The advanced inputs of the loaders of a MODEL. The first option of each is its default."""
+    """The advanced inputs of the loaders of a MODEL. Each defaults to ``auto``."""
     inputs = {
         "compute_dtype": (["auto", *DTYPES], (
             "Dtype of the activations. auto: ComfyUI's choice, or BF16 on a CPU with fast BF16. The packed weights "
@@ -28,15 +29,15 @@ def _compute_inputs() -> list[io.Combo.Input]:
         "backend": (backends.NAMES, (
             "What computes with the packed weights. auto: the fastest backend that runs on this device.")),
         "precision": (backends.PRECISIONS, (
-            "exact: activations keep their dtype. fast: activations are rounded to int8, which changes the image "
-            "slightly; NVIDIA GPUs since Ampere and CPUs with llvmlite; same as exact elsewhere. The packed weights "
-            "stay exact.")),
+            "auto: at least as near as BF16, by what is fastest here. exact: within the rounding of the activations' "
+            "dtype. fast: activations are rounded to int8, which changes the image slightly; NVIDIA GPUs since Ampere "
+            "and CPUs with llvmlite; same as exact elsewhere. The packed weights stay exact.")),
     }
-    return [io.Combo.Input(name, options=list(options), default=options[0], optional=True, advanced=True, tooltip=text)
+    return [io.Combo.Input(name, options=list(options), default="auto", optional=True, advanced=True, tooltip=text)
             for name, (options, text) in inputs.items()]
 
 
-def _load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", precision: str = "exact"):
+def _load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", precision: str = "auto"):
     """The MODEL at ``path``. The rest are the inputs of :func:`_compute_inputs`, which a workflow may leave out.
 
     Raises ModelFileError, and ValueError if a backend chosen by name is not installed. ``auto`` is always there.
@@ -205,5 +206,9 @@ class BonsaiModelInfo(io.ComfyNode):
 
 
 class BonsaiExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        os.environ.setdefault(backends.measuring.FILE,
+                              str(Path(folder_paths.get_user_directory()) / "bonsai_image_times.json"))
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [BonsaiCheckpointLoader, BonsaiModelLoader, BonsaiTextEncoderLoader, BonsaiSaveModel, BonsaiModelInfo]

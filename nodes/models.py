@@ -73,7 +73,7 @@ def dtype_to_impose(part: str, name: str, device: torch.device) -> torch.dtype |
                 default_dtype(device))
 
 
-def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting = backends.AUTO,
+def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting = backends.EXACT,
                disable_dynamic: bool = False):
     """The MODEL at ``path``. ``compute_dtype`` is ``auto`` or a name in ``ops.devices.DTYPES``.
 
@@ -123,7 +123,7 @@ def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = Fa
     clip = comfy.sd.load_text_encoder_state_dicts(
         [loaded.tensors], clip_type=comfy.sd.CLIPType.FLUX2,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        model_options={"custom_operations": packed_operations(compute_dtype=dtype),
+        model_options={"custom_operations": packed_operations(backends.AUTO, dtype),
                        "qwen3_4b_model_config": text_dimensions(loaded.config)},
         disable_dynamic=disable_dynamic)
     lora.install(clip.patcher)

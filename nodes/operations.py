@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import comfy.ops
 import torch
 
-from ..ops.backends import AUTO, Setting
+from ..ops.backends import EXACT, Setting
 from ..ops.linear import PackedEmbedding, PackedLinear, PackedModule, embedding, linear
 from ..ops.packed import is_packed
 from .side_paths import Adapters
@@ -92,7 +92,7 @@ class HostEmbedding(HostLayer, PackedEmbedding):
         return rows
 
 
-def packed_operations(setting: Setting = AUTO, compute_dtype: torch.dtype | None = None) -> type:
+def packed_operations(setting: Setting = EXACT, compute_dtype: torch.dtype | None = None) -> type:
     """An ``operations`` class for ``model_options["custom_operations"]``, of its own for each model."""
 
     def layer(*args, **kwargs) -> HostLinear:

@@ -1,7 +1,10 @@
 """What a device is, and the dtype to compute in on it."""
 
 import functools
+import platform
+import re
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -39,6 +42,18 @@ def current(device: torch.device) -> AbstractContextManager:
     if device.type in ("cuda", "xpu"):
         return torch.get_device_module(device).device(device)
     return nullcontext()
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU, or of the CPU and how many threads compute on it."""
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).get_device_name(device)
+    info, match = Path("/proc/cpuinfo"), None
+    if device.type == "cpu":
+        if info.exists():
+            match = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE)
+        return f"{match[1] if match else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return platform.processor() or platform.machine()
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from . import backends
-from .backends import AUTO, Setting
+from .backends import EXACT, Setting
 from .packed import Form, Packed, dequantize, is_packed, parts, tag
 from .tensor import packed_parameter
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
-           setting: Setting = AUTO) -> torch.Tensor:
+           setting: Setting = EXACT) -> torch.Tensor:
     """``x @ weight.T + bias`` for ``x`` of shape ``(..., K)`` and a packed or dense ``weight`` ``(N, K)``.
 
     Computed in the dtype of ``x``, which the result has, by the backend that ``setting`` gives where packed.
@@ -151,7 +151,7 @@ class PackedLinear(PackedModule):
     ``device`` and ``dtype`` are nn.Linear's and have no meaning here: the state dict decides.
     """
 
-    setting = AUTO
+    setting = EXACT
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None):
         super().__init__((out_features, in_features), bias)

@@ -43,7 +43,8 @@ def sampling_options() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", choices=backends.NAMES, default="auto", help="what multiplies packed weights")
-    parser.add_argument("--precision", choices=backends.PRECISIONS, default="exact", help="fast: int8 activations")
+    parser.add_argument("--precision", choices=backends.PRECISIONS, default="auto", help=(
+        "auto: as near as BF16 by what is fastest here (default); exact: to the rounding of the dtype; fast: int8"))
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the activations")
     parser.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: the fastest available)")
     return parser
@@ -87,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--to", choices=(*targets(), "checkpoint", COMFY_LORA), required=True, help=(
         "comfy-base3: comfy with five weights a byte; checkpoint: a whole repository in one file; comfy-lora: a LoRA"))
 
-    commands.add_parser("doctor", parents=[output], help="versions, devices, backends and models, for a bug report")
+    command = commands.add_parser("doctor", parents=[output],
+                                  help="versions, devices, backends and models, for a bug report")
+    command.add_argument("--measure", action="store_true", help="time the products of a step, in about a minute")
 
     # Listed for --help; __main__ runs it without importing this module, which imports torch.
     commands.add_parser("download", help="download a repository from the Hugging Face Hub", add_help=False)
@@ -196,7 +199,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    found = doctor.diagnose(Path(__file__).absolute().parents[1])
+    found = doctor.diagnose(Path(__file__).absolute().parents[1], args.measure)
     print(json.dumps(found, indent=2) if args.json else doctor.report(found))
 
 
@@ -204,9 +207,19 @@ _COMMANDS = {"generate": _generate, "batch": _batch, "sheet": _sheet, "recover":
              "inspect": _inspect, "convert": _convert, "doctor": _doctor}
 
 
+def _cache_folder() -> Path:
+    """Where this system keeps what a program can make again."""
+    if sys.platform == "win32":
+        root = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    else:
+        root = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(root)) / "bonsai-image"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit status (see :func:`run`)."""
     args = _parser().parse_args(argv)
+    os.environ.setdefault(backends.measuring.FILE, str(_cache_folder() / "times.json"))
     return run(_COMMANDS[args.command], args)
 
 

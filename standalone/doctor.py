@@ -1,7 +1,8 @@
 """What a bug report needs, and what will be slow: versions, devices, backends and why, memory, models found."""
 
+import functools
 import platform
-import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from ..loaders.description import publication
 from ..loaders.opening import files_in, folders_in, tensor_files
 from ..loaders.repository import repositories_in
 from ..ops import backends
-from ..ops.backends import Setting, libraries
-from ..ops.devices import cpu_has_fast_bfloat16, default_dtype
-from ..ops.packed import Packed
+from ..ops.backends import Setting, libraries, measuring, selfcheck
+from ..ops.devices import cpu_has_fast_bfloat16, default_dtype, device_name
+from ..ops.packed import Form, Packed, dequantize
 from . import comfyui
 
 #: What the nodes need, then what makes them faster or adds a command.
@@ -27,12 +28,17 @@ _LIBRARIES = ("comfy-kitchen", "safetensors", "triton", "triton-windows", "gemli
 _KINDS = {"ternary": (2, 128, "symmetric", torch.bfloat16), "binary": (1, 128, "symmetric", torch.bfloat16),
           "text encoder": (4, 64, "affine", torch.bfloat16)}
 _COLUMNS = 3072
+#: (N, K, occurrences) of the packed layers in a step of FLUX.2 Klein 4B at 512 x 512, and their rows: those of image
+#: and text together, which a double block multiplies one after the other.
+_SHAPES = ((9216, 3072, 5), (3072, 3072, 5), (18432, 3072, 5), (3072, 9216, 5), (27648, 3072, 20), (3072, 12288, 20))
+_ROWS = 1536
 
 
-def diagnose(program: Path) -> dict[str, Any]:
-    """Everything about this machine and the installation in the folder ``program``. Runs the self-checks."""
+def diagnose(program: Path, measure: bool = False) -> dict[str, Any]:
+    """Everything about this machine and the installation in the folder ``program``. Runs the self-checks, and times the
+    products of a step if ``measure``."""
     base = comfyui.find(program)
-    devices = [_device(device) for device in _devices()]
+    devices = [_device(device) | ({"times": _times(device)} if measure else {}) for device in _devices()]
     return {
         "versions": {"bonsai-image": __version__, "python": platform.python_version(),
                      "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -56,7 +62,8 @@ def _devices() -> Iterator[torch.device]:
 
 def _device(device: torch.device) -> dict[str, Any]:
     dtype = default_dtype(device)
-    found: dict[str, Any] = {"device": str(device), "name": _name(device), "dtype": str(dtype).removeprefix("torch.")}
+    found: dict[str, Any] = {"device": str(device), "name": device_name(device),
+                             "dtype": str(dtype).removeprefix("torch.")}
     if device.type in ("cuda", "xpu"):
         found["free"], found["total"] = torch.get_device_module(device).mem_get_info(device)
     found["backends"] = {precision: {name: str(_choice(Setting("auto", precision), device, kind, dtype))
@@ -68,21 +75,39 @@ def _device(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def _name(device: torch.device) -> str:
-    if device.type in ("cuda", "xpu"):
-        return torch.get_device_module(device).get_device_name(device)
-    if Path("/proc/cpuinfo").exists() and device.type == "cpu":
-        match = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        return f"{match[1] if match else platform.machine()}, {torch.get_num_threads()} threads"
-    return platform.processor() or platform.machine()
-
-
 def _choice(setting: Setting, device: torch.device, kind: tuple, dtype: torch.dtype) -> backends.Choice:
-    bits, group, form, scale_dtype = kind
+    return backends.choose(setting, device, backends.IMAGE_ROWS, _meta(*kind), dtype)
+
+
+def _meta(bits: int, group: int, form: Form, scale_dtype: torch.dtype) -> Packed:
+    """A weight without values."""
     scale = torch.empty(_COLUMNS, _COLUMNS // group, dtype=scale_dtype, device="meta")
     codes = torch.empty(_COLUMNS, _COLUMNS * bits // 8, dtype=torch.uint8, device="meta")
-    packed = Packed(codes, scale, None if form == "symmetric" else scale, bits, form)
-    return backends.choose(setting, device, backends.IMAGE_ROWS, packed, dtype)
+    return Packed(codes, scale, None if form == "symmetric" else scale, bits, form)
+
+
+def _times(device: torch.device) -> dict[str, dict[str, float]]:
+    """Shape -> way -> milliseconds of a product, and of the packed products of a step at 512 x 512."""
+    dtype, packed = default_dtype(device), _meta(*_KINDS["ternary"])
+    able, _ = backends.ways((0, 1, 2, "adaptive"), "auto", device, _ROWS, packed, dtype)
+    found, step = dict[str, dict[str, float]](), Counter[str]()
+    for n, k, count in _SHAPES:
+        x, weight = selfcheck.example(selfcheck.kind(packed, dtype), _ROWS, n, k, device)
+        calls = {"dense": functools.partial(torch.nn.functional.linear, x, dequantize(weight, dtype))}
+        calls |= {str(way): functools.partial(way.backend.multiply, x, weight, way.digits) for way in able}
+        found[f"{n} x {k}"] = times = measuring.milliseconds(calls, device)
+        step.update({way: count * each for way, each in times.items()})
+    return found | {"step": dict(step)}
+
+
+def _time_lines(times: dict[str, dict[str, float]]) -> Iterator[str]:
+    """A table in Markdown: dense in milliseconds, the others as multiples of it."""
+    names = list(times["step"])
+    yield f"| N x K, {_ROWS} rows | " + " | ".join(names) + " |"
+    yield "|---" * (1 + len(names)) + "|"
+    for shape, each in times.items():
+        ratios = (f"{each[name] / each['dense']:.2f}" for name in names[1:])
+        yield f"| {shape} | {each['dense']:.1f} ms | " + " | ".join(ratios) + " |"
 
 
 def _models(base: Path) -> Iterator[dict[str, Any]]:
@@ -135,6 +160,7 @@ def report(found: dict[str, Any]) -> str:
         for precision, chosen in device["backends"].items():
             lines.append(f"  {precision}: " + ", ".join(f"{kind} by {name}" for kind, name in chosen.items()))
         lines += [f"  not {name}: {problem}" for name, problem in device["not used"].items()]
+        lines += ["", *_time_lines(device["times"]), ""] if "times" in device else []
     for model in found["models"]:
         lines.append(f"{model['path']}: {model.get('problem') or model['published'] or 'not a published file'}")
     if not found["models"]:

@@ -41,7 +41,7 @@ class Compute(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
-    setting: backends.Setting = backends.AUTO
+    setting: backends.Setting = backends.EXACT
 
 
 class Result(NamedTuple):

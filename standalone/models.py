@@ -17,7 +17,7 @@ from ..loaders.errors import DOWNLOAD_FOLDER, refusing
 from ..loaders.names import to_comfyui, to_diffusers
 from ..loaders.qwen3 import TAPPED_LAYERS
 from ..loaders.whole import tokenizer_files
-from ..ops.backends import AUTO, Setting, libraries, only
+from ..ops.backends import EXACT, Setting, libraries, only
 from ..ops.linear import PackedEmbedding, PackedLinear
 from ..ops.packed import is_packed
 
@@ -33,7 +33,7 @@ class MlxTransformer(torch.nn.Module):
     cache_context = nullcontext
     backend = "mlx"
 
-    def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype, setting: Setting = AUTO):
+    def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype, setting: Setting = EXACT):
         super().__init__()
         self.config = SimpleNamespace(**model.config.diffusers())
         self.device, self.dtype = device, dtype
@@ -63,7 +63,7 @@ class MlxTransformer(torch.nn.Module):
 
 
 def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype,
-          setting: Setting = AUTO) -> torch.nn.Module:
+          setting: Setting = EXACT) -> torch.nn.Module:
     """Fill ``module``, built on the meta device: packed weights as they are, all others in ``dtype``."""
     for name, tensor in tensors.items():
         if is_packed(tensor):
@@ -80,7 +80,7 @@ def _fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], dtype: torc
 
 
 def transformer_module(model: Transformer, device: torch.device, dtype: torch.dtype,
-                       setting: Setting = AUTO, layers: bool = False) -> Flux2Transformer2DModel | MlxTransformer:
+                       setting: Setting = EXACT, layers: bool = False) -> Flux2Transformer2DModel | MlxTransformer:
     """diffusers' FLUX.2 transformer with the weights of ``model``, computing in ``dtype``; in MLX where it is used,
     unless its ``layers`` are needed one by one."""
     if not layers and only("mlx", setting, device, model.tensors.values(), dtype):
@@ -96,8 +96,12 @@ def _diffusers_module(model: Transformer, device: torch.device, dtype: torch.dty
 
 
 def text_encoder_module(model: TextEncoder, device: torch.device, dtype: torch.dtype,
-                        setting: Setting = AUTO) -> Qwen3Model:
-    """transformers' Qwen3 with the weights of ``model``, without the layers after the last one that is read."""
+                        setting: Setting = EXACT) -> Qwen3Model:
+    """transformers' Qwen3 with the weights of ``model``, without the layers after the last one that is read.
+
+    ``fast`` is for the diffusion model, and means ``auto`` here.
+    """
+    setting = setting._replace(precision="auto") if setting.precision == "fast" else setting
     with init_empty_weights():
         module = Qwen3Model(Qwen3Config(**model.config.transformers() | {"num_hidden_layers": max(TAPPED_LAYERS) + 1}))
     tensors = {name: model.tensors[f"model.{name}"] for name in module.state_dict()}

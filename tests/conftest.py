@@ -13,7 +13,7 @@ import torch
 
 from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.ops import backends
-from bonsai_image.ops.backends import selfcheck
+from bonsai_image.ops.backends import measuring, selfcheck
 from bonsai_image.tests.support import model_files, sound_files
 from bonsai_image.tests.support.random_model import write_repository
 
@@ -22,6 +22,7 @@ collect_ignore = [] if os.environ.get("COMFYUI_PATH") else ["host"]
 
 
 def pytest_configure(config):
+    os.environ[measuring.FILE] = ""  # nothing is kept
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist: it and what it starts keep to one core
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
@@ -36,7 +37,8 @@ def pytest_terminal_summary(terminalreporter):
 def fresh_backends(monkeypatch):
     """Verdicts on backends are forgotten before and after: each test asks and checks anew."""
     def forget():
-        for forget_all in (backends._problem.cache_clear, backends._log.cache_clear, selfcheck._VERDICTS.clear):
+        for forget_all in (backends._problem.cache_clear, backends._log.cache_clear, selfcheck._VERDICTS.clear,
+                           measuring._times.cache_clear):
             forget_all()
 
     forget()

@@ -135,14 +135,14 @@ def test_backends_are_the_ones_that_are_used(program):
     cpu = doctor.diagnose(program)["devices"][0]
     assert cpu["device"] == "cpu"
     cpu_device, dtype = torch.device("cpu"), default_dtype(torch.device("cpu"))
-    named = backends.choose(backends.AUTO, cpu_device, 4608, parts(random_weight(2, "symmetric", 64, 256, 128)), dtype)
+    named = backends.choose(backends.EXACT, cpu_device, 4608, parts(random_weight(2, "symmetric", 64, 256, 128)), dtype)
     assert cpu["backends"]["exact"]["ternary"] == str(named)
 
 
 def test_a_backend_that_is_missing_is_named_with_what_to_do(program, monkeypatch, fresh_backends):
     why = "llvmlite is not installed (pip install llvmlite)"
     missing = next(backend for backend in backends.BACKENDS if backend.NAME == "cpu")
-    monkeypatch.setattr(missing, "problem", lambda device, fast=False: why)
+    monkeypatch.setattr(missing, "problem", lambda device, digits=0: why)
     found = doctor.diagnose(program)
     assert found["devices"][0]["backends"]["exact"]["ternary"] == "torch"
     assert "slow: CPU: llvmlite is not installed (pip install llvmlite)" in doctor.report(found)

@@ -13,7 +13,15 @@ import pytest
 import torch
 
 from bonsai_image.ops import Setting, backends, linear
-from bonsai_image.ops.backends import AUTO, cpu_backend, gemlite_backend, libraries, mlx_backend, triton_backend
+from bonsai_image.ops.backends import (
+    EXACT,
+    cpu_backend,
+    gemlite_backend,
+    libraries,
+    measuring,
+    mlx_backend,
+    triton_backend,
+)
 from bonsai_image.ops.devices import Gpu
 from bonsai_image.standalone.batch import pipeline
 from bonsai_image.tests.support.reference import random_weight
@@ -49,6 +57,7 @@ def stand_in(monkeypatch, tmp_path, fresh_backends):
         return backend
 
     pytest.importorskip("triton")  # GemLite is asked for after it
+    monkeypatch.setattr(measuring, "fastest", lambda ways, *_: ways[0])
     yield install
     cpu_backend.instruction.cache_clear()
     for module in [module for module in sys.modules if (tmp_path / module.partition(".")[0]).is_dir()]:
@@ -61,7 +70,7 @@ def check(backend, caplog) -> str:
     expected = linear(x, weight, None, Setting("torch"))
     with caplog.at_level(logging.INFO):
         for _ in range(2):
-            assert (linear(x, weight, None, Setting(backend.NAME)) - expected).norm() < 1e-5 * expected.norm()
+            assert (linear(x, weight, None, Setting(backend.NAME, "exact")) - expected).norm() < 1e-5 * expected.norm()
     (message,) = [text for text in caplog.messages if backend.LIBRARY.name in text]
     assert "\n" not in message
     return message
@@ -146,13 +155,13 @@ class Failing:
     def __init__(self, failure):
         self.failure, self.products = failure, 0
 
-    def problem(self, device, fast=False):
+    def problem(self, device, digits=0):
         return None
 
-    def serves(self, device, rows, packed, dtype, fast, named):
-        return not fast
+    def serves(self, device, rows, packed, dtype, digits, named):
+        return not digits
 
-    def multiply(self, x, packed, fast):
+    def multiply(self, x, packed, digits):
         if x.shape[0] == 3:
             self.products += 1
             raise self.failure
@@ -166,8 +175,9 @@ class HostInterrupt(BaseException):
 def product(monkeypatch, failure):
     backend = Failing(failure)
     monkeypatch.setattr(backends, "BACKENDS", (backend, *backends.BACKENDS))
+    monkeypatch.setattr(measuring, "fastest", lambda ways, *_: ways[0])
     weight, x = random_weight(2, "symmetric", 64, 512, 128), torch.randn(3, 512)
-    return backend, lambda setting=AUTO: linear(x, weight, None, setting)
+    return backend, lambda setting=EXACT: linear(x, weight, None, setting)
 
 
 @pytest.mark.parametrize("failure", [

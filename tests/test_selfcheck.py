@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bonsai_image.ops import backends, linear
-from bonsai_image.ops.backends import AUTO, Choice, Setting, selfcheck, torch_backend
+from bonsai_image.ops.backends import AUTO, Choice, Setting, measuring, selfcheck, torch_backend
 from bonsai_image.ops.backends.libraries import Library
 from bonsai_image.ops.linear import PackedLinear
 from bonsai_image.ops.packed import parts
@@ -24,7 +24,7 @@ def test_the_self_check_passes_what_is_right(form):
     for bits, group in ((2, 128), (4, 64)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             kind = selfcheck.Kind(bits, form, group, dtype, torch.bfloat16)
-            assert selfcheck.worst_error(torch_backend, CPU, kind, False) <= 1
+            assert selfcheck.worst_error(torch_backend, CPU, kind, 0) <= 1
 
 
 @pytest.mark.parametrize("ambient", [
@@ -58,13 +58,13 @@ class Toy:
     def __init__(self, change=lambda out: out, missing: str | None = None):
         self.change, self.missing, self.calls = change, missing, []
 
-    def problem(self, device, fast=False):
+    def problem(self, device, digits=0):
         return self.missing
 
-    def serves(self, device, rows, packed, dtype, fast, named):
-        return packed.form == "symmetric" and not fast
+    def serves(self, device, rows, packed, dtype, digits, named):
+        return packed.form == "symmetric" and not digits
 
-    def multiply(self, x, packed, fast):
+    def multiply(self, x, packed, digits):
         self.calls.append(x.shape)
         return self.change(torch_backend.multiply(x, packed))
 
@@ -73,6 +73,7 @@ class Toy:
 def register(monkeypatch):
     def add(toy: Toy) -> Toy:
         monkeypatch.setattr(backends, "BACKENDS", (toy, *backends.BACKENDS))
+        monkeypatch.setattr(measuring, "fastest", lambda ways, *_: ways[0])
         return toy
 
     return add
@@ -81,7 +82,7 @@ def register(monkeypatch):
 def test_a_backend_from_outside_is_chosen_checked_used_compiled_and_differentiated(register):
     toy = register(Toy())
     for setting in (AUTO, Setting("toy")):
-        assert backends.choose(setting, CPU, 3, TERNARY, torch.float32) == Choice(toy, False)
+        assert backends.choose(setting, CPU, 3, TERNARY, torch.float32) == Choice(toy, 0)
     layer = PackedLinear(256, 24, bias=False)
     layer.load_state_dict({"weight": random_weight(2, "symmetric", 24, 256, 128)})
     reference = dense64(layer.weight)
@@ -146,7 +147,7 @@ def test_a_missing_backend_is_named_to_who_asks_for_it(register):
     register(Toy(missing="the toy is broken"))
     assert backends.problem("toy") == "the toy is broken"
     choice = backends.choose(Setting("toy"), CPU, 4608, TERNARY, torch.bfloat16)
-    assert (choice.backend.NAME, choice.fast, choice.reason) == ("cpu", False, "the toy is broken")
+    assert (choice.backend.NAME, choice.digits, choice.reason) == ("cpu", 0, "the toy is broken")
 
 
 @pytest.mark.parametrize("name", backends.NAMES)

@@ -4,10 +4,8 @@
 import pytest
 import torch
 
-from bonsai_image.ops.backends.interface import int8_reference, quantise_rows
-from bonsai_image.ops.backends.triton.backend import row_blocks
-from bonsai_image.ops.backends.tuning import DEFAULT
-from bonsai_image.ops.packed import Packed, dequantize
+from bonsai_image.ops.backends.triton.backend import WORKSPACE, row_blocks
+from bonsai_image.ops.packed import Packed
 from bonsai_image.tests.support.lab import run_lab
 
 pytest.importorskip("triton", reason="Triton is not installed here")
@@ -17,8 +15,8 @@ def cases() -> list[dict]:
     return run_lab("triton_cases.py")
 
 
-@pytest.mark.parametrize(("prefix", "count"), [("dequantise-", 73), ("exact-", 13), ("quantise-rows-", 3),
-                                               ("levels-", 3), ("int8-", 17), ("operator-", 11)])
+@pytest.mark.parametrize(("prefix", "count"), [("dequantise-", 73), ("exact-", 13), ("quantize-", 9),
+                                               ("levels-", 3), ("int8-", 42), ("operator-", 11)])
 def test_kernels_agree_with_torch(cases, prefix, count):
     chosen = [case for case in cases if case["name"].startswith(prefix)]
     assert len(chosen) == count
@@ -28,13 +26,13 @@ def test_kernels_agree_with_torch(cases, prefix, count):
 #: Shared memory of a block in KB: 64 on Turing and AMD's, 163 on A100, 99 on consumer GPUs since Ampere, 227 on Hopper.
 SHARED = {"75": 64, "80": 163, "86": 99, "89": 99, "90": 227, "120": 99, "gfx942": 64, "gfx1100": 64}
 #: Bytes that a thread stores at once, at least; single ones are the scales of rows and groups.
-STORES = {"expand": 16, "levels": 8, "quantise": 8, "int8": 8}
+STORES = {"expand": 16, "levels": 8, "quantize": 8, "int8": 8}
 
 
 @pytest.mark.parametrize("arch", SHARED)
 def test_kernels_compile_without_a_gpu(arch):
     built = {case["name"]: case for case in run_lab("compile_cases.py", arch)}
-    assert len(built) == (4 if arch == "75" else 10)  # before Ampere, the exact kernels alone
+    assert len(built) == (4 if arch == "75" else 12)  # before Ampere, the exact kernels alone
     if arch == "gfx1100":  # int8 activations are never used there; the product spills
         built = {name: case for name, case in built.items() if not name.startswith("int8")}
     for name, case in built.items():
@@ -42,14 +40,14 @@ def test_kernels_compile_without_a_gpu(arch):
         assert case["code"] and case["spilled"] == 0, name
         assert case["shared"] <= SHARED[arch] * 1024, name
         wide = [size for size in case["stores"] if size >= STORES[kind]]
-        assert wide and (len(wide) == len(case["stores"]) or kind in ("levels", "quantise")), name
+        assert wide and (len(wide) == len(case["stores"]) or kind in ("levels", "quantize")), name
         if kind == "int8":
             assert case["matrix"], "int8 products must run on matrix units"
             assert case["converted"] == 0, "a sum is read as a float, not converted"
     # Bit-exactness rests on it: the reference rounds a product before it adds, and so does the rounding to int8 (which
     # AMD's division hides).
     assert built["expand-4-affine"]["fma"] == 0
-    assert "quantise-rows" not in built or built["quantise-rows"]["fma"] == 0 or arch.startswith("gfx")
+    assert "quantize-2" not in built or built["quantize-2"]["fma"] == 0 or arch.startswith("gfx")
 
 
 @pytest.mark.parametrize(("n", "k", "itemsize", "blocks"), [
@@ -58,27 +56,7 @@ def test_kernels_compile_without_a_gpu(arch):
 def test_the_workspace_is_bounded(n, k, itemsize, blocks):
     """Every layer of the model is expanded in one piece in 16 bits, and nothing larger than the limit ever is."""
     packed = Packed(torch.empty(n, k // 4, dtype=torch.uint8, device="meta"), torch.empty(n, 1), None, 2, "symmetric")
-    parts = row_blocks(packed, itemsize, DEFAULT.workspace)
+    parts = row_blocks(packed, itemsize, WORKSPACE)
     assert len(parts) == blocks
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(n))
     assert max(part.stop - part.start for part in parts) * k * itemsize <= 200e6
-
-
-def random_layer(m=64, n=256, k=1024, bits=2):
-    generator = torch.Generator().manual_seed(1)
-    codes = torch.randint(0, 256, (n, k * bits // 8), generator=generator, dtype=torch.uint8)
-    scale = torch.rand(n, k // 128, generator=generator).add(0.5).bfloat16()
-    return torch.randn(m, k, generator=generator), Packed(codes, scale, None, bits, "symmetric")
-
-
-@pytest.mark.parametrize("bits", [1, 2])
-def test_int8_error_is_the_rounding_of_activations_alone(bits):
-    x, packed = random_layer(bits=bits)
-    weight = dequantize(packed, torch.float64)
-    q, row = quantise_rows(x)
-    rounded = q.double() * row.double()[:, None]
-    out = int8_reference(x, packed).double()
-    assert torch.linalg.norm(out - rounded @ weight.t()) / torch.linalg.norm(out) < 1e-6
-    # amax of 1024 normal numbers is about 3.4: the step is 3.4 / 127, its rounding 0.77 % of their size.
-    error = torch.linalg.norm(out - x.double() @ weight.t()) / torch.linalg.norm(out)
-    assert 0.004 < error < 0.012

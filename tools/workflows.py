@@ -27,7 +27,7 @@ _SIZES = ("The model is made for **4 steps** at **1024 x 1024**; other sizes sho
 
 
 def model(text: str, height: int = 300, more: Node | None = None) -> Group:
-    loader = Node("loader", "BonsaiCheckpointLoader", 400, [TERNARY, "auto", "auto", "exact"])
+    loader = Node("loader", "BonsaiCheckpointLoader", 400, [TERNARY, "auto", "auto", "auto"])
     return Group("1. Model", [[loader, note("Before the first run", text, height), *([more] if more else [])]])
 
 
@@ -102,7 +102,7 @@ def text_to_image_fast_and_small() -> list[Column]:
     parts = {
         "vae": ("VAELoader", "vae", "bonsai-image-vae.safetensors", "vae/diffusion_pytorch_model.safetensors", []),
         "model": ("BonsaiModelLoader", "diffusion_models", f"{BINARY}.safetensors",
-                  "transformer-packed-mflux/diffusion_pytorch_model.safetensors", ["auto", "auto", "exact"]),
+                  "transformer-packed-mflux/diffusion_pytorch_model.safetensors", ["auto", "auto", "auto"]),
         "encoder": ("BonsaiTextEncoderLoader", "text_encoders", "bonsai-image-qwen3-4B-mlx-4bit.safetensors",
                     "text_encoder-mlx-4bit/model.safetensors", []),
     }
@@ -249,7 +249,7 @@ BLUEPRINT_OUTPUT = ("decode", 0)
 
 
 def blueprint_columns() -> list[Column]:
-    loader = Node("loader", "BonsaiCheckpointLoader", 400, [TERNARY, "auto", "auto", "exact"])
+    loader = Node("loader", "BonsaiCheckpointLoader", 400, [TERNARY, "auto", "auto", "auto"])
     decode = Node("decode", "VAEDecode", 225, [], {"samples": ("sample", 0), "vae": ("loader", 2)})
     return [Column(0, [Group("1. Model", [[loader]])]), Column(230, [prompt(PROMPT), size()]), sampling(),
             Column(0, [Group("5. Image", [[decode]])])]

@@ -1,11 +1,11 @@
 """Which backend multiplies a packed weight, and why.
 
-``auto`` takes the first in the order of :data:`BACKENDS` that can be used and is the fastest for the product at hand. A
-name takes that backend for all that it can multiply, and goes on with the order for the rest. ``fast`` tries int8
-activations first, and means exact where no backend has them.
+Of the ways that a precision allows, and that the device can and does right, the one that measured fastest on this
+machine multiplies. A backend that is chosen by name comes before the others for all that it can multiply.
 """
 
 import functools
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 
 from ..packed import Packed, is_packed, parts
-from . import gemlite_backend, libraries, selfcheck, torch_backend
+from . import gemlite_backend, libraries, measuring, selfcheck, torch_backend
 from .cpu import backend as cpu_backend
-from .interface import Backend
+from .interface import Backend, Digits
 from .mlx import backend as mlx_backend
 from .triton import backend as triton_backend
 
@@ -26,39 +26,46 @@ BACKENDS: tuple[Backend, ...] = (gemlite_backend, triton_backend, mlx_backend, c
 #: What users choose from.
 NAMES = ("auto", *(backend.NAME for backend in reversed(BACKENDS)))
 
-#: ``exact``, or ``fast``: activations rounded to int8 where a backend has a kernel for it.
-PRECISIONS = ("exact", "fast")
+#: What users may ask for, and the int8 digits of the activations that give it (``interface.int8_product``).
+#: ``auto``: at least as near as BF16. ``exact``: within the rounding of the activations' dtype, below which the error
+#: of two digits is in 16 bits, but not in 32. ``fast``: an error of about 8e-3 at most.
+PRECISIONS: dict[str, tuple[Digits, ...]] = {"auto": (0, 2), "exact": (0, 2), "fast": ("adaptive", 0, 2)}
 
 #: Rows of a typical product: 1024 x 1024 pixels and 512 text tokens.
 IMAGE_ROWS = 4608
 _LOG = logging.getLogger(__name__)
 
 
+#: How a choice is shown.
+_WORDS: dict[Digits, str] = {0: "", 1: " with one int8 digit", 2: " with two int8 digits",
+                             "adaptive": " with int8 activations"}
+
+
 class Setting(NamedTuple):
     """What a user chose: a name in :data:`NAMES` and one in :data:`PRECISIONS`."""
 
     backend: str = "auto"
-    precision: str = "exact"
+    precision: str = "auto"
 
 
-#: The fastest exact backend.
-AUTO = Setting()
+#: What hosts take unless the user says otherwise, and what the library does.
+AUTO, EXACT = Setting(), Setting("auto", "exact")
 
 
 class Choice(NamedTuple):
-    """What multiplies: the backend, whether it rounds activations to int8, and why nothing better or named does."""
+    """What multiplies: the backend, the int8 digits of an activation, and why nothing better or named does."""
 
     backend: Backend
-    fast: bool
+    digits: Digits
     reason: str = ""
 
     def __str__(self) -> str:
-        return self.backend.NAME + (" with int8 activations" if self.fast else "")
+        return self.backend.NAME + _WORDS[self.digits]
 
 
 def problem(name: str) -> str | None:
     """Why what is installed here cannot run the backend ``name`` on any device, or None."""
-    return next((_problem(backend, None, False) for backend in BACKENDS if name == backend.NAME), None)
+    return next((_problem(backend, None, 0) for backend in BACKENDS if name == backend.NAME), None)
 
 
 def multiply(x: torch.Tensor, packed: Packed, setting: Setting) -> torch.Tensor:
@@ -68,13 +75,13 @@ def multiply(x: torch.Tensor, packed: Packed, setting: Setting) -> torch.Tensor:
     """
     if not x.shape[0]:
         return x.new_empty(0, packed.n)
-    backend, fast, _ = choose(setting, x.device, x.shape[0], packed, x.dtype)
+    backend, digits, _ = choose(setting, x.device, x.shape[0], packed, x.dtype)
     try:
-        return backend.multiply(x, packed, fast)
+        return backend.multiply(x, packed, digits)
     except libraries.FAILURES as failure:
         if backend is torch_backend or libraries.out_of_memory(failure):
             raise
-        selfcheck.exclude(backend, x.device, selfcheck.kind(packed, x.dtype), fast, failure)
+        selfcheck.exclude(backend, x.device, selfcheck.kind(packed, x.dtype), digits, failure)
     return multiply(x, packed, setting)
 
 
@@ -94,34 +101,48 @@ def only(name: str, setting: Setting, device: torch.device, tensors: Iterable[to
 
 
 def choose(setting: Setting, device: torch.device, rows: int, packed: Packed, dtype: torch.dtype) -> Choice:
-    """What multiplies ``rows`` activations of ``dtype`` with ``packed``: the first in order that takes the product, can
-    be used, and has passed its self-check, which runs now if need be. Why others were passed over is logged once."""
-    kind, reasons = selfcheck.kind(packed, dtype), {}
-    precisions = (True, False) if setting.precision == "fast" else (False,)
-    named = [backend for backend in BACKENDS if setting.backend == backend.NAME]
-    for backend, fast, by_name in (*((backend, fast, True) for backend in named for fast in precisions),
-                                   *((backend, fast, False) for fast in precisions for backend in BACKENDS)):
-        if backend.DEVICES and device.type not in backend.DEVICES:
-            if by_name:
-                reasons[f"the backend {backend.NAME} does not run on {device.type}"] = logging.INFO
-        elif not backend.serves(device, rows, packed, dtype, fast, by_name):
-            if by_name and not fast:
-                reasons[f"the backend {backend.NAME} does not multiply {packed.bits} bits ({packed.form}, groups of "
-                        f"{packed.group}) with {rows} rows of {dtype}".replace("torch.", "")] = logging.INFO
-        elif found := _problem(backend, device, fast):
-            reasons[found] = logging.INFO
-        elif backend is not torch_backend and (found := selfcheck.problem(backend, device, kind, fast)):
-            reasons[found] = logging.WARNING
-        else:
-            break
+    """What multiplies ``rows`` activations of ``dtype`` with ``packed``: the fastest of what takes the product, can be
+    used, and has passed its self-check. Checks and measures now if need be; logs once why others were passed over."""
+    digits = PRECISIONS[setting.precision]
+    if setting.precision == "exact" and dtype.itemsize > 2:
+        digits = (0,)
+    able, reasons = ways(digits, setting.backend, device, rows, packed, dtype)
+    way = measuring.fastest(able, device, rows, selfcheck.kind(packed, dtype))
     for reason, level in reasons.items():
-        _log(level, reason, Choice(backend, fast), device)
-    return Choice(backend, fast, "; ".join((*reasons, *["fast means exact here"] * (precisions[0] and not fast))))
+        _log(level, reason, Choice(*way), device)
+    exact = setting.precision == "fast" and way.digits != "adaptive"
+    return Choice(*way, "; ".join((*reasons, *["fast means exact here"] * exact)))
+
+
+def ways(allowed: tuple[Digits, ...], name: str, device: torch.device, rows: int, packed: Packed,
+         dtype: torch.dtype) -> tuple[tuple[measuring.Way, ...], dict[str, int]]:
+    """What can multiply so and does it right, best first; only the backend ``name`` where it is one of them. And why
+    others cannot, with the level at which to log it."""
+    kind, reasons, found = selfcheck.kind(packed, dtype), dict[str, int](), list[measuring.Way]()
+    for named in (True, False):
+        for digits, backend in itertools.product(allowed, BACKENDS):
+            if named and name != backend.NAME:
+                continue
+            problem, level = None, logging.INFO
+            if backend.DEVICES and device.type not in backend.DEVICES:
+                problem = f"the backend {name} does not run on {device.type}" if named else ""
+            elif not backend.serves(device, rows, packed, dtype, digits, named):
+                problem = (f"the backend {name} does not multiply {packed.bits} bits ({packed.form}, groups of "
+                           f"{packed.group}) with {rows} rows of {dtype}" if named and not digits else "")
+            elif not (problem := _problem(backend, device, digits)) and backend is not torch_backend:
+                problem, level = selfcheck.problem(backend, device, kind, digits), logging.WARNING
+            if problem is None:
+                found.append(measuring.Way(backend, digits))
+            elif problem and (digits != 2 or level == logging.WARNING):  # nobody asked for two digits
+                reasons[problem.replace("torch.", "")] = level
+        if found:
+            break
+    return tuple(found), reasons
 
 
 @functools.cache
-def _problem(backend: Backend, device: torch.device | None, fast: bool) -> str | None:
-    return backend.problem(device, fast)
+def _problem(backend: Backend, device: torch.device | None, digits: Digits) -> str | None:
+    return backend.problem(device, digits)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ import torch
 from ..devices import AMPERE, current, gpu
 from ..packed import LEVELS, Form, Packed
 from . import libraries
-from .tuning import tuning
+from .interface import Digits
 
 NAME = "gemlite"
 DEVICES: tuple[str, ...] = ("cuda", "xpu")
@@ -39,7 +39,8 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: Our forms -> GemLite's ``W_group_mode``.
 MODES: dict[Form, int] = {"zeropoint": 3, "affine": 4}
 
-#: GemLite has a kernel for up to this many rows, and a plain GEMM for more.
+#: GemLite has a kernel for up to this many rows, where reading the weight is the bound, and a plain GEMM for more,
+#: which its author measured slower than a dense product.
 SPLIT_K_ROWS = 64
 #: GemLite reads scales in tiles of this many out features, past the end of the table if need be.
 _TILE_N = 64
@@ -54,7 +55,7 @@ _CONFIGS = {"GEMM_SPLITK": {**_TILE, "BLOCK_SIZE_M": 16, "SPLIT_K": 1}, "GEMM": 
 _LOCK = threading.Lock()
 
 
-def problem(device: torch.device | None, fast: bool = False) -> str | None:
+def problem(device: torch.device | None, digits: Digits = 0) -> str | None:
     """Why GemLite cannot be used on ``device`` (None: on any), or None."""
     if device is not None:
         vendor, name, capability = here = gpu(device)
@@ -68,10 +69,10 @@ def problem(device: torch.device | None, fast: bool = False) -> str | None:
     return contextvars.copy_context().run(libraries.problem, LIBRARY, _modules)
 
 
-def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
+def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, digits: Digits, named: bool) -> bool:
     """Weights whose out features fill whole tiles; few rows, or by name any number that GemLite can count."""
-    return (not fast and dtype in DTYPES and packed.group * packed.bits % 8 == 0 and packed.n % _TILE_N == 0
-            and (named or rows <= tuning(device).gemlite_rows) and rows * max(packed.n, packed.k) < _MAX_ELEMENTS)
+    return (not digits and dtype in DTYPES and packed.group * packed.bits % 8 == 0 and packed.n % _TILE_N == 0
+            and (named or rows <= SPLIT_K_ROWS) and rows * max(packed.n, packed.k) < _MAX_ELEMENTS)
 
 
 def metadata_fields(packed: Packed, mode: int, dtype: torch.dtype) -> list[int]:
@@ -85,7 +86,7 @@ def metadata_fields(packed: Packed, mode: int, dtype: torch.dtype) -> list[int]:
     return list(fields.values())
 
 
-def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tensor:
+def multiply(x: torch.Tensor, packed: Packed, digits: Digits = 0) -> torch.Tensor:
     """``x @ W.T`` for ``x`` ``(M, K)``, M at least 1; ``(M, N)`` in the dtype of ``x``."""
     codes, scale, shift, bits, form = packed.contiguous()
     mode, factor = MODES["zeropoint"], 1

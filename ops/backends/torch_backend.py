@@ -7,6 +7,7 @@ block of :data:`CPU_BLOCK_ELEMENTS` elements stays in the cache between the two 
 import torch
 
 from ..packed import Packed, dequantize
+from .interface import Digits
 from .libraries import TORCH
 
 NAME = "torch"
@@ -20,17 +21,17 @@ CPU_BLOCK_ELEMENTS = 1536 * 3072
 DEVICE_BLOCK_ELEMENTS = 27648 * 3072
 
 
-def problem(device: torch.device | None, fast: bool = False) -> str | None:
+def problem(device: torch.device | None, digits: Digits = 0) -> str | None:
     """None: torch is always there."""
     return None
 
 
-def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
+def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, digits: Digits, named: bool) -> bool:
     """Every product but those with int8 activations."""
-    return not fast
+    return not digits
 
 
-def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tensor:
+def multiply(x: torch.Tensor, packed: Packed, digits: Digits = 0) -> torch.Tensor:
     """``x @ W.T`` for ``x`` ``(M, K)`` of any floating dtype; ``(M, N)`` in that dtype."""
     out = x.new_empty(x.shape[0], packed.n)
     elements = CPU_BLOCK_ELEMENTS if x.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS

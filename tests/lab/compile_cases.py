@@ -14,7 +14,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from bonsai_image.ops.backends.triton import kernels
-from bonsai_image.ops.backends.tuning import TILES
 
 _WORD = {1: "*u8", 2: "*i16", 4: "*i32"}
 #: Architectures whose int8 product is never used: Triton has no int8 matrix kernels before Ampere.
@@ -37,16 +36,21 @@ def cases(arch: str) -> dict[str, tuple]:
             kernels.EXPAND_LAUNCH)
     if arch in EXACT_ONLY:
         return {name: case for name, case in found.items() if not name.endswith("levels")}
-    found["quantise-rows"] = (
-        kernels._quantise_rows, {"x": half, "q": "*i8", "row": "*fp32", "k": "i32", "stride": "i32"},
-        {"BLOCK": 16384}, kernels.ROWS_LAUNCH)
-    for tile in TILES:
-        found[f"int8-{tile.m}x{tile.n}"] = (
+    for digits, number in kernels.DIGITS.items():
+        found[f"quantize-{digits}"] = (
+            kernels._quantize,
+            {"x": half, "q": "*i8", "step": "*fp32", "second": "*i32", "m": "i32", "k": "i32", "groups": "i32",
+             "stride": "i32", "tiles": "i32"},
+            {"GROUP": 128, "GROUPS": 128, "BLOCK_M": kernels.TILE.m, "DIGITS": number, "LARGEST": kernels.LARGEST,
+             "SMALLEST": kernels.SMALLEST, "OUTLYING": kernels.OUTLYING},
+            kernels.ROWS_LAUNCH)
+        found[f"int8-{digits}"] = (
             kernels._int8_matmul,
-            {"q": "*i8", "row": "*fp32", "levels": "*i8", "scale": "*bf16", "out": half, "m": "i32", "n": "i32",
-             "k": "i32", "stride": "i32"},
-            {"GROUP": 128, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "ROWS": kernels.TILE_ROWS},
-            {**kernels.MATMUL_LAUNCH, "num_warps": tile.warps, "num_stages": tile.stages})
+            {"q": "*i8", "step": "*fp32", "second": "*i32", "levels": "*i8", "scale": "*bf16", "out": half, "m": "i32",
+             "n": "i32", "k": "i32", "stride": "i32", "tiles": "i32"},
+            {"GROUP": 128, "BLOCK_M": kernels.TILE.m, "BLOCK_N": kernels.TILE.n, "ROWS": kernels.TILE_ROWS,
+             "DIGITS": number},
+            {**kernels.MATMUL_LAUNCH, "num_warps": kernels.TILE.warps, "num_stages": kernels.TILE.stages})
     return found
 
 
@@ -89,7 +93,8 @@ def main() -> None:
             names = kernel.arg_names
             # What the launcher finds out at run time: pointers and strides are multiples of 16, the number of rows is
             # not, nor the number of groups in a row.
-            attrs = {(names.index(arg),): [["tt.divisibility", 16]] for arg in types if arg not in ("m", "groups")}
+            attrs = {(names.index(arg),): [["tt.divisibility", 16]] for arg in types
+                     if arg not in ("m", "groups", "tiles")}
             source = ASTSource(kernel, {**types, **dict.fromkeys(constants, "constexpr")},
                                {(names.index(arg),): value for arg, value in constants.items()}, attrs)
             compiled = compile(source, target=target, options=options)

@@ -16,9 +16,10 @@ def install() -> None:
 def allocate_only() -> None:
     """Kernels that leave their results as they are, and no self-check, which they would not pass."""
     triton_kernels.expand = lambda packed, out: out
-    triton_kernels.quantise_rows = lambda x: (
-        x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32))
+    triton_kernels.quantize = lambda x, group, digits: (
+        x.new_empty(1 if digits == 1 else 2, *x.shape, dtype=torch.int8),
+        x.new_empty(x.shape[1] // group, len(x), dtype=torch.float32), None)
     triton_kernels.expand_levels = lambda packed: (
         packed.codes.new_empty(packed.n, packed.k, dtype=torch.int8), packed.scale.new_empty(packed.scale.shape[::-1]))
-    triton_kernels.int8_matmul = lambda q, row, levels, scale, out, tile: out
+    triton_kernels.int8_matmul = lambda q, step, second, levels, scale, out, digits: out
     selfcheck.problem = lambda *_: None

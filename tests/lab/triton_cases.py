@@ -7,8 +7,8 @@ import interpreter  # noqa: F401 (first: it sets TRITON_INTERPRET)
 import torch
 
 from bonsai_image.ops import Setting, linear, parts
-from bonsai_image.ops.backends import gemlite_backend, selfcheck, tuning
-from bonsai_image.ops.backends.interface import int8_reference, quantise_rows
+from bonsai_image.ops.backends import gemlite_backend, measuring, selfcheck
+from bonsai_image.ops.backends.interface import int8_product, quantize
 from bonsai_image.ops.backends.triton import backend as triton_backend
 from bonsai_image.ops.backends.triton import kernels as triton_kernels
 from bonsai_image.ops.devices import Gpu
@@ -67,45 +67,55 @@ def exact():
     # Cut in three row blocks: each product is the same as in one piece.
     packed = weight(300, 256, 2, 128)
     x = torch.randn(5, 256, generator=GENERATOR).bfloat16()
-    out = triton_backend.multiply(x, packed, tuned=tuning.DEFAULT._replace(workspace=128 * 256 * 2))
+    out = triton_backend.multiply(x, packed, workspace=128 * 256 * 2)
     report("exact-in-blocks", relative(out, x @ dequantize(packed, torch.bfloat16).t()), 0)
 
 
 def int8():
     for name, dtype in DTYPES.items():
-        x = torch.randn(7, 384, generator=GENERATOR).to(dtype)
-        x[3] = 0
-        x[4, 5] = 1000
-        q, row = triton_kernels.quantise_rows(x)
-        expected_q, expected_row = quantise_rows(x)
-        report(f"quantise-rows-{name}", (q != expected_q).sum() + (row != expected_row).sum(), 0)
+        x = torch.randn(70, 384, generator=GENERATOR).to(dtype)
+        x[3], x[4, 5], x[66, 300] = 0, 1000, 60
+        for digits in triton_kernels.DIGITS:
+            high, low, step = quantize(x, 128, digits)
+            q, found, second = triton_kernels.quantize(x, 128, digits)
+            wrong = (q[0] != high).sum() + (found.t() != step).sum()
+            if digits != 1:
+                wrong += (q[1] != low).sum()
+            if digits == "adaptive":
+                tiles = [part.amax(0) for part in low.view(70, 3, 128).ne(0).any(2).int().split(triton_kernels.TILE.m)]
+                wrong += (second.t() != torch.stack(tiles)).sum()
+            report(f"quantize-{digits}-{name}", wrong, 0)
     for bits in (1, 2, 4):
         packed = weight(70, 384, bits, 128)
         levels, scale_t = triton_kernels.expand_levels(packed)
         expected = dequantize(packed._replace(scale=torch.ones_like(packed.scale)), torch.float32)
         report(f"levels-{bits}", (levels != expected).sum() + (scale_t != packed.scale.t()).sum(), 0)
     # The largest sums there are, on both sides of zero: still exact when they start at the bits of 1.5 * 2**23.
-    q = torch.full((1, 128), 127, dtype=torch.int8)
-    for level in (-128, 127):
-        out = triton_kernels.int8_matmul(q, torch.ones(1), torch.full((1, 128), level, dtype=torch.int8),
-                                         torch.ones(1, 1), torch.empty(1, 1), tuning.DEFAULT.tile)
-        report(f"int8-largest-{level}", abs(out.item() - 127 * 128 * level), 0)
-    for bits, group, m, n in ((1, 128, 5, 70), (2, 128, 130, 140), (2, 128, 128, 128), (4, 64, 5, 70), (2, 32, 3, 9)):
+    rounded = torch.zeros(2, 1, 128, dtype=torch.int8), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.int32)
+    rounded[0][0] = 127
+    for level in (-2, 2):
+        for digits in triton_kernels.DIGITS:
+            out = triton_kernels.int8_matmul(*rounded, torch.full((1, 128), level, dtype=torch.int8),
+                                             torch.ones(1, 1), torch.empty(1, 1), digits)
+            report(f"int8-largest-{level}-{digits}", abs(out.item() - 127 * 128 * 128 * level), 0)
+    for bits, group, m, n in ((1, 128, 5, 70), (2, 128, 130, 140), (2, 64, 5, 70), (2, 32, 3, 9)):
         packed = weight(n, 2 * 128, bits, group)
-        x = torch.randn(m, 2 * 128, generator=GENERATOR).bfloat16()
+        x = torch.randn(m, 2 * 128, generator=GENERATOR)
+        x[0, 7] = x[-1, 200] = 40  # one row of each tile of rows has a second digit
         for name, dtype in DTYPES.items():
-            tile = tuning.TILES[m % len(tuning.TILES)]
-            out = triton_backend.multiply(x.to(dtype), packed, True, tuning.DEFAULT._replace(tile=tile))
-            expected = int8_reference(x.to(dtype), packed)
-            # The sum over groups is rounded in FP32 in both; then the result to its dtype.
-            tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-            report(f"int8-{bits}-{group}-{m}x{n}-{name}", relative(out, expected), tolerance)
+            for digits in triton_kernels.DIGITS:
+                out = triton_backend.multiply(x.to(dtype), packed, digits)
+                # The sum over groups is rounded in FP32 in both; then the result to its dtype.
+                tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+                report(f"int8-{bits}-{group}-{m}x{n}-{digits}-{name}",
+                       relative(out, int8_product(x.to(dtype), packed, digits)), tolerance)
 
 
 def operator():
     """The registered operator from end to end on a made-up GPU: choice, self-check, bias, shapes, gradient."""
     for module in (triton_backend, gemlite_backend):
         module.gpu, module.DEVICES = lambda _device: Gpu("nvidia", "stub", (8, 9)), ("cpu",)
+    measuring.fastest = lambda ways, *_: ways[0]
     tensor = rewrap(weight(192, 256, 2, 128), torch.bfloat16)
     bias = torch.randn(192, generator=GENERATOR)
     x = torch.randn(2, 40, 256, generator=GENERATOR).bfloat16()
@@ -117,7 +127,7 @@ def operator():
         fast = setting.precision == "fast"
         report(f"operator-{setting.backend}-{setting.precision}", relative(out, expected), 0.012 if fast else 0)
         assert fast == bool((out != expected).any())
-    report("operator-checks", len(selfcheck._VERDICTS) - 3, 0)
+    report("operator-checks", len(selfcheck._VERDICTS) - 6, 0)
     report("operator-no-rows", linear(x[:0], tensor, None, Setting("triton")).shape != (0, 40, 192), 0)
     x.requires_grad_()
     grads = [torch.autograd.grad(linear(x, tensor, None, setting).float().sum(), x)[0]

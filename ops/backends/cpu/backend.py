@@ -23,6 +23,7 @@ import torch
 
 from ...packed import Packed
 from .. import libraries
+from ..interface import Digits
 
 NAME = "cpu"
 DEVICES: tuple[str, ...] = ("cpu",)
@@ -37,32 +38,38 @@ BLOCK_ELEMENTS = 3072 * 3072
 #: rows of 12288) the product took 1.75 times as long.
 ACTIVATION_BYTES = 6 << 20
 
-#: Fewer rows or columns do not fill a block of int8 sums.
-MIN_ROWS, MIN_COLUMNS = 8, 64
+#: Fewer columns do not fill a block of int8 sums.
+MIN_COLUMNS = 64
+
+#: Elements of a weight or of activations that are expanded or rounded in one piece: a tenth of a millisecond.
+PIECE_ELEMENTS = 1 << 17
+
+#: Instructions of vectors for which another thread is worth waking: a tenth of a millisecond.
+WORK = 1 << 18
 
 _LOG = logging.getLogger(__name__)
 _PROCESS = os.getpid()
-_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def problem(device: torch.device | None, fast: bool = False) -> str | None:
-    """Why the kernels cannot be compiled here, or why int8 products gain nothing if ``fast``, or None."""
-    if (found := libraries.problem(LIBRARY, instruction)) is None and fast and instruction() == "portable":
+def problem(device: torch.device | None, digits: Digits = 0) -> str | None:
+    """Why the kernels cannot be compiled here, or why int8 products gain nothing with ``digits``, or None."""
+    if (found := libraries.problem(LIBRARY, instruction)) is None and digits and instruction() == "portable":
         return "int8 activations are not measured on this kind of CPU"
     return found
 
 
-def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
-    """BF16 and FP32 products; with ``fast``, symmetric 1- and 2-bit weights with a scale per 128."""
+def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, digits: Digits, named: bool) -> bool:
+    """BF16 and FP32 products; with ``digits``, groups of 64 or 128 and columns enough for a block."""
     if dtype not in DTYPES or packed.group % 32:
         return False
-    return not fast or (packed.form == "symmetric" and packed.bits <= 2 and packed.group == 128
-                        and rows >= MIN_ROWS and packed.n >= MIN_COLUMNS)
+    return not digits or (packed.group in (64, 128) and packed.n >= MIN_COLUMNS)
 
 
-def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tensor:
-    """``x @ W.T`` for ``x`` ``(M, K)``; ``(M, N)`` in the dtype of ``x``. See the module docstring for ``fast``."""
-    return multiply_int8(x, packed, instruction()) if fast else multiply_exact(x, packed, instruction())
+def multiply(x: torch.Tensor, packed: Packed, digits: Digits = 0) -> torch.Tensor:
+    """``x @ W.T`` for ``x`` ``(M, K)``; ``(M, N)`` in the dtype of ``x``. See the module docstring for ``digits``."""
+    if digits:
+        return multiply_digits(x, packed, instruction(), digits)
+    return multiply_exact(x, packed, instruction())
 
 
 @functools.cache
@@ -93,14 +100,9 @@ def expand(packed: Packed, dtype: torch.dtype, kind: str, out: torch.Tensor) -> 
     scale = scale.to(torch.float32).contiguous()
     shift = scale if packed.shift is None else packed.shift.to(torch.float32).contiguous()
     codes = packed.codes if packed.codes.stride(1) == 1 else packed.codes.contiguous()
-    groups, threads = scale.shape[1], torch.get_num_threads()
-    step = -(-packed.n // threads)
-
-    def rows(_worker: int, first: int) -> None:
-        run(_address(codes, first), codes.stride(0), _address(scale, first), _address(shift, first),
-            _address(out, first), min(step, packed.n - first), groups, packed.group // 32)
-
-    spread(rows, range(0, packed.n, step), threads)
+    step = max(1, PIECE_ELEMENTS // packed.k)
+    spread(run, -(-packed.n // step), packed.n * packed.k // 32, codes, codes.stride(0), scale, shift, out, packed.n,
+           step, scale.shape[1], packed.group // 32)
     return out
 
 
@@ -115,85 +117,65 @@ def multiply_exact(x: torch.Tensor, packed: Packed, kind: str) -> torch.Tensor:
     return out
 
 
-def multiply_int8(x: torch.Tensor, packed: Packed, kind: str) -> torch.Tensor:
-    """:func:`multiply` with int8 activations by the instruction ``kind``.
+def multiply_digits(x: torch.Tensor, packed: Packed, kind: str, digits: Digits) -> torch.Tensor:
+    """:func:`multiply` with int8 ``digits`` by the instruction ``kind``.
 
     ``packed`` has at least :data:`MIN_COLUMNS` rows.
     """
     from . import kernels, products
 
-    block, wide = kernels.KINDS[kind], x.dtype == torch.float32
-    quantise = kernels.function(kernels.quantise, kind, bits=packed.bits, tile=block.tile, wide=wide)
-    run = kernels.function(products.multiply, kind, name=kind, bits=packed.bits, wide=wide)
+    block, planes = kernels.KINDS[kind], 1 if digits == 1 else 2
+    constants: dict[str, Any] = {"bits": packed.bits, "form": packed.form, "group": packed.group,
+                                 "wide": x.dtype == torch.float32, "digits": digits}
+    quantize = kernels.function(kernels.quantize, kind, block=block.rows, tile=block.tile, **constants)
+    run = kernels.function(products.multiply, kind, name=kind, **constants)
     x, codes = (t if t.stride(1) == 1 else t.contiguous() for t in (x, packed.codes))
     scale = packed.scale.t().to(torch.float32).contiguous()
-    groups, threads = scale.shape[0], torch.get_num_threads()
-    size = min(x.shape[0], max(block.rows, ACTIVATION_BYTES // packed.k))
+    shift = scale if packed.shift is None else packed.shift.t().to(torch.float32).contiguous()
+    if packed.form == "zeropoint":
+        shift = shift.mul_(scale).neg_()
+    groups, k = scale.shape[0], packed.k
+    size = min(x.shape[0], max(block.rows, ACTIVATION_BYTES // k // planes // block.rows * block.rows))
     padded = -(-size // block.rows) * block.rows
-    q, row = torch.empty(padded, packed.k, dtype=torch.int8), torch.empty(padded)
-    start = torch.empty(padded, groups, dtype=torch.int32)
-    # For each thread a panel, and behind it room for the sums of a block and for eight tiles.
-    panel = block.columns * packed.k
-    rooms = torch.empty(threads, panel + 4 * block.rows * block.columns + 8 * 1024, dtype=torch.uint8)
+    q = torch.empty(padded, planes, k, dtype=torch.int8)
+    # The rows that fill a block are computed and not stored: zeros are no subnormal numbers.
+    step, total = torch.zeros(2, padded, groups)
+    second = torch.zeros(-(-size // block.rows), groups, dtype=torch.int32)
+    room = block.sums + block.columns * k
+    rooms = torch.empty(torch.get_num_threads() * room, dtype=torch.uint8)
     out = x.new_empty(x.shape[0], packed.n)
-
+    piece = max(1, PIECE_ELEMENTS // k // block.rows) * block.rows
     for part, result in zip(x.split(size), out.split(size), strict=True):
         rows = part.shape[0]
-        step = -(-rows // threads)
-
-        def round_rows(_worker: int, first: int, part=part, rows=rows, step=step) -> None:
-            quantise(part.data_ptr(), part.stride(0), q.data_ptr(), row.data_ptr(), start.data_ptr(), first,
-                     min(step, rows - first), groups)
-
-        def columns(worker: int, first: int, result=result, rows=rows) -> None:
-            # The last block overlaps the one before it, which computes the same values.
-            first = min(first, packed.n - block.columns)
-            room = _address(rooms, worker)
-            run(q.data_ptr(), row.data_ptr(), start.data_ptr(), _address(codes, first), codes.stride(0),
-                scale.data_ptr() + 4 * first, packed.n, room, room + panel,
-                result.data_ptr() + result.element_size() * first, rows, groups)
-
-        spread(round_rows, range(0, rows, step), threads)
-        spread(columns, range(0, packed.n, block.columns), threads)
+        second.zero_()
+        spread(quantize, -(-rows // piece), rows * k // 8, part, part.stride(0), q, step, total, second, rows, piece,
+               groups)
+        spread(run, -(-packed.n // block.columns), rows * k * packed.n // 64 * planes, q, step, total, second, codes,
+               codes.stride(0), scale, shift, packed.n, rooms, room, result, rows, groups)
     return out
 
 
-def _address(tensor: torch.Tensor, row: int) -> int:
-    return tensor.data_ptr() + row * tensor.stride(0) * tensor.element_size()
+def spread(function: Callable[[Any], None], pieces: int, work: int, *arguments: torch.Tensor | int) -> None:
+    """Compute the ``pieces`` of a kernel with ``arguments`` on as many threads as torch has, on one if there is little
+    ``work``, counted in instructions.
 
-
-def spread(task: Callable[[int, int], None], indices: range, threads: int) -> None:
-    """Call ``task(worker, index)`` for all ``indices`` on ``threads`` threads, ``worker`` counting those.
-
-    They are the threads of torch's own OpenMP pool where that is GNU's: after each operation of torch they go on
-    spinning for some milliseconds, and others would have to share the cores with them. On an exception, Ctrl-C too, all
-    stop after the index in hand, and it is raised here.
+    The threads take one piece after the other, so one that the system puts aside holds up no more than a piece. They
+    are those of torch's own OpenMP pool where that is GNU's: after each operation of torch they go on spinning for some
+    milliseconds, and others would have to share the cores with them.
     """
-    todo, workers, failures = iter(indices), iter(range(threads)), []
-
-    def work(_data: Any = None) -> None:
-        try:
-            worker = next(workers)
-            for index in todo:
-                task(worker, index)
-        except BaseException as failure:
-            failures.append(failure)
-            for _ in todo:
-                pass
-
-    if threads == 1 or len(indices) == 1:
-        work()
+    job = (ctypes.c_int64 * (3 + len(arguments)))(
+        0, pieces, 0, *(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments))
+    threads = min(torch.get_num_threads(), pieces, -(-work // WORK))
+    if threads == 1:
+        function(job)
     # OpenMP's threads do not exist in a forked child.
     elif (parallel := _gnu_openmp()) and os.getpid() == _PROCESS:
-        parallel(_CALLBACK(work), None, threads, 0)
+        parallel(function, job, threads, 0)
     else:
-        # Ctrl-C comes to this thread, so it must be one that works: it ends the list for the others.
         with ThreadPoolExecutor(threads - 1) as pool:
             for _ in range(threads - 1):
-                pool.submit(work)
-            work()
-    if failures:
-        raise failures[0]
+                pool.submit(function, job)
+            function(job)
 
 
 @functools.cache
@@ -201,5 +183,5 @@ def _gnu_openmp() -> Callable[..., None] | None:
     """``GOMP_parallel(function, data, threads, flags)`` of the libgomp that torch brings, or None (macOS, Windows)."""
     function = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform == "linux" else None
     if function is not None:
-        function.argtypes, function.restype = (_CALLBACK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     return function

@@ -37,6 +37,9 @@ class Builder(ir.IRBuilder):
     def times(self, *factors: ir.Value | int) -> ir.Value:
         return functools.reduce(self.mul, map(number, factors))
 
+    def least(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        return self.select(self.icmp_signed("<", a, b), a, b)
+
     def at(self, base: ir.Value, element: ir.Type, index: ir.Value | int) -> ir.Value:
         """``&base[index]``, counted in ``element``."""
         return self.gep(base, [number(index)], source_etype=element)
@@ -93,15 +96,35 @@ class Builder(ir.IRBuilder):
         return self.trunc(self.lshr(bits, const(lanes, I32, 16)), VECTOR(I16, lanes))
 
 
-def assemble(kernel: Callable[..., None], **constants: Any) -> tuple[str, list[ir.Type]]:
-    """The IR of ``kernel`` as text, and the types of its arguments, which its annotations state."""
-    arguments = [hint.__metadata__[0] for hint in kernel.__annotations__.values() if hasattr(hint, "__metadata__")]
+#: A job in memory, 64-bit words: the next piece, the number of pieces, the next worker, then the arguments.
+JOB_HEADER = 3
+#: A compiled kernel, called with the address of a job. The GIL is released meanwhile.
+KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def assemble(kernel: Callable[..., None], **constants: Any) -> str:
+    """The IR of ``kernel`` as text: a function of a job, which takes one piece after the other until none is left.
+
+    Threads that are given the same job share its pieces. The annotations of ``kernel`` are the types of its arguments;
+    the first two are the number of the thread, in the order in which they come, and that of the piece.
+    """
+    kinds = [hint.__metadata__[0] for hint in kernel.__annotations__.values() if hasattr(hint, "__metadata__")]
     module = ir.Module()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), "kernel")
-    builder = Builder(function.append_basic_block())
-    kernel(builder, *function.args, **constants)
-    builder.ret_void()
-    return str(module), arguments
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), "kernel")
+    b, job = Builder(function.append_basic_block()), function.args[0]
+    worker = b.atomic_rmw("add", b.at(job, I64, 2), I64(1), "monotonic")
+    arguments = [b.read(job, kind, JOB_HEADER + i) for i, kind in enumerate(kinds[2:])]
+    following, body, end = (b.append_basic_block() for _ in range(3))
+    b.branch(following)
+    b.position_at_end(following)
+    piece = b.atomic_rmw("add", job, I64(1), "monotonic")
+    b.cbranch(b.icmp_signed("<", piece, b.read(job, I64, 1)), body, end)
+    b.position_at_end(body)
+    kernel(b, worker, piece, *arguments, **constants)
+    b.branch(following)
+    b.position_at_end(end)
+    b.ret_void()
+    return str(module)
 
 
 def target(cpu: str, features: str) -> llvm.TargetMachine:
@@ -113,8 +136,8 @@ def target(cpu: str, features: str) -> llvm.TargetMachine:
     return llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3)
 
 
-def build(text: str, arguments: list[ir.Type], machine: llvm.TargetMachine) -> Callable[..., None]:
-    """What :func:`assemble` returns as a function of addresses and integers, which releases the GIL.
+def build(text: str, machine: llvm.TargetMachine) -> Callable[[Any], None]:
+    """What :func:`assemble` returns as a :data:`KERNEL`.
 
     Of LLVM's passes over IR only the one that turns variables into registers is needed.
     """
@@ -125,13 +148,12 @@ def build(text: str, arguments: list[ir.Type], machine: llvm.TargetMachine) -> C
     passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()))
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    types = [ctypes.c_void_p if kind is POINTER else ctypes.c_int64 for kind in arguments]
-    function = ctypes.CFUNCTYPE(None, *types)(engine.get_function_address("kernel"))
+    function = KERNEL(engine.get_function_address("kernel"))
     function.engine = engine  # type: ignore[attr-defined]  # owns the code
     return function
 
 
 @functools.cache
-def compiled(kernel: Callable[..., None], cpu: str, features: str, **constants: Any) -> Callable[..., None]:
+def compiled(kernel: Callable[..., None], cpu: str, features: str, **constants: Any) -> Callable[[Any], None]:
     """``kernel`` as a function for such a machine, compiled once a process in some 20 ms."""
-    return build(*assemble(kernel, **constants), target(cpu, features))
+    return build(assemble(kernel, **constants), target(cpu, features))

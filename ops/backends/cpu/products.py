@@ -1,49 +1,103 @@
-"""A few columns of an int8 product: int32 inside a group of 128, float32 across groups (``backends/interface.py``).
+"""A few columns of a product with int8 digits: int32 inside a group, float32 across groups (``backends/interface.py``).
 
-The codes of the columns become a panel of bytes, which stays in the L2 cache while it is multiplied with all rows of
-activations. All instructions share this text but for :func:`dot` and, for AMX, :func:`add_tiles`.
+The codes of a block of columns become a panel of bytes, which stays in the L2 cache while it is multiplied with all
+rows of activations::
+
+    activations (kernels.quantize)              panel (decode)
+    row r of the tile: 64 bytes along K         4 bytes along K of each column
+      k 0 1 2 3 | 4 5 6 7 | ... 63                column 0     1     ...
+    0   a a a a | . . . .                       k 0-3  c c c c c c c c
+    1   . . . . | . . . .                       k 4-7  . . . .
+    :                                           :
+    one tile of AMX: 16 rows                    one tile of AMX: 16 of these rows, 16 columns
+
+One instruction multiplies four activations of one row with the four codes below each other in as many columns as a
+vector has lanes, and adds them to a 32-bit sum of each column; AMX does so for 16 rows. The high digits of a group go
+first, the sums are shifted by 7 bits, the low digits are added: the sum of a group is one integer, and one conversion
+to float serves both.
+
+All instructions share this text but for :func:`dot` and, for AMX, :func:`add_tiles`.
 """
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 from llvmlite import ir
 
 from ...packed import LEVELS
-from .kernels import GROUP, KINDS, Address, Integer, Kind
+from ..interface import Digits
+from .kernels import KINDS, Address, Integer, Kind
 from .llvm import F32, I8, I16, I32, I64, VECTOR, Builder, const
 
 
-def multiply(b: Builder, q: Address, row: Address, start: Address, codes: Address, stride: Integer, scale: Address,
-             columns: Integer, panel: Address, acc: Address, out: Address, rows: Integer, groups: Integer, *, name: str,
-             bits: int, wide: bool) -> None:
-    """``out[m, n]`` for all ``rows`` m and as many n as a block has: BF16, or float32 if ``wide``.
+class Group(NamedTuple):
+    """One block of rows, one of columns and one group: the addresses of what is multiplied, and of the sums ``acc``.
 
-    ``q``, ``row``, ``start``: from ``quantise``. ``scale``: float32 ``(groups, columns)``, ``columns`` being N of the
-    whole weight and of ``out``. ``panel``: room for the weight as bytes. ``acc``: room for the sums of one block.
+    ``size``: elements of the group. ``shift`` is None for symmetric weights, ``second`` the condition under which there
+    are second digits: None if never, True if always.
+    """
+
+    size: int
+    q: ir.Value
+    step: ir.Value
+    total: ir.Value
+    panel: ir.Value
+    scale: ir.Value
+    shift: ir.Value | None
+    acc: ir.Value
+    second: ir.Value | bool | None
+
+
+def multiply(b: Builder, worker: Integer, piece: Integer, q: Address, step: Address, total: Address, second: Address,
+             codes: Address, stride: Integer, scale: Address, shift: Address, columns: Integer, rooms: Address,
+             room: Integer, out: Address, rows: Integer, groups: Integer, *, name: str, bits: int, form: str,
+             group: int, wide: bool, digits: Digits) -> None:
+    """``out[m, n]`` for all ``rows`` m and as many n as a block has: BF16, or float32 if ``wide``. A block is a piece.
+
+    ``q``, ``step``, ``total``, ``second``: from ``quantize``. ``codes``: ``stride`` bytes between rows. ``scale``,
+    ``shift``: float32 ``(groups, columns)``, ``columns`` being N of the whole weight and of ``out``. ``rooms``:
+    ``room`` bytes for each worker, for the sums of some blocks, the tiles of AMX and the panel.
     """
     kind, tiles = KINDS[name], name == "amx"
+    # The last block overlaps the one before it, which computes the same values.
+    first = b.least(b.times(piece, kind.columns), b.sub(columns, I64(kind.columns)))
+    acc = b.at(rooms, I8, b.times(worker, room))
+    panel = b.at(acc, I8, kind.sums)
     if tiles:
         configure_tiles(b)
-    decode(b, kind, codes, stride, panel, groups, bits=bits, signed=tiles)
-    with b.loop(rows, kind.rows) as m:
-        with b.loop(kind.rows * kind.columns, kind.lanes) as i:
+    decode(b, kind, b.at(codes, I8, b.times(first, stride)), stride, panel, b.times(groups, group * bits // 32),
+           bits=bits, step=LEVELS[bits][0] if form == "symmetric" else 1)
+    with b.loop(rows, kind.rows * kind.blocks) as m:
+        count = b.least(b.sub(rows, m), I64(kind.rows * kind.blocks))
+        with b.loop(kind.rows * kind.blocks * kind.columns, kind.lanes) as i:
             b.write(const(kind.lanes, F32, 0.0), acc, F32, i)
-        block = b.at(q, I8, b.times(m, groups, GROUP)), b.at(start, I32, b.times(m, groups))
-        (add_tiles if tiles else add_vectors)(b, name, *block, scale, columns, panel, acc, groups)
-        with b.loop(kind.rows) as r, b.if_then(b.icmp_signed("<", b.plus(m, r), rows)):
-            factor = b.splat(b.read(row, F32, b.plus(m, r)), kind.lanes)
+        with b.loop(groups) as g, b.loop(count, kind.rows) as r:
+            block = b.plus(m, r)
+            tile = b.plus(b.times(b.udiv(block, I64(kind.tile)), groups), g)
+            at = b.plus(b.times(g, columns), first)
+            flag = b.read(second, I32, b.plus(b.times(b.udiv(block, I64(kind.rows)), groups), g))
+            part = Group(
+                group, b.at(q, I8, b.times(tile, group * kind.tile * (1 if digits == 1 else 2))),
+                b.at(step, F32, b.times(tile, kind.tile)), b.at(total, I32, b.times(tile, kind.tile)),
+                b.at(panel, I8, b.times(g, group * kind.columns)), b.at(scale, F32, at),
+                None if form == "symmetric" else b.at(shift, F32, at), b.at(acc, F32, b.times(r, kind.columns)),
+                b.icmp_signed("!=", flag, I32(0)) if digits == "adaptive" else digits == 2 or None)
+            (add_tiles if tiles else add_vectors)(b, kind, name, bits, part, groups)
+        with b.loop(count) as r:
+            target = b.plus(b.times(b.plus(m, r), columns), first)
             for v in range(0, kind.columns, kind.lanes):
-                value = b.fmul(b.read(acc, F32, b.plus(b.times(r, kind.columns), v), kind.lanes), factor)
-                value = value if wide else b.bfloat16(value)
-                b.write(value, out, F32 if wide else I16, b.plus(b.times(b.plus(m, r), columns), v))
+                value = b.read(acc, F32, b.plus(b.times(r, kind.columns), v), kind.lanes)
+                b.write(value if wide else b.bfloat16(value), out, F32 if wide else I16, b.plus(target, v))
     if tiles:
         b.intrinsic("llvm.x86.tilerelease", ir.VoidType())
 
 
-def decode(b: Builder, kind: Kind, codes: ir.Value, stride: ir.Value, panel: ir.Value, groups: ir.Value, *, bits: int,
-           signed: bool) -> None:
-    """The rows of the weight that are a block's columns -> ``panel`` of bytes ``[K / 4][columns][4]``: levels if
-    ``signed``, else levels plus 1."""
+def decode(b: Builder, kind: Kind, codes: ir.Value, stride: ir.Value, panel: ir.Value, words: ir.Value, *, bits: int,
+           step: int) -> None:
+    """The rows of the weight that are a block's columns, ``words`` of 32 bits each -> ``panel`` of bytes
+    ``[K / 4][columns][4]``: the codes times ``step``."""
     lanes, per_byte = kind.lanes, 8 // bits
-    with b.loop(b.times(groups, GROUP // 4 // per_byte)) as word:
+    with b.loop(words) as word:
         for first in range(0, kind.columns, lanes):
             v = ir.Constant(VECTOR(I32, lanes), ir.Undefined)
             for lane in range(lanes):
@@ -51,17 +105,34 @@ def decode(b: Builder, kind: Kind, codes: ir.Value, stride: ir.Value, panel: ir.
                 v = b.insert_element(v, b.read(at, I32, 0), I32(lane))
             for j in range(per_byte):
                 c = b.lshr(v, const(lanes, I32, bits * j))
-                c = b.mul(b.and_(c, const(lanes, I32, (2**bits - 1) * 0x01010101)), const(lanes, I32, LEVELS[bits][0]))
-                if signed:
-                    c = b.sub(b.bitcast(c, VECTOR(I8, 4 * lanes)), const(4 * lanes, I8, 1))
+                c = b.mul(b.and_(c, const(lanes, I32, (2**bits - 1) * 0x01010101)), const(lanes, I32, step))
                 b.write(c, panel, I32, b.plus(b.times(word, per_byte * kind.columns), j * kind.columns + first))
 
 
-def accumulate(b: Builder, sums: ir.Value, factor: ir.Value, acc: ir.Value, index: int) -> None:
-    """``acc[index:] += sums * factor`` in float32, for a vector of the int32 sums of a group."""
-    vf = factor.type
-    old = b.read(acc, F32, index, vf.count)
-    b.write(b.intrinsic(f"llvm.fma.v{vf.count}f32", vf, b.sitofp(sums, vf), factor, old), acc, F32, index)
+def accumulate(b: Builder, part: Group, sums: ir.Value, place: ir.Value | int, scale: ir.Value,
+               shift: ir.Value | None, index: int) -> None:
+    """Adds the sums of one row, a vector of columns, to ``acc[index:]`` in float32.
+
+    ``place``: that of the row in ``part.step`` and ``part.total``.
+    """
+    vf = scale.type
+    row = b.splat(b.read(part.step, F32, place), vf.count)
+    old = b.read(part.acc, F32, index, vf.count)
+    if shift is not None:
+        old = b.intrinsic(f"llvm.fma.v{vf.count}f32", vf, b.splat(b.read(part.total, F32, place), vf.count), shift, old)
+    value = b.intrinsic(f"llvm.fma.v{vf.count}f32", vf, b.sitofp(sums, vf), b.fmul(scale, row), old)
+    b.write(value, part.acc, F32, index)
+
+
+def shifted(b: Builder, part: Group, high: ir.Value, place: ir.Value | int) -> ir.Value:
+    """The sums of the high digits in units of the low ones, with what a sum of codes starts from."""
+    sums = b.shl(high, const(high.type.count, I32, 7))
+    return sums if part.shift is not None else b.add(sums, b.splat(b.read(part.total, I32, place), high.type.count))
+
+
+def second_digits(b: Builder, part: Group) -> AbstractContextManager:
+    """Around the product of the second digits, where there may be some."""
+    return nullcontext() if part.second is True else b.if_then(part.second)
 
 
 def dot(b: Builder, name: str, sums: ir.Value, weight: ir.Value, activation: ir.Value) -> ir.Value:
@@ -69,36 +140,48 @@ def dot(b: Builder, name: str, sums: ir.Value, weight: ir.Value, activation: ir.
     lanes = KINDS[name].lanes
     u, s = (b.bitcast(v, VECTOR(I8, 4 * lanes)) for v in (weight, activation))
     if name == "avx2":
-        # 64 products of at most 3 * 127 meet in one 16-bit sum of a group: they fit.
         return b.add(sums, b.intrinsic("llvm.x86.avx2.pmadd.ub.sw", sums.type, u, s))
     return b.intrinsic(f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", sums.type, sums, u, s)
 
 
-def add_vectors(b: Builder, name: str, q: ir.Value, start: ir.Value, scale: ir.Value, columns: ir.Value,
-                panel: ir.Value, acc: ir.Value, groups: ir.Value) -> None:
-    """The product of a block of rows with the panel, added to ``acc``, by dots of vectors."""
-    kind, lanes, unroll = KINDS[name], KINDS[name].lanes, 2
-    block = [(r, v) for r in range(kind.rows) for v in range(kind.vectors)]
-    pairs = ir.Constant(VECTOR(I16, 2 * lanes), None)  # zeros
-    with b.loop(groups) as g:
-        starts = [b.splat(b.read(start, I32, b.plus(b.times(groups, r), g)), lanes) for r in range(kind.rows)]
-        sums = {(r, v): b.variable(pairs if name == "avx2" else starts[r]) for r, v in block}
-        with b.loop(GROUP // 4, unroll) as k4:
-            for at in (b.plus(b.times(g, GROUP // 4), k4, i) for i in range(unroll)):
-                weights = [b.read(panel, I32, b.plus(b.times(at, kind.columns), v * lanes), lanes)
-                           for v in range(kind.vectors)]
-                first = b.plus(b.times(b.lshr(at, I64(4)), 16 * kind.rows), b.and_(at, I64(15)))
-                for r in range(kind.rows):
-                    activation = b.splat(b.read(q, I32, b.plus(first, 16 * r)), lanes)
-                    for v, weight in enumerate(weights):
-                        b.store(dot(b, name, b.get(sums[r, v]), weight, activation), sums[r, v])
-        scales = [b.read(scale, F32, b.plus(b.times(g, columns), v * lanes), lanes) for v in range(kind.vectors)]
-        for r, v in block:
-            total = b.get(sums[r, v])
-            if name == "avx2":
+def add_vectors(b: Builder, kind: Kind, name: str, bits: int, part: Group, groups: ir.Value) -> None:
+    """Adds the product of ``part`` to its sums by dots of vectors."""
+    lanes, unroll, rows = kind.lanes, 2, range(kind.rows)
+    block = [(r, v) for r in rows for v in range(kind.vectors)]
+    # avx2 adds products to sums of 16 bits, two in each lane of 32: 64 of at most 3 * 127 fit, and 16 of 15 * 127.
+    narrow, span = name == "avx2", 32 if name == "avx2" and bits == 4 else part.size
+    totals = {key: b.variable(const(lanes, I32, 0)) for key in block}
+
+    def multiply_digit(digit: int) -> None:
+        q = b.at(part.q, I8, digit * part.size * kind.tile)
+        for chunk in range(0, part.size, span):
+            sums = {key: b.variable(const(2 * lanes, I16, 0)) for key in block} if narrow else totals
+            for first in range(chunk, chunk + span, min(span, 64)):
+                with b.loop(min(span, 64) // 4, unroll) as k4:
+                    for i in range(unroll):
+                        at = b.plus(b.times(b.plus(k4, first // 4 + i), kind.columns))
+                        weights = [b.read(part.panel, I32, b.plus(at, v * lanes), lanes) for v in range(kind.vectors)]
+                        for r in rows:
+                            at = b.plus(k4, (first // 64 * kind.tile + r) * 16 + first % 64 // 4 + i)
+                            activation = b.splat(b.read(q, I32, at), lanes)
+                            for v, weight in enumerate(weights):
+                                b.store(dot(b, name, b.get(sums[r, v]), weight, activation), sums[r, v])
+            if narrow:
                 ones = const(2 * lanes, I16, 1)
-                total = b.add(b.intrinsic("llvm.x86.avx2.pmadd.wd", VECTOR(I32, lanes), total, ones), starts[r])
-            accumulate(b, total, scales[v], acc, (r * kind.vectors + v) * lanes)
+                for key, total in totals.items():
+                    pairs = b.intrinsic("llvm.x86.avx2.pmadd.wd", VECTOR(I32, lanes), b.get(sums[key]), ones)
+                    b.store(b.add(b.get(total), pairs), total)
+
+    multiply_digit(0)
+    for (r, _), total in totals.items():
+        b.store(shifted(b, part, b.get(total), r), total)
+    if part.second is not None:
+        with second_digits(b, part):
+            multiply_digit(1)
+    for v in range(kind.vectors):
+        scale, shift = (p and b.read(p, F32, v * lanes, lanes) for p in (part.scale, part.shift))
+        for r in rows:
+            accumulate(b, part, b.get(totals[r, v]), r, scale, shift, (r * kind.vectors + v) * lanes)
 
 
 def amx(b: Builder, name: str, *args: ir.Value | int) -> None:
@@ -115,44 +198,48 @@ def configure_tiles(b: Builder) -> None:
     amx(b, "ldtilecfg", table)
 
 
-def add_tiles(b: Builder, name: str, q: ir.Value, start: ir.Value, scale: ir.Value, columns: ir.Value,
-              panel: ir.Value, acc: ir.Value, groups: ir.Value) -> None:
+def add_tiles(b: Builder, kind: Kind, name: str, bits: int, part: Group, groups: ir.Value) -> None:
     """As :func:`add_vectors` by AMX, a square of 32 x 32 sums at a time: tiles 0 to 3 hold them, 4 and 5 activations, 6
-    and 7 levels.
+    and 7 codes. The sums of one square are added to ``part.acc`` while the next one is multiplied."""
+    corners = [(m, n) for m in range(0, kind.rows, 32) for n in range(0, kind.columns, 32)]
+    digits = 1 if part.second is None else 2
+    # Behind the sums of a block: [square % 2][digit][tile][16][16].
+    stored = b.at(part.acc, I32, kind.rows * kind.columns)
+    tile_of_q = b.times(groups, part.size * kind.tile * digits)
 
-    All squares of a group follow each other: its activations and levels come from the L2 cache once. The sums of one
-    square are added to ``acc`` while the next one is multiplied.
-    """
-    kind = KINDS[name]
-    corners = [(m, n) for m in range(0, kind.rows, 32) for n in range(0, kind.columns, 32)]  # an even number
-    stored = b.at(acc, F32, kind.rows * kind.columns)  # behind the sums, twice four tiles
-
-    def add(g: ir.Value, square: int) -> None:
+    def multiply_square(square: int, digit: int) -> None:
         m, n = corners[square]
-        scales = [b.read(scale, F32, b.plus(b.times(g, columns), n + v), 16) for v in (0, 16)]
-        for tile in range(4):
-            for r in range(16):
-                sums = b.read(stored, I32, 1024 * (square % 2) + 256 * tile + 16 * r, 16)
-                accumulate(b, sums, scales[tile % 2], acc,
-                           (m + tile // 2 * 16 + r) * kind.columns + n + tile % 2 * 16)
+        for half in range(part.size // 64):
+            for i in range(2):
+                left = b.plus(b.times(tile_of_q, m // 16 + i), (digit * part.size + 64 * half) * kind.tile)
+                amx(b, "tileloadd64", 4 + i, b.at(part.q, I8, left), I64(64))
+                right = 64 * kind.columns * half + 4 * (n + 16 * i)
+                amx(b, "tileloadd64", 6 + i, b.at(part.panel, I8, right), I64(4 * kind.columns))
+            for tile in range(4):
+                amx(b, "tdpbsud", tile, 4 + tile // 2, 6 + tile % 2)
 
-    with b.loop(groups) as g:
-        for square, (m, n) in enumerate(corners):
-            for tile in range(4):
-                amx(b, "tilezero", tile)
-            for half in range(2):
-                for i in range(2):
-                    left = b.plus(b.times(groups, GROUP * (m + 16 * i)), b.times(g, 2048), 1024 * half)
-                    amx(b, "tileloadd64", 4 + i, b.at(q, I8, left), I64(64))
-                    right = b.plus(b.times(g, GROUP * kind.columns), 64 * kind.columns * half + 4 * (n + 16 * i))
-                    amx(b, "tileloadd64", 6 + i, b.at(panel, I8, right), I64(4 * kind.columns))
+    def add_square(square: int) -> None:
+        m, n = corners[square]
+        for tile in range(4):
+            v = n + tile % 2 * 16
+            scale, shift = (p and b.read(p, F32, v, 16) for p in (part.scale, part.shift))
+            for r in range(16):
+                place = b.plus(b.times(groups, (m // 16 + tile // 2) * kind.tile), r)
+                at = 2048 * (square % 2) + 256 * tile + 16 * r
+                sums = shifted(b, part, b.read(stored, I32, at, 16), place)
+                if digits == 2:
+                    sums = b.add(sums, b.read(stored, I32, at + 1024, 16))
+                accumulate(b, part, sums, place, scale, shift, (m + tile // 2 * 16 + r) * kind.columns + v)
+
+    for square in range(len(corners) + 1):
+        if square < len(corners):
+            for digit in range(digits):
                 for tile in range(4):
-                    amx(b, "tdpbssd", tile, 4 + tile // 2, 6 + tile % 2)
-            if square:
-                add(g, square - 1)
-            else:
-                with b.if_then(b.icmp_signed(">", g, I64(0))):
-                    add(b.sub(g, I64(1)), len(corners) - 1)
-            for tile in range(4):
-                amx(b, "tilestored64", tile, b.at(stored, I32, 1024 * (square % 2) + 256 * tile), I64(64))
-    add(b.sub(groups, I64(1)), len(corners) - 1)
+                    amx(b, "tilezero", tile)
+                with second_digits(b, part) if digit else nullcontext():
+                    multiply_square(square, digit)
+                for tile in range(4):
+                    target = b.at(stored, I32, 2048 * (square % 2) + 1024 * digit + 256 * tile)
+                    amx(b, "tilestored64", tile, target, I64(64))
+        if square:
+            add_square(square - 1)

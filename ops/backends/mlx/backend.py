@@ -17,6 +17,7 @@ import torch
 from ...devices import DTYPES
 from ...packed import Packed
 from .. import libraries
+from ..interface import Digits
 
 NAME = "mlx"
 DEVICES: tuple[str, ...] = ("mps", "cpu")
@@ -26,7 +27,7 @@ LIBRARY = libraries.MLX
 GROUPS = (32, 64, 128)
 
 
-def problem(device: torch.device | None, fast: bool = False) -> str | None:
+def problem(device: torch.device | None, digits: Digits = 0) -> str | None:
     """Why MLX cannot be used on this machine, or None. Imports MLX and multiplies once.
 
     A metallib built for a newer macOS fails at import, an older MLX refuses 1 bit, and a kernel may be missing.
@@ -39,12 +40,12 @@ def problem(device: torch.device | None, fast: bool = False) -> str | None:
     return libraries.problem(LIBRARY, one_bit)
 
 
-def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, fast: bool, named: bool) -> bool:
+def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, digits: Digits, named: bool) -> bool:
     """Weights whose form is exactly MLX's, on Apple silicon. By name also on a CPU, in float32 (there MLX accumulates
     half types in half precision)."""
     apple_silicon = device.type == "mps" and platform.machine() == "arm64"
     here = apple_silicon or (named and dtype == torch.float32)
-    return here and not fast and dtype in DTYPES.values() and takes(packed)
+    return here and not digits and dtype in DTYPES.values() and takes(packed)
 
 
 def takes(packed: Packed) -> bool:
@@ -52,7 +53,7 @@ def takes(packed: Packed) -> bool:
     return packed.form != "zeropoint" and packed.group in GROUPS
 
 
-def multiply(x: torch.Tensor, packed: Packed, fast: bool = False) -> torch.Tensor:
+def multiply(x: torch.Tensor, packed: Packed, digits: Digits = 0) -> torch.Tensor:
     """``x @ W.T`` for ``x`` ``(M, K)``; ``(M, N)`` in the dtype of ``x``."""
     from . import arrays
 

@@ -5,24 +5,45 @@ at run time, and no kernel is compiled anew for another number of rows.
     Codes to a dense weight, or to int8 levels. Codes ``(N, K * bits / 8)`` and scales ``(N, K / group)`` are both
     contiguous and a group fills whole words of 8 elements, so word ``i`` of the weight has scale ``i // group_words``:
     rows need no arithmetic, and the result equals ``packed.dequantize`` bit for bit.
-``quantise_rows``
-    Activations ``(M, K)`` to int8 with one float32 scale a row: ``q = round(x * (127 / amax))``, half to even.
+``quantize``
+    Activations ``(M, K)`` to int8 digits with one float32 step for each row and group.
 ``int8_matmul``
-    ``out[m, n] = row[m] * sum over groups g of scale[g, n] * (int32 dot of q and levels inside g)``. The dot is exact;
-    only the sum over groups is rounded, in float32.
+    The product of digits and levels (``ops/backends/interface.py``). A step along K is a group: the dot of the high
+    digits, shifted by 7 bits, is what that of the low ones starts from. Both are exact; only the sum over groups is
+    rounded, in float32.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ...packed import LEVELS, Packed
-from ..tuning import Tile
+from ..interface import LARGEST, OUTLYING, SMALLEST, Digits
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a result that one program computes, and how it is launched."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+#: How the kernels count the digits.
+DIGITS: dict[Digits, int] = {1: 1, 2: 2, "adaptive": 3}
+
+
 
 #: Words of codes that one program of ``expand`` reads. A word holds 8 elements (1 bit: a byte, 2 bits: two, 4 bits:
 #: four), which a thread stores at once: 16 bytes in 16 bits, 8 bytes of levels.
 EXPAND_WORDS = 512
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+#: The part of the result that one program of ``int8_matmul`` computes, and how it is launched. TODO
+TILE = Tile(64, 128, 4, 2)
 
 #: Row tiles that share a column tile of ``int8_matmul`` in L2.
 TILE_ROWS = 8
@@ -89,60 +110,95 @@ def expand_levels(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @triton.jit
-def _quantise_rows(x, q, row, k, stride, BLOCK: tl.constexpr):
-    m = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < k
-    values = tl.load(x + m * stride + columns, mask=inside, other=0).to(tl.float32)
-    amax = tl.max(tl.abs(values), axis=0)
-    inverse = tl.where(amax > 0, tl.div_rn(127.0, tl.where(amax > 0, amax, 1.0)), 0.0)
-    rounded = (values * inverse + ROUNDING) - ROUNDING
-    tl.store(q + m * k + columns, rounded.to(tl.int8), mask=inside)
-    tl.store(row + m, tl.div_rn(amax, 127.0))
+def _quantize(x, q, step, second, m, k, groups, stride, tiles, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+              BLOCK_M: tl.constexpr, DIGITS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+              OUTLYING: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS)
+    inside = group < groups
+    element = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    values = tl.load(x + row * stride + element, mask=inside[:, None], other=0).to(tl.float32)
+    amax = tl.max(tl.abs(values), axis=1)
+    inverse = tl.where(amax > SMALLEST, tl.div_rn(LARGEST, tl.where(amax > SMALLEST, amax, 1.0)), 0.0)
+    two = inside & (DIGITS == 2)
+    if DIGITS == 3:
+        two = amax > OUTLYING * tl.sqrt_rn(tl.sum(tl.sum(values * values, axis=1), axis=0) / k)
+        tl.store(second + group * tiles + row // BLOCK_M, 1, mask=inside & two)
+    one = ((values * (inverse * (1 / 128))[:, None] + ROUNDING) - ROUNDING).to(tl.int32) * 128
+    if DIGITS > 1:
+        both = ((values * inverse[:, None] + ROUNDING) - ROUNDING).to(tl.int32)
+        one = tl.where(two[:, None], both, one)
+    high = (one + 64) >> 7
+    tl.store(q + row * k + element, high.to(tl.int8), mask=inside[:, None])
+    if DIGITS > 1:
+        tl.store(q + (m + row) * k + element, (one - (high << 7)).to(tl.int8), mask=inside[:, None])
+    tl.store(step + group * m + row, tl.div_rn(amax, LARGEST), mask=inside)
 
 
-def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x`` ``(M, K)``, rows contiguous -> int8 ``(M, K)`` and float32 ``(M,)`` with ``x ~ q * row[:, None]``."""
+def quantize(x: torch.Tensor, group: int, digits: Digits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``interface.quantize`` of ``x`` ``(M, K)``, rows contiguous.
+
+    Returns the digits, int8 ``(1 or 2, M, K)``, ``step`` float32 ``(K / group, M)``, and int32 ``(K / group, tiles of
+    rows)``, which is not 0 where a row of a tile has a second digit; it is filled for "adaptive" alone.
+    """
     m, k = x.shape
-    q = torch.empty(m, k, dtype=torch.int8, device=x.device)
-    row = torch.empty(m, dtype=torch.float32, device=x.device)
-    _quantise_rows[(m,)](x, q, row, k, x.stride(0), triton.next_power_of_2(k), **ROWS_LAUNCH)
-    return q, row
+    groups, tiles = k // group, triton.cdiv(m, TILE.m)
+    q = torch.empty(1 if digits == 1 else 2, m, k, dtype=torch.int8, device=x.device)
+    step = torch.empty(groups, m, dtype=torch.float32, device=x.device)
+    second = torch.zeros(groups, tiles, dtype=torch.int32, device=x.device)
+    _quantize[(m,)](x, q, step, second, m, k, groups, x.stride(0), tiles, group, triton.next_power_of_2(groups), TILE.m,
+                    DIGITS[digits], LARGEST, SMALLEST, OUTLYING, **ROWS_LAUNCH)
+    return q, step, second
 
 
-@triton.jit(do_not_specialize=["m"])
-def _int8_matmul(q, row, levels, scale, out, m, n, k, stride, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
-    tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+@triton.jit(do_not_specialize=["m", "tiles"])
+def _int8_matmul(q, step, second, levels, scale, out, m, n, k, stride, tiles, GROUP: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, DIGITS: tl.constexpr):
+    tiles_n = tl.cdiv(n, BLOCK_N)
     band, within = tl.program_id(0) // (ROWS * tiles_n), tl.program_id(0) % (ROWS * tiles_n)
-    height = tl.minimum(tiles_m - band * ROWS, ROWS)
-    rows = ((band * ROWS + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    height = tl.minimum(tiles - band * ROWS, ROWS)
+    tile = band * ROWS + within % height
+    rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = ((within // height) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     # Indices beyond the matrix wrap around instead of masking every load; what they compute is never stored.
     left, right = rows % m, columns % n
     depth = tl.arange(0, GROUP)
     q += left[:, None] * k + depth[None, :]
+    low = q + m.to(tl.int64) * k
     levels += right[None, :] * k + depth[:, None]
     scale += right
+    step += left
+    second += tile
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for _ in range(0, k, GROUP):
-        exact = tl.dot(tl.load(q), tl.load(levels), tl.full((BLOCK_M, BLOCK_N), ROUNDING_BITS, tl.int32),
-                       out_dtype=tl.int32)
-        total += (exact.to(tl.float32, bitcast=True) - ROUNDING) * tl.load(scale).to(tl.float32)[None, :]
+        weight = tl.load(levels)
+        exact = (tl.dot(tl.load(q), weight, out_dtype=tl.int32) << 7) + ROUNDING_BITS
+        if DIGITS == 2:
+            exact = tl.dot(tl.load(low), weight, exact, out_dtype=tl.int32)
+        if DIGITS == 3:
+            # Loaded outside of the branch, where the loop can load ahead.
+            needed = tl.load(second) != 0
+            digit = tl.load(low, mask=needed, other=0)
+            if needed:
+                exact = tl.dot(digit, weight, exact, out_dtype=tl.int32)
+        factor = tl.load(step)[:, None] * tl.load(scale).to(tl.float32)[None, :]
+        total += (exact.to(tl.float32, bitcast=True) - ROUNDING) * factor
         q += GROUP
+        low += GROUP
         levels += GROUP
         scale += n
-    total = total * tl.load(row + left)[:, None]
+        step += m
+        second += tiles
     tl.store(out + rows[:, None] * stride + columns[None, :], total.to(out.dtype.element_ty),
              mask=(rows < m)[:, None] & (columns < n)[None, :])
 
 
-def int8_matmul(q: torch.Tensor, row: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor, out: torch.Tensor,
-                tile: Tile) -> torch.Tensor:
-    """Fill ``out`` ``(M, N)``, rows contiguous, from int8 ``q`` ``(M, K)`` with ``row`` ``(M,)`` and int8 ``levels``
-    ``(N, K)`` with ``scale`` ``(K / group, N)``, group a power of 2 of at least 32."""
-    (m, k), n = q.shape, levels.shape[0]
-    grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
-    _int8_matmul[grid](q, row, levels, scale, out, m, n, k, out.stride(0), k // scale.shape[0], tile.m, tile.n,
-                       TILE_ROWS, num_warps=tile.warps, num_stages=tile.stages, **MATMUL_LAUNCH)
+def int8_matmul(q: torch.Tensor, step: torch.Tensor, second: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor,
+                out: torch.Tensor, digits: Digits) -> torch.Tensor:
+    """Fill ``out`` ``(M, N)``, rows contiguous, from what :func:`quantize` returns and int8 ``levels`` ``(N, K)`` of
+    magnitude 2 at most with ``scale`` ``(K / group, N)``, group a power of 2 from 32 to 128."""
+    (_, m, k), n, tiles = q.shape, levels.shape[0], second.shape[1]
+    _int8_matmul[(tiles * triton.cdiv(n, TILE.n),)](
+        q, step, second, levels, scale, out, m, n, k, out.stride(0), tiles, k // scale.shape[0], TILE.m, TILE.n,
+        TILE_ROWS, DIGITS[digits], num_warps=TILE.warps, num_stages=TILE.stages, **MATMUL_LAUNCH)
     return out
