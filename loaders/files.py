@@ -96,9 +96,10 @@ class TensorFile:
 
         For formats whose every byte is rearranged: from a mapped file it would be in memory twice.
         """
-        stored = read_pickle(self.path, mmap=False)[0] if self.mapped else dict(self.tensors)
+        stored = read_pickle(self.path, mmap=False)[0] if self.mapped else self.tensors
+        kept = {name: stored[name] for name in self.tensors}
         self.tensors.clear()
-        return stored
+        return kept
 
     def warn(self, text: str) -> None:
         """Remember ``text``, once."""

@@ -30,7 +30,7 @@ from .klein import KleinConfig, check_klein, is_comfyui
 from .names import nested, to_comfyui, to_diffusers
 from .names import normalise as normalise_names
 from .opening import open_tensors
-from .qwen3 import Qwen3Config, check_qwen3, normalise
+from .qwen3 import Qwen3Config, check_qwen3, is_read, normalise
 from .repository import find_repository, is_repository, require_part, source
 from .vae import check_vae
 
@@ -112,12 +112,21 @@ def load_dense_transformer(path: Path | str, mmap: bool = True) -> Transformer:
                        file.stamps)
 
 
-def load_text_encoder(path: Path | str, progress: Progress = no_progress, mmap: bool = True) -> TextEncoder:
-    """Load the text encoder at ``path`` (HQQ, MLX 4-bit or dense), as :func:`load_transformer` does."""
+def load_text_encoder(path: Path | str, progress: Progress = no_progress, mmap: bool = True,
+                      whole: bool = True) -> TextEncoder:
+    """Load the text encoder at ``path`` (HQQ, MLX 4-bit or dense), as :func:`load_transformer` does.
+
+    Not ``whole``: without the layers that FLUX.2 Klein never reads, a quarter of Qwen3-4B, and without the final norm.
+    """
     file = _open(path, "text_encoder", progress, mmap)
+    # A file may have been saved without them.
+    whole = whole and not all(map(is_read, file.tensors))
+    if not whole:
+        file.tensors = {name: tensor for name, tensor in file.tensors.items() if is_read(name)}
     name, tensors = formats.decode(file)
     tensors = normalise(file.path, tensors)
-    return TextEncoder(file.path, name, tensors, check_qwen3(file, tensors), file.metadata, _log(file), file.stamps)
+    config = check_qwen3(file, tensors, whole)
+    return TextEncoder(file.path, name, tensors, config, file.metadata, _log(file), file.stamps)
 
 
 def load_vae(path: Path | str, mmap: bool = True) -> Vae:

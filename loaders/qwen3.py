@@ -12,8 +12,7 @@ from .check import Shapes, check_json, check_tensors, count_numbered, read_shape
 from .errors import CHOOSE_TEXT_ENCODER, CHOOSE_UNMODIFIED, ModelFileError
 from .files import TensorFile
 
-#: FLUX.2 Klein reads the hidden states after these layers, so the encoder needs at least 27, plus one so that the
-#: final norm of the library models does not fall on the last of them.
+#: FLUX.2 Klein reads the hidden states after these layers, as they are before the final norm.
 TAPPED_LAYERS = (9, 18, 27)
 #: What no tensor shows, and what makes no difference to the hidden states.
 _FIXED = {"rms_norm_eps": 1e-6, "rope_theta": 1000000.0}
@@ -35,6 +34,13 @@ class Qwen3Config:
     def transformers(self) -> dict[str, Any]:
         """The arguments of ``transformers.Qwen3Config``."""
         return {**asdict(self), **_FIXED, **_FREE}
+
+
+def is_read(name: str) -> bool:
+    """Whether FLUX.2 Klein needs the tensor or module ``name``: neither a layer after the last tapped one, nor the
+    final norm."""
+    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return int(layer[1]) < max(TAPPED_LAYERS) if layer else not re.match(r"(model\.)?norm\b", name)
 
 
 def qwen3_shapes(config: Qwen3Config) -> Shapes:
@@ -73,28 +79,34 @@ def read_config(path: Path, tensors: Mapping[str, torch.Tensor]) -> Qwen3Config:
     """The dimensions of the Qwen3 decoder in ``tensors``, read off rows and norms, so that packed weights may be in any
     format. Raises ModelFileError."""
     hidden, head_dim, vocab, q, kv, mlp = (shape[0] for shape in read_shapes(path, tensors, {
-        "model.norm.weight": 1, "model.layers.0.self_attn.q_norm.weight": 1, "model.embed_tokens.weight": 2,
-        "model.layers.0.self_attn.q_proj.weight": 2, "model.layers.0.self_attn.k_proj.weight": 2,
+        "model.layers.0.input_layernorm.weight": 1, "model.layers.0.self_attn.q_norm.weight": 1,
+        "model.embed_tokens.weight": 2, "model.layers.0.self_attn.q_proj.weight": 2,
+        "model.layers.0.self_attn.k_proj.weight": 2,
         "model.layers.0.mlp.gate_proj.weight": 2}, "a Qwen3 text encoder", CHOOSE_TEXT_ENCODER))
     layers = count_numbered(tensors, r"model\.layers\.(\d{1,4})\.")
     heads, kv_heads = q // head_dim, kv // head_dim
     if not kv_heads or heads % kv_heads:
         raise ModelFileError(path, "query heads in whole groups per key-value head", f"{heads} on {kv_heads}",
                              CHOOSE_TEXT_ENCODER)
-    if layers <= max(TAPPED_LAYERS):
-        raise ModelFileError(path, f"more than {max(TAPPED_LAYERS)} layers, the last one FLUX.2 Klein reads",
+    if layers < max(TAPPED_LAYERS):
+        raise ModelFileError(path, f"at least {max(TAPPED_LAYERS)} layers, the last one FLUX.2 Klein reads",
                              str(layers), CHOOSE_TEXT_ENCODER)
     return Qwen3Config(vocab, hidden, layers, heads, kv_heads, head_dim, mlp)
 
 
-def check_qwen3(file: TensorFile, tensors: Mapping[str, torch.Tensor]) -> Qwen3Config:
-    """Check that ``tensors``, decoded from ``file``, are one complete, finite Qwen3 encoder; its dimensions.
+def check_qwen3(file: TensorFile, tensors: Mapping[str, torch.Tensor], whole: bool) -> Qwen3Config:
+    """Check that ``tensors``, decoded from ``file``, are one complete, finite Qwen3 encoder, or (not ``whole``) all of
+    it that :func:`is_read`; its dimensions.
 
     Raises ModelFileError on a missing, surplus, misshapen or non-finite tensor, on too few layers, and where
     ``config.json`` describes another model.
     """
     config = read_config(file.path, tensors)
-    check_tensors(file, tensors, qwen3_shapes(config))
+    shapes = qwen3_shapes(config)
     known = {key: value for key, value in config.transformers().items() if key not in _FREE}
+    if not whole:
+        shapes = {name: shape for name, shape in shapes.items() if is_read(name)}
+        del known["num_hidden_layers"]
+    check_tensors(file, tensors, shapes)
     check_json(file, file.config, known, _FIXED)
     return config

@@ -103,9 +103,10 @@ def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting
     return patcher
 
 
-def text_dimensions(config: Qwen3Config) -> dict[str, int]:
-    """What ComfyUI's option ``qwen3_4b_model_config`` takes of the dimensions: all but the size of a head."""
-    return {name: size for name, size in vars(config).items() if name != "head_dim"}
+def text_dimensions(config: Qwen3Config) -> dict[str, int | bool]:
+    """What ComfyUI's option ``qwen3_4b_model_config`` takes of the dimensions, all but the size of a head; and no final
+    norm, which FLUX.2 Klein does not read."""
+    return {name: size for name, size in vars(config).items() if name != "head_dim"} | {"final_norm": False}
 
 
 def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = False):
@@ -114,7 +115,7 @@ def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = Fa
     ComfyUI runs text encoders in FP32, and so does ``auto``, except on a CPU with fast BF16: there the linears compute
     in BF16, which the release was made for, between ComfyUI's FP32 layers.
     """
-    loaded = load_text_encoder(path, progress_bar(), mmap=not host_args.disable_mmap)
+    loaded = load_text_encoder(path, progress_bar(), mmap=not host_args.disable_mmap, whole=False)
     width = loaded.config.hidden_size
     if width != _TEXT_WIDTH:
         raise ModelFileError(path, f"a text encoder {_TEXT_WIDTH} wide (Qwen3-4B)", f"one {width} wide",

@@ -122,7 +122,7 @@ def complete_repository(folder: Path, transformer: Path | None = None) -> Reposi
 
 def text_pipeline(repository: Repository, compute: Compute, progress: Progress = no_progress) -> Flux2KleinPipeline:
     """A pipeline with the text encoder and the tokenizer alone."""
-    encoder = models.text_encoder_module(load_text_encoder(repository.text_encoder, progress), *compute)
+    encoder = models.text_encoder_module(load_text_encoder(repository.text_encoder, progress, whole=False), *compute)
     return Flux2KleinPipeline(scheduler=models.scheduler(repository.scheduler), vae=None, text_encoder=encoder,
                               tokenizer=models.tokenizer(repository.tokenizer), transformer=None)
 

@@ -97,13 +97,15 @@ def _diffusers_module(model: Transformer, device: torch.device, dtype: torch.dty
 
 def text_encoder_module(model: TextEncoder, device: torch.device, dtype: torch.dtype,
                         setting: Setting = EXACT) -> Qwen3Model:
-    """transformers' Qwen3 with the weights of ``model``, without the layers after the last one that is read.
+    """transformers' Qwen3 with the weights of ``model`` that FLUX.2 Klein reads.
 
     ``fast`` is for the diffusion model, and means ``auto`` here.
     """
     setting = setting._replace(precision="auto") if setting.precision == "fast" else setting
     with init_empty_weights():
-        module = Qwen3Model(Qwen3Config(**model.config.transformers() | {"num_hidden_layers": max(TAPPED_LAYERS) + 1}))
+        module = Qwen3Model(Qwen3Config(**model.config.transformers() | {"num_hidden_layers": max(TAPPED_LAYERS)}))
+    # Its output counts as the hidden state after the last layer.
+    module.norm = torch.nn.Identity()
     tensors = {name: model.tensors[f"model.{name}"] for name in module.state_dict()}
     return _fill(module, tensors, dtype, setting).to(device)
 

@@ -187,7 +187,7 @@ MIXTURES = {
     "te-mlx-norm-twice": ("te-mlx", _added("norm.weight", (128,))),
     "te-hqq-bias": ("te-hqq", _added(f"{UP}|bias", (128,))),
     "te-dense-bias": ("te-dense", _added(f"{UP}.bias", (128,))),
-    "te-dense-too-few-layers": ("te-dense", lambda t: [t.pop(name) for name in list(t) if ".27." in name]),
+    "te-dense-too-few-layers": ("te-dense", lambda t: [t.pop(name) for name in list(t) if ".26." in name]),
     "vae-too-few-blocks": ("vae", lambda t: [t.pop(name) for name in list(t) if ".down_blocks.1." in name]),
     "vae-no-batch-norm": ("vae", lambda t: t.pop("bn.running_var")),
     "vae-counter-of-two": ("vae", lambda t: t.update({"bn.num_batches_tracked": torch.zeros(2)})),

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bonsai_image.loaders import ModelFileError, load_text_encoder, load_transformer
 from bonsai_image.ops.linear import PackedLinear
@@ -70,8 +71,13 @@ def test_text_encoder_equals_transformers(tmp_path, kind):
         model_files.write_hqq_text_encoder(tmp_path / "encoder")
     else:
         model.save_pretrained(tmp_path / "encoder")
-    loaded = load_text_encoder(tmp_path / "encoder")
-    module = text_encoder_module(loaded, CPU, torch.float32)
+    loaded, read = (load_text_encoder(tmp_path / "encoder", whole=whole) for whole in (True, False))
+    # Neither the norm nor any layer after the last one tapped is there, or decoded.
+    surplus = loaded.tensors.keys() - read.tensors.keys()
+    assert {name.split(".")[1] for name in surplus} == {"norm", "layers"}
+    assert {name.split(".")[2] for name in surplus} == {"27", "weight"} and read.config.num_hidden_layers == 27
+    assert read.warnings == loaded.warnings
+    module = text_encoder_module(read, CPU, torch.float32)
     dense = {name.removeprefix("model."): tensor.to(dtype=torch.float32).dequantize() if is_packed(tensor)
              else tensor.float() for name, tensor in loaded.tensors.items()}
     model.load_state_dict(dense)
@@ -83,6 +89,21 @@ def test_text_encoder_equals_transformers(tmp_path, kind):
         ours, theirs = module(**arguments).hidden_states, model(**arguments).hidden_states
     for layer in (9, 18, 27):
         assert relative(ours[layer], theirs[layer]) < 1e-5, layer
+
+
+def test_layers_that_nobody_reads_may_be_damaged_or_missing(tmp_path):
+    model = model_files.text_model()
+    for name, tensor in model.state_dict().items():
+        if name.startswith(("norm.", "layers.27.")):
+            tensor.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ModelFileError, match="finite numbers"):
+        load_text_encoder(tmp_path / "encoder")
+    read = load_text_encoder(tmp_path / "encoder", whole=False)
+    save_file({name: tensor.contiguous() for name, tensor in read.tensors.items()}, tmp_path / "short.safetensors")
+    again = load_text_encoder(tmp_path / "short.safetensors")
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in read.tensors.items())
+    assert again.config == read.config
 
 
 def test_out_of_memory_is_not_reported_as_a_damaged_vae(repository, monkeypatch):

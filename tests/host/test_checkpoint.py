@@ -1,5 +1,6 @@
 """What ComfyUI's own nodes save of our MODEL, CLIP and VAE loads again, bit for bit and packed."""
 
+from functools import partial
 from pathlib import Path
 
 import comfy.model_management
@@ -14,7 +15,8 @@ from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.nodes import definitions, folders, models
 from bonsai_image.ops.packed import equal, is_packed
 
-LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_vae}
+#: Of a text encoder, a CLIP has what is read.
+LOADERS = {"transformer": load_transformer, "text_encoder": partial(load_text_encoder, whole=False), "vae": load_vae}
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,13 @@
 """The packed text encoder as a CLIP of the host: what users type, and where the host moves it."""
 
 import comfy.model_management
+import comfy.sd
 import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from bonsai_image.loaders import load_text_encoder
 from bonsai_image.nodes import models, operations
 from bonsai_image.nodes.operations import HostEmbedding
 from bonsai_image.tests.support.reference import relative
@@ -70,3 +72,30 @@ def test_bf16_products_stay_close(encoder, clip):
 def test_clone_for_another_device_reloads_the_file(clip):
     clone = clip.patcher.deepclone_multigpu(torch.device("cpu"))
     assert clone.model is not clip.patcher.model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layers_that_are_left_out_change_nothing(encoder, clip, dtype):
+    """Against ComfyUI with all layers of the file and the final norm, bit for bit."""
+    loaded = load_text_encoder(encoder)
+    assert loaded.config.num_hidden_layers == 28 and "model.norm.weight" in loaded.tensors
+    whole = comfy.sd.load_text_encoder_state_dicts(
+        [loaded.tensors], clip_type=comfy.sd.CLIPType.FLUX2, model_options={
+            "custom_operations": operations.packed_operations(compute_dtype=dtype),
+            "qwen3_4b_model_config": {**models.text_dimensions(loaded.config), "final_norm": True}})
+    ours = models.load_clip(encoder, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype])
+    layers = {name.split(".")[4] for name, _ in ours.cond_stage_model.named_parameters() if ".layers." in name}
+    assert len(layers) == 27 and ours.cond_stage_model.qwen3_4b.transformer.model.norm is None
+    for text in ("", "a bonsai in a blue pot"):
+        assert torch.equal(encode(ours, text), encode(whole, text))
+
+
+def test_a_lora_on_a_layer_that_is_left_out_is_named(clip, caplog):
+    """As without effect: nothing reads what the layer would change."""
+    keys = [f"text_encoders.qwen3_4b.transformer.model.layers.{i}.mlp.up_proj.lora_{part}.weight"
+            for i in (26, 27) for part in ("up", "down")]
+    file = {key: torch.zeros((128, 2) if "up.weight" in key else (2, 2560)) for key in keys}
+    with caplog.at_level("WARNING"):
+        patched = comfy.sd.load_lora_for_models(None, clip, file, 0.0, 1.0)[1]
+    assert len(patched.patcher.patches) == 1
+    assert "layers.27" in caplog.text and "layers.26" not in caplog.text

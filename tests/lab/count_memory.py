@@ -32,13 +32,13 @@ from bonsai_image.loaders.klein import (  # noqa: E402
     diffusers_shapes,
     is_packable,
 )
-from bonsai_image.loaders.qwen3 import Qwen3Config, qwen3_shapes  # noqa: E402
+from bonsai_image.loaders.qwen3 import TAPPED_LAYERS, Qwen3Config, is_read, qwen3_shapes  # noqa: E402
 from bonsai_image.ops.backends import Setting  # noqa: E402
 from bonsai_image.ops.packed import packed_weight  # noqa: E402
 from bonsai_image.tests.support import random_model  # noqa: E402
 
 KLEIN = KleinConfig()
-QWEN3 = Qwen3Config()
+QWEN3 = Qwen3Config(num_hidden_layers=max(TAPPED_LAYERS))
 VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 32}
 DEVICE = DEVICES[0]
 PROMPT = "a bonsai tree"
@@ -63,7 +63,8 @@ def transformer() -> dict[str, torch.Tensor]:
 
 
 def text_encoder() -> dict[str, torch.Tensor]:
-    return untouched(qwen3_shapes(QWEN3), 4, 64, lambda _name: True)
+    shapes = {name: shape for name, shape in qwen3_shapes(QWEN3).items() if is_read(name)}
+    return untouched(shapes, 4, 64, lambda _name: True)
 
 
 def vae() -> dict[str, torch.Tensor]:
@@ -82,10 +83,11 @@ def embedded(folder: Path) -> None:
 
     random_model.write_tokenizer(folder)
     repository = SimpleNamespace(text_encoder=None, tokenizer=folder, vae=None, transformer=None, scheduler=None)
-    generate.load_text_encoder = lambda *_: SimpleNamespace(config=QWEN3, tensors=text_encoder())
-    generate.load_transformer = lambda *_: SimpleNamespace(
-        config=KLEIN, tensors=transformer(), variant="ternary", format="counted", source="counted", path=folder)
-    models.load_vae = lambda _path: SimpleNamespace(config=VAE, tensors=vae())
+    generate.load_text_encoder = lambda *_, **_options: SimpleNamespace(config=QWEN3, tensors=text_encoder())
+    generate.load_transformer = lambda *_, **_options: SimpleNamespace(
+        config=KLEIN, tensors=transformer(), variant="ternary", format="counted", source="counted", path=folder,
+        stamps={})
+    models.load_vae = lambda *_, **_options: SimpleNamespace(config=VAE, tensors=vae())
     pretended_gpu.install()
     gpu_kernels_stand_in.install()
     gpu_kernels_stand_in.allocate_only()
@@ -109,10 +111,11 @@ def comfyui(_folder: Path) -> None:
     pretended_aimdo.install("dynamic")
     gpu_kernels_stand_in.install()
     gpu_kernels_stand_in.allocate_only()
-    models.load_text_encoder = lambda *_: SimpleNamespace(config=QWEN3, tensors=text_encoder())
-    models.load_transformer = lambda *_: SimpleNamespace(
-        config=KLEIN, tensors=transformer(), variant="ternary", format="counted", source="counted", path=Path())
-    models.load_vae = lambda _path: SimpleNamespace(config=VAE, tensors=vae())
+    models.load_text_encoder = lambda *_, **_options: SimpleNamespace(config=QWEN3, tensors=text_encoder())
+    models.load_transformer = lambda *_, **_options: SimpleNamespace(
+        config=KLEIN, tensors=transformer(), variant="ternary", format="counted", source="counted", path=Path(),
+        stamps={})
+    models.load_vae = lambda *_, **_options: SimpleNamespace(config=VAE, tensors=vae())
     pretended_gpu.count_only()
     with torch.inference_mode():
         for precision in ("exact", "fast"):
