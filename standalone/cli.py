@@ -16,10 +16,11 @@ from ..disk import advice, reason
 from ..loaders import (
     ModelFileError,
     find_repository,
+    is_whole,
     load_lora,
     load_transformer,
-    save_checkpoint,
     save_lora,
+    save_repository,
     save_transformer,
     targets,
 )
@@ -191,8 +192,8 @@ def _inspect(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     if args.to == COMFY_LORA:
         save_lora(load_lora(args.source), args.target)
-    elif args.to == "checkpoint":
-        save_checkpoint(find_repository(args.source), args.target)
+    elif args.to == "checkpoint" or (args.to == "mlx" and is_whole(args.source)):
+        save_repository(find_repository(args.source), args.target, args.to)
     else:
         save_transformer(load_transformer(args.source), args.target, args.to)
     print(args.target)

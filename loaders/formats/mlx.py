@@ -80,7 +80,7 @@ def write(path: Path, tensors: Tensors, config: klein.KleinConfig, about: About)
     """A folder like ``transformer-packed-mflux`` of the published repositories."""
     tensors = to_diffusers(tensors)
     make_folder(path, config, tensors)
-    save_file(encode(tensors), path / "diffusion_pytorch_model.safetensors", {"format": "mlx"})
+    save_file(encode(tensors), path / "diffusion_pytorch_model.safetensors")
 
 
 FORMAT = Format("mlx", matches, decode, {"mlx": Writer(write)})
