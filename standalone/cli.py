@@ -56,6 +56,8 @@ def _model_options(side: int) -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, required=True, help=(
         "folder of a downloaded repository, or a checkpoint file"))
     parser.add_argument("--transformer", type=Path, help="a diffusion model, used instead of the checkpoint's own")
+    parser.add_argument("--vae", type=Path, help="a VAE, used instead of the checkpoint's own, such as FLUX.2's small "
+                                                 "decoder")
     parser.add_argument("--width", type=int, default=side, help="pixels, a multiple of 16")
     parser.add_argument("--height", type=int, default=side, help="pixels, a multiple of 16")
     return parser
@@ -155,7 +157,7 @@ def _generate(args: argparse.Namespace) -> None:
     from .generate import Compute, complete_repository, generate, save_png
     from .references import open_image
 
-    compute, repository = Compute(*run_on(args)), complete_repository(args.checkpoint, args.transformer)
+    compute, repository = Compute(*run_on(args)), complete_repository(args.checkpoint, args.transformer, args.vae)
     images, settings, stages = generate(repository, [args.prompt], compute, args.width, args.height, args.steps,
                                         args.seed, [open_image(path) for path in args.image], progress=not args.json,
                                         loras=[(load_lora(path), strength) for path, strength in args.lora])

@@ -107,16 +107,17 @@ def check_settings(width: int, height: int, steps: int, seed: int, *prompts: str
             raise ValueError(f"{found[1]} is a file that only ComfyUI reads; remove it from the prompt")
 
 
-def complete_repository(folder: Path, transformer: Path | None = None) -> Repository:
-    """A folder with all that an image needs. ``transformer``, a file or folder, replaces its diffusion model.
+def complete_repository(folder: Path, transformer: Path | None = None, vae: Path | None = None) -> Repository:
+    """A folder with all that an image needs. ``transformer`` and ``vae``, each a file or folder, replace its own.
 
     Raises ModelFileError where a part is missing.
     """
     repository = find_repository(folder)
     repository.require("text_encoder", "tokenizer", "vae")
-    if transformer is not None:
-        tensor_files(transformer)  # fails on a wrong path before a prompt is encoded
-        repository.transformer = transformer
+    for part, path in (("transformer", transformer), ("vae", vae)):
+        if path is not None:
+            tensor_files(path)  # fails on a wrong path before a prompt is encoded
+            setattr(repository, part, path)
     return repository
 
 

@@ -23,7 +23,8 @@ from bonsai_image.tests.support.batch_runs import MINIATURE, PROMPTS, batch, ima
 @pytest.fixture
 def work(tmp_path) -> stages.Work:
     (tmp_path / stages.STARTED).mkdir()
-    return stages.Work(MINIATURE / "ternary", None, tmp_path, "cpu", torch.float32, Setting("auto", "exact"), 4, 1)
+    return stages.Work(MINIATURE / "ternary", None, None, tmp_path, "cpu", torch.float32, Setting("auto", "exact"), 4,
+                       1)
 
 
 class Doubles(stages.Stage):

@@ -176,3 +176,16 @@ def test_streams_that_stand_in_for_stdout_and_stderr_are_enough(monkeypatch):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(MINIATURE.parent / "__main__.py"), run_name="__main__")
     assert "binary" in sys.stdout.getvalue()
+
+
+def test_generate_decodes_with_another_vae(tmp_path):
+    """One that makes every image white."""
+    own = load_file(MINIATURE / "ternary" / "vae" / "diffusion_pytorch_model.safetensors")
+    own["decoder.conv_out.bias"] += 100
+    vae = shutil.copytree(MINIATURE / "ternary" / "vae", tmp_path / "vae")
+    save_file(own, vae / "diffusion_pytorch_model.safetensors")
+    words = ["generate", "--checkpoint", str(MINIATURE / "ternary"), "--prompt", "a red bonsai", "--width", "64",
+             "--height", "64", "--steps", "1", "--json", "--out", str(tmp_path / "white.png"), "--vae"]
+    assert cli.main([*words, str(vae)]) == 0
+    assert Image.open(tmp_path / "white.png").getextrema() == ((255, 255),) * 3
+    assert cli.main([*words, str(tmp_path / "gone")]) == 2

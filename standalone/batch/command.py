@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, device_named: DeviceNamed) -> int:
     """Make what is not there yet; 1 if a row failed, else 0. Raises ModelFileError, ValueError and OSError."""
     if args.shards is not None and args.address is not None:
         raise ValueError("--shards works without Ray; leave out --address")
-    repository = complete_repository(args.checkpoint, args.transformer)
+    repository = complete_repository(args.checkpoint, args.transformer, args.vae)
     found = list(_sources(args))
     device, dtype, pools = _compute(args, device_named)
     common = {"model": rows.model_digest(repository), "dtype": str(dtype).split(".")[1],
@@ -127,7 +127,8 @@ def run(args: argparse.Namespace, device_named: DeviceNamed) -> int:
     report.event("start", images=len(wanted), done=len(done), device=device, out=str(args.out))
     for error in (row for row in found if isinstance(row, ValueError)):
         report.failure(*str(error).split(": ", 1))
-    work = Work(args.checkpoint.absolute(), args.transformer and args.transformer.absolute(), args.out.absolute(),
+    work = Work(args.checkpoint.absolute(), args.transformer and args.transformer.absolute(),
+                args.vae and args.vae.absolute(), args.out.absolute(),
                 device, dtype, Setting(args.backend, args.precision), args.per_device_batch, pools.threads)
     if todo:
         _make(rows.tasks(todo, args.rows_per_task or args.per_device_batch), work, pools, args, manifest, report)

@@ -42,6 +42,7 @@ class Work:
 
     checkpoint: Path
     transformer: Path | None
+    vae: Path | None
     out: Path
     device: str
     dtype: torch.dtype
@@ -66,7 +67,7 @@ class Stage:
         torch.set_num_threads(work.threads)
         self.work = work
         self.compute = generate.Compute(torch.device(work.device), work.dtype, work.setting)
-        self.repository = generate.complete_repository(work.checkpoint, work.transformer)
+        self.repository = generate.complete_repository(work.checkpoint, work.transformer, work.vae)
 
     def run(self, rows: list[dict[str, Any]], data: list[np.ndarray]) -> list[np.ndarray]:
         """``data`` of each row, uint8 ``(bytes,)``, to the next stage's."""
