@@ -75,6 +75,8 @@ def _write_mlx(path: Path, whole: _Whole) -> None:
     packed = [parts(tensor) for tensor in whole.text_encoder.tensors.values() if is_packed(tensor)]
     if {each.bits for each in packed} != {4}:
         raise ValueError("a text encoder that is not packed in 4 bits")
+    if "model.norm.weight" not in whole.text_encoder.tensors:
+        raise ValueError("a text encoder without its last layers, as ComfyUI saves it")
     path.mkdir()
     mlx.write(path / "transformer-packed-mflux", whole.transformer.tensors, whole.transformer.config, whole.about)
     encoder, tokenizer = path / "text_encoder-mlx-4bit", path / "tokenizer"

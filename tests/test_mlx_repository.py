@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bonsai_image.loaders import find_repository, load_text_encoder, load_transformer, load_vae
 from bonsai_image.loaders.names import to_comfyui
@@ -62,6 +63,16 @@ def test_an_encoder_that_mlx_cannot_hold_exactly_is_refused(encoder, repository,
     said = sentence(capsys)
     assert ("zeropoint" in said) if encoder == "te-hqq" else ("not packed in 4 bits" in said)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_an_encoder_that_comfyui_saved_is_refused(repository, tmp_path, capsys):
+    """Without the layers that FLUX.2 Klein never reads, which other readers do."""
+    assert run("convert", repository, tmp_path / "one.safetensors", "--to", "checkpoint") == 0
+    tensors = {name: tensor for name, tensor in load_file(tmp_path / "one.safetensors").items()
+               if not re.search(r"transformer\.model\.(norm|layers\.(2[789]|3\d))\.", name)}
+    save_file(tensors, tmp_path / "saved.safetensors")
+    assert run("convert", tmp_path / "saved.safetensors", tmp_path / "bonsai", "--to", "mlx") == 2
+    assert "without its last layers" in sentence(capsys) and not (tmp_path / "bonsai").exists()
 
 
 def test_a_diffusion_model_alone_is_one_folder(repository, tmp_path):
