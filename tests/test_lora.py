@@ -138,6 +138,14 @@ def layers(config, rank=1, names=("lora_A.weight", "lora_B.weight")) -> dict[str
             for name, shape in comfyui_shapes(config).items() if len(shape) == 2 for side in (0, 1)}
 
 
+def test_an_untrained_lora_is_no_unfinished_download(tmp_path):
+    """Its factors of zeros lie one after the other where they have a dtype of their own."""
+    tensors = {name: torch.zeros_like(tensor, dtype=torch.float32) if "lora_B" in name else tensor
+               for name, tensor in layers(SMALL).items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert len(load_lora(tmp_path / "lora.safetensors").groups) == len(tensors) // 2
+
+
 FLUX1 = {f"lora_unet_double_blocks_{i}_{layer}.{side}.weight": torch.ones(shape)
          for i in range(19) for layer, (n, k) in {"img_attn_qkv": (9216, 3072), "img_mod_lin": (18432, 3072),
                                                   "img_mlp_0": (12288, 3072)}.items()
