@@ -167,7 +167,7 @@ def test_a_teacher_of_another_size_is_refused(small, tmp_path, capsys):
 
 @pytest.mark.parametrize(("words", "complaint"), [
     (("--steps", 3), "expected latents with steps 3, found with 2"), (("--held-out", 21), "too few"),
-    (("--out", "lora.pt"), "must end in .safetensors"), (("--backend", "mlx"), "give another --backend"),
+    (("--out", "lora.pt"), "must end in .safetensors"), (("--backend", "mlx"), "give --backend torch"),
 ])
 def test_what_does_not_fit_is_refused(words, complaint, drawn, capsys):
     assert recover(drawn, *words) == 2

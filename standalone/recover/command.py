@@ -8,7 +8,6 @@ import torch
 
 from ... import __version__
 from ...loaders import save_lora
-from ...ops.backends import Setting
 from ..generate import Compute, save_png
 from . import branch, cost, report, teacher
 from .run import Run
@@ -21,10 +20,8 @@ _STOPPED = 130
 def run(args: argparse.Namespace, compute: Compute) -> int:
     """Returns 0; 1 where no LoRA was better than none; 130 where a signal ended the run. Raises ModelFileError,
     ValueError and OSError."""
-    if compute.setting.backend == "mlx":
-        raise ValueError("recover trains in PyTorch; give another --backend")
-    if compute.device.type == "mps" and compute.setting.backend == "auto":
-        compute = compute._replace(setting=Setting("torch", compute.setting.precision))
+    if compute.setting.backend == "mlx" or (compute.device.type, compute.setting.backend) == ("mps", "auto"):
+        raise ValueError("recover trains in PyTorch, not in MLX; give --backend torch")
     try:
         this = Run(args, compute)
         cost.announce(this)
