@@ -57,6 +57,21 @@ REPOSITORIES = {
 }
 
 
+def _address(variant: str, number: int) -> str:
+    repository = REPOSITORIES[variant, "mlx"]
+    return f"https://huggingface.co/{repository.id}/resolve/main/{repository.files[number].path}"
+
+
+#: The same files one by one, whose names in the repositories say little: ComfyUI's folder -> a name for it there -> its
+#: address.
+SINGLE_FILES = {
+    "diffusion_models": {"bonsai-image-ternary-4B-mlx-2bit.safetensors": _address("ternary", 0),
+                         "bonsai-image-binary-4B-mlx-1bit.safetensors": _address("binary", 0)},
+    "text_encoders": {"bonsai-image-qwen3-4B-mlx-4bit.safetensors": _address("ternary", 1)},
+    "vae": {"bonsai-image-vae.safetensors": _address("ternary", 2)},
+}
+
+
 def weight_files() -> list[tuple[Repository, File]]:
     """Every published weight file, with each repository that holds it: some share the text encoder and the VAE."""
     return [(repository, file) for repository in REPOSITORIES.values() for file in repository.files]

@@ -85,6 +85,10 @@ class TensorFile:
     warnings: list[str] = field(default_factory=list)
     prefix: str = ""
 
+    def sample(self) -> str:
+        """What the tensors are like, for a sentence: one of their names."""
+        return f"tensors such as {min(self.tensors)}" if self.tensors else "no tensors"
+
     def each(self, names: Iterable[str]) -> Iterator[str]:
         """The names in order, reporting progress."""
         names = list(names)

@@ -107,7 +107,7 @@ def load_lora(path: Path | str) -> Lora:
     """Read the LoRA at ``path``, in any naming. Raises ModelFileError."""
     file = open_tensors(Path(path), mmap=False)
     if not any(map(of_lora, file.tensors)):
-        raise ModelFileError(file.path, "a LoRA", f"tensors such as {min(file.tensors, default='none')}",
+        raise ModelFileError(file.path, "a LoRA", file.sample(),
                              "choose a LoRA for FLUX.2 Klein 4B")
     result = Lora(file.path, file.metadata)
     names, said = Names(file.tensors), _configuration(file.path, file.metadata)

@@ -36,6 +36,8 @@ _FOLDERS = {*_PARTS, *(file.path.split("/")[0] for _, file in weight_files())}
 
 #: What the names of the tensors begin with that hold the files of a tokenizer, in a checkpoint that has one.
 TOKENIZER = "bonsai.tokenizer."
+#: What ``model_index.json`` names in every published repository.
+_PIPELINE = "Flux2KleinPipeline"
 #: Files of which a tokenizer needs one of these sets, and what may lie beside them.
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja",
@@ -81,8 +83,7 @@ def require_part(file: TensorFile, part: str) -> None:
         return
     found = " and ".join(WORDS[other] for other in parts_of(file.tensors))
     others = (label for label, matches in _OTHERS if any(map(matches, file.tensors)))
-    text = f"the {found} of Bonsai Image" if found else next(
-        others, f"tensors such as {next(iter(file.tensors), 'none')}")
+    text = f"the {found} of Bonsai Image" if found else next(others, file.sample())
     raise ModelFileError(file.path, f"the {WORDS[part]} of Bonsai Image", text, _CHOOSE[part])
 
 
@@ -124,11 +125,18 @@ def is_repository(path: Path | str) -> bool:
 
 def resembles_repository(path: Path) -> bool:
     """Whether ``path`` has folders with tensor files, as a repository does, or such folders in folders of their
-    own name, and is no unfinished download. Opens no file."""
+    own name, and is no unfinished download. Opens no file but ``model_index.json``, which may name no other pipeline
+    of diffusers."""
     with contextlib.suppress(ModelFileError):
         return not path.name.endswith(PARTIAL) and any(
             files_in(folder) or (os.path.isdir(folder / folder.name) and files_in(folder / folder.name))
-            for folder in folders_in(snapshot(path)))
+            for folder in folders_in(snapshot(path))) and not _of_another_pipeline(snapshot(path))
+    return False
+
+
+def _of_another_pipeline(folder: Path) -> bool:
+    with contextlib.suppress(ModelFileError):
+        return read_json(folder / "model_index.json").get("_class_name", _PIPELINE) != _PIPELINE
     return False
 
 

@@ -1,22 +1,39 @@
-"""Actionable messages for common first-graph mistakes: the wrong latent, the wrong text encoder, out of memory."""
+"""Actionable messages for common first-graph mistakes: the wrong latent, the wrong text encoder, out of memory.
 
-from collections.abc import Callable
+They begin with what to do: ComfyUI's error panel shows the first lines of a message.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import comfy.model_management
 import comfy.sd
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
+from ..loaders import ModelFileError
 from ..loaders.files import Stamps, refuse_changed
 
 #: One latent position covers this many pixels in each direction.
 _PIXELS = 16
 
 
+@contextmanager
+def action_first() -> Iterator[None]:
+    """Raise ModelFileError as a ValueError that begins with the action. Before a message, ComfyUI shows the type of the
+    error, twice, and with the path of its module unless that is ``builtins``."""
+    try:
+        yield
+    except ModelFileError as error:
+        found = str(error).removesuffix(f"; {error.action}.")
+        raise ValueError(f"{error.action[:1].upper()}{error.action[1:]}; {found}.") from error
+
+
 def check_files(patcher, stamps: Stamps) -> None:
     """Before the weights of ``patcher`` are copied or used, refuse files that changed since they were mapped."""
     def check(executor, *args, **kwargs):
-        refuse_changed(stamps)
+        with action_first():
+            refuse_changed(stamps)
         return executor(*args, **kwargs)
 
     add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "bonsai_image", check, patcher.model_options,
@@ -30,21 +47,22 @@ def check_inputs(patcher, text_width: int) -> None:
     """
     channels = patcher.model.latent_format.latent_channels
 
-    def check(executor, x, timestep, context, *args, **kwargs):
-        if x.shape[1] != channels:
-            raise ValueError(f"This latent has {x.shape[1]} channels, but Bonsai Image takes {channels}; use Empty "
-                             "Flux 2 Latent, or VAE Encode with the VAE of Bonsai Image.")
+    def check(executor, x, timestep, context, y=None, guidance=None, ref_latents=None, *args, **kwargs):
+        for latent, kind in ((x, "latent"), *((reference, "reference latent") for reference in ref_latents or ())):
+            if latent.shape[1] != channels:
+                raise ValueError("Use VAE Encode with the VAE of Bonsai Image, or Empty Flux 2 Latent; this "
+                                 f"{kind} has {latent.shape[1]} channels, but Bonsai Image takes {channels}.")
         if context.shape[-1] != text_width:
-            raise ValueError(f"This conditioning is {context.shape[-1]} wide, but Bonsai Image takes {text_width}; it "
-                             "comes from another model's text encoder, so connect the CLIP of a Bonsai loader.")
+            raise ValueError(f"Connect the CLIP of a Bonsai loader; this conditioning is {context.shape[-1]} wide, as "
+                             f"another text encoder makes it, but Bonsai Image takes {text_width}.")
 
         def smaller() -> str:
             batch, width, height = x.shape[0], x.shape[3] * _PIXELS, x.shape[2] * _PIXELS
-            size = f"try a smaller size, such as {_half(width)} x {_half(height)}"
-            return (f"Out of memory at {width} x {height} with batch_size {batch}; "
-                    f"{'set batch_size to 1' if batch > 1 else size}, or start ComfyUI with --novram.")
+            size = f"Try a smaller size, such as {_half(width)} x {_half(height)}"
+            return (f"{'Set batch_size to 1' if batch > 1 else size}, or start ComfyUI with --novram; out of memory at "
+                    f"{width} x {height} with batch_size {batch}.")
 
-        return _advising(executor, smaller)(x, timestep, context, *args, **kwargs)
+        return _advising(executor, smaller)(x, timestep, context, y, guidance, ref_latents, *args, **kwargs)
 
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "bonsai_image", check)
 
@@ -61,8 +79,8 @@ class AdvisingVAE(comfy.sd.VAE):
     def _advice(self) -> str:
         # On GPUs without BF16, ComfyUI computes the VAE in FP32.
         double = ", which takes twice the memory of BF16 on this GPU" if self.vae_dtype == torch.float32 else ""
-        return (f"Out of memory in the VAE{double}, even in tiles; lower batch_size or the image size, use VAE Encode "
-                "(Tiled) or VAE Decode (Tiled) with a tile_size of 256, or start ComfyUI with --cpu-vae.")
+        return ("Lower batch_size or the image size, use VAE Encode (Tiled) or VAE Decode (Tiled) with a tile_size of "
+                f"256, or start ComfyUI with --cpu-vae; out of memory in the VAE{double}, even in tiles.")
 
 
 def _advising(function: Callable, advice: Callable[[], str]) -> Callable:

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import ComfyExtension, io, ui
-from server import PromptServer
 
 from ..loaders import container_suffixes, find_repository, load_transformer, save_transformer
-from ..loaders.files import refuse_changed
+from ..loaders.files import Progress, refuse_changed
 from ..loaders.opening import fingerprint
 from ..ops import backends
 from ..ops.devices import DTYPES
-from . import folders, lora, models
+from . import advice, folders, lora, models
 
 #: A schema, with the place where ComfyUI lists the nodes.
 _schema = functools.partial(io.Schema, category="model/loaders/bonsai")
@@ -37,15 +36,17 @@ def _compute_inputs() -> list[io.Combo.Input]:
             for name, (options, text) in inputs.items()]
 
 
-def _load_model(path: str, compute_dtype: str = "auto", backend: str = "auto", precision: str = "auto"):
-    """The MODEL at ``path``. The rest are the inputs of :func:`_compute_inputs`, which a workflow may leave out.
+def _load_model(path: str, progress: Progress, compute_dtype: str = "auto", backend: str = "auto",
+                precision: str = "auto"):
+    """The MODEL at ``path``. The last are the inputs of :func:`_compute_inputs`, which a workflow may leave out.
 
     Raises ModelFileError, and ValueError if a backend chosen by name is not installed. ``auto`` is always there.
     """
     if problem := backends.problem(backend):
-        raise ValueError(f"The backend {backend} cannot be used: {problem}; run pip as "
-                         f"{folders.shell_command(sys.executable, '-m', 'pip')}, or set backend to auto.")
-    return models.load_model(path, compute_dtype, backends.Setting(backend, precision))
+        raise ValueError("Set backend to auto, or run pip as "
+                         f"{folders.shell_command(sys.executable, '-m', 'pip')}; the backend {backend} cannot be used: "
+                         f"{problem}.")
+    return models.load_model(path, compute_dtype, backends.Setting(backend, precision), progress=progress)
 
 
 class _Loader(io.ComfyNode):
@@ -73,7 +74,7 @@ class BonsaiCheckpointLoader(_Loader):
             node_id="BonsaiCheckpointLoader",
             display_name="Load Bonsai Checkpoint",
             description="Load a whole downloaded Bonsai Image repository: diffusion model, text encoder and VAE.",
-            search_aliases=["bonsai", "prismml", "ternary", "1-bit", "2-bit", "low bit", "flux 2 klein"],
+            search_aliases=["bonsai", "prismml", "ternary", "binary", "1-bit", "2-bit", "mlx", "flux 2 klein"],
             inputs=[
                 io.Combo.Input("checkpoint", options=folders.checkpoint_choices(),
                                tooltip="A repository folder under models/diffusers, such as "
@@ -84,13 +85,15 @@ class BonsaiCheckpointLoader(_Loader):
         )
 
     @classmethod
+    @advice.action_first()
     def execute(cls, checkpoint: str, **compute: str) -> io.NodeOutput:
         repository = find_repository(folders.resolve_checkpoint(checkpoint))
         repository.require("text_encoder", "vae")
+        transformer, text_encoder, vae = models.progress_bar(3)
         return io.NodeOutput(
-            _load_model(str(repository.transformer), **compute),
-            models.load_clip(str(repository.text_encoder)),
-            models.load_vae_model(str(repository.vae)),
+            _load_model(str(repository.transformer), transformer, **compute),
+            models.kept_clip(str(repository.text_encoder), text_encoder),
+            models.kept_vae(str(repository.vae), vae),
         )
 
 
@@ -101,9 +104,9 @@ class BonsaiModelLoader(_Loader):
             node_id="BonsaiModelLoader",
             display_name="Load Bonsai Diffusion Model",
             description="Load a Bonsai Image diffusion model in any published format, packed weights as they are.",
-            search_aliases=["bonsai", "ternary", "1-bit", "2-bit", "unet", "load diffusion model"],
+            search_aliases=["bonsai", "ternary", "1-bit", "2-bit", "gguf", "mlx", "gemlite", "unet", "flux 2 klein"],
             inputs=[
-                io.Combo.Input("model_name", options=folders.model_choices("diffusion_models", container_suffixes()),
+                io.Combo.Input("model_name", options=folders.file_choices("diffusion_models", container_suffixes()),
                                tooltip="A file or folder under models/diffusion_models: GemLite, MLX, GGUF, unpacked, "
                                        "or saved by Save Bonsai Model."),
                 *_compute_inputs(),
@@ -112,8 +115,10 @@ class BonsaiModelLoader(_Loader):
         )
 
     @classmethod
+    @advice.action_first()
     def execute(cls, model_name: str, **compute: str) -> io.NodeOutput:
-        return io.NodeOutput(_load_model(folders.resolve("diffusion_models", model_name), **compute))
+        (progress,) = models.progress_bar()
+        return io.NodeOutput(_load_model(folders.resolve("diffusion_models", model_name), progress, **compute))
 
 
 class BonsaiTextEncoderLoader(_Loader):
@@ -123,22 +128,22 @@ class BonsaiTextEncoderLoader(_Loader):
             node_id="BonsaiTextEncoderLoader",
             display_name="Load Bonsai Text Encoder",
             description="Load the Qwen3-4B text encoder of Bonsai Image: 4-bit MLX or HQQ, or dense.",
-            search_aliases=["bonsai", "qwen3", "clip", "4-bit text encoder"],
+            search_aliases=["bonsai", "qwen3", "clip", "4-bit text encoder", "mlx", "hqq", "flux 2 klein"],
             inputs=[
-                io.Combo.Input("text_encoder_name", options=folders.model_choices("text_encoders"),
+                io.Combo.Input("text_encoder_name", options=folders.file_choices("text_encoders"),
                                tooltip="A file or folder under models/text_encoders."),
+                io.Combo.Input("device", options=["default", "cpu"], default="default", optional=True, advanced=True,
+                               tooltip="Where the text encoder runs. default: ComfyUI's choice. cpu: slower, but takes "
+                                       "no GPU memory."),
             ],
             outputs=[io.Clip.Output()],
         )
 
     @classmethod
-    def execute(cls, text_encoder_name: str) -> io.NodeOutput:
-        return io.NodeOutput(models.load_clip(folders.resolve("text_encoders", text_encoder_name)))
-
-
-def show(text: str, node_id: str) -> None:
-    """Show ``text`` on the node: the frontend shows text output only for a few built-in nodes."""
-    PromptServer.instance.send_progress_text(text, node_id)
+    @advice.action_first()
+    def execute(cls, text_encoder_name: str, device: str = "default") -> io.NodeOutput:
+        (progress,) = models.progress_bar()
+        return io.NodeOutput(models.kept_clip(folders.resolve("text_encoders", text_encoder_name), progress, device))
 
 
 class BonsaiSaveModel(io.ComfyNode):
@@ -151,7 +156,6 @@ class BonsaiSaveModel(io.ComfyNode):
                         "diffusion_models, it appears in Load Bonsai Diffusion Model once the list is refreshed.",
             search_aliases=["bonsai", "export model", "convert", "safetensors"],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="A MODEL from a Bonsai loader. A LoRA cannot be stored in packed "
                                                 "weights: connect the loader directly."),
@@ -164,24 +168,25 @@ class BonsaiSaveModel(io.ComfyNode):
         )
 
     @classmethod
+    @advice.action_first()
     def execute(cls, model, filename_prefix: str, storage: str) -> io.NodeOutput:
         origin = model.get_attachment(models.ATTACHMENT)
         if origin is None:
-            raise ValueError("Save Bonsai Model needs a MODEL from a Bonsai loader; save others with Save Model.")
+            raise ValueError("Use Save Model; this MODEL is not from a Bonsai loader.")
         if attached := lora.attached(model):
-            raise ValueError(f"This MODEL has {attached} attached, which cannot be stored in packed weights; connect "
-                             "the Bonsai loader to Save Bonsai Model directly.")
+            raise ValueError(f"Connect the Bonsai loader to Save Bonsai Model directly; this MODEL has {attached} "
+                             "attached, which cannot be stored in packed weights.")
+        if storage == "base3" and origin.variant != "ternary":
+            raise ValueError(f"Set storage to packed; base3 holds ternary weights, but this MODEL is {origin.variant}.")
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory())
         file = f"{name}_{counter:05}_.safetensors"
         refuse_changed(origin.stamps)
         # Read the file again: the MODEL in memory may be offloaded or in use.
-        progress = models.progress_bar()
+        loading, saving = models.progress_bar(2)
         target = "comfy-base3" if storage == "base3" else "comfy"
-        save_transformer(load_transformer(origin.path, progress), Path(folder) / file, target, progress)
-        saved = f"{subfolder}/{file}".lstrip("/")
-        show(f"Saved {saved}", cls.hidden.unique_id)
-        return io.NodeOutput(ui=ui.PreviewText(saved))
+        save_transformer(load_transformer(origin.path, loading), Path(folder) / file, target, saving)
+        return io.NodeOutput(ui=ui.PreviewText("Saved " + f"{subfolder}/{file}".lstrip("/")))
 
 
 class BonsaiModelInfo(io.ComfyNode):
@@ -193,15 +198,14 @@ class BonsaiModelInfo(io.ComfyNode):
             description="Show what a MODEL is made of: variant, backend, bytes packed and dense, dtype, source.",
             search_aliases=["bonsai", "inspect model", "vram", "size"],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
             inputs=[io.Model.Input("model", tooltip="Any MODEL from a Bonsai loader.")],
             outputs=[io.String.Output("info", display_name="info")],
         )
 
     @classmethod
+    @advice.action_first()
     def execute(cls, model) -> io.NodeOutput:
         text = models.describe(model)
-        show(text, cls.hidden.unique_id)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 

@@ -14,7 +14,7 @@ import folder_paths
 from ..loaders import ModelFileError
 from ..loaders.files import SAFETENSORS_SUFFIXES, locate
 from ..loaders.repository import repositories_in
-from ..published import PARTIAL, REPOSITORIES
+from ..published import PARTIAL, REPOSITORIES, SINGLE_FILES
 
 #: Bytes of the longest header that is read. ComfyUI puts whole workflows into them.
 _LONGEST_HEADER = 1 << 24
@@ -29,11 +29,24 @@ def model_choices(kind: str, more_suffixes: Collection[str] = ()) -> list[str]:
     return [*_model_choices(kind, tuple(more_suffixes), _walked(kind))]
 
 
+def file_choices(kind: str, more_suffixes: Collection[str] = ()) -> list[str]:
+    """:func:`model_choices`, or before anything is there :func:`_published`."""
+    return model_choices(kind, more_suffixes) or _published(kind)
+
+
+def _published(kind: str) -> list[str]:
+    """What an empty list offers, so that *Run* says how to get it. Without endings: the frontend offers a file for
+    download only where no list has it."""
+    return [Path(name).stem for name in SINGLE_FILES[kind]]
+
+
 def checkpoint_choices() -> list[str]:
-    """:func:`repository_choices`, and the single files under ``models/checkpoints`` that hold packed FLUX.2 weights."""
+    """:func:`repository_choices`, and the single files under ``models/checkpoints`` that hold packed FLUX.2 weights; or
+    before anything is there :func:`_published`, whose names are those of the repositories."""
     files = folder_paths.get_filename_list("checkpoints")
-    return repository_choices() + [name for name in files if name.endswith(SAFETENSORS_SUFFIXES)
-                                   and _is_packed(folder_paths.get_full_path("checkpoints", name))]
+    return [*repository_choices(), *(name for name in files if name.endswith(SAFETENSORS_SUFFIXES)
+                                     and _is_packed(folder_paths.get_full_path("checkpoints", name)))
+            ] or _published("diffusion_models")
 
 
 def _is_packed(path: str | None) -> bool:
@@ -96,7 +109,12 @@ def resolve(kind: str, name: str) -> str:
     for root in map(Path, folder_paths.get_folder_paths(kind)):
         if inside and os.path.exists(found := locate(root, name)):
             return str(found)
-    action = how_to_download(name) if kind == "diffusers" else "put it there and press R to refresh the list"
+    files = SINGLE_FILES.get(kind, {})
+    address = next((files[file] for file in (name, f"{name}.safetensors") if file in files), None)
+    action = (how_to_download(name) if kind == "diffusers" else
+              f"download {address} as {name.removesuffix('.safetensors')}.safetensors into "
+              f"{folder_paths.get_folder_paths(kind)[0]}, and press R" if address else
+              "put it there and press R to refresh the list")
     raise ModelFileError(name, f"a file or folder under models/{kind}", "nothing of that name", action)
 
 
@@ -107,9 +125,11 @@ def how_to_download(name: str) -> str:
     container = "gemlite" if "gemlite" in name else "mlx"
     folder = folder_paths.get_folder_paths("diffusers")[0]
     form = ["--format", "gemlite"] if container == "gemlite" else []
-    command = shell_command(sys.executable, str(program), "download", "--variant", variant, *form, "--to", folder)
+    # Its default, as in ``standalone/download.py``.
+    place = [] if Path(folder) == program.parents[2] / "models" / "diffusers" else ["--to", folder]
+    command = shell_command(sys.executable, str(program), "download", "--variant", variant, *form, *place)
     return (f"run {command} in a terminal, or put all of https://huggingface.co/{REPOSITORIES[variant, container].id} "
-            "into a folder of its name there, and press R")
+            f"into {Path(folder) / name}, and press R")
 
 
 def shell_command(*words: str) -> str:

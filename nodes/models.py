@@ -1,6 +1,8 @@
 """Files to ComfyUI's own MODEL, CLIP and VAE; and what a MODEL is made of, as text."""
 
 import contextlib
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +15,16 @@ from comfy.cli_args import args as host_args
 
 from ..loaders import ModelFileError, load_text_encoder, load_transformer, load_vae
 from ..loaders.description import count, publication
-from ..loaders.files import Progress, Stamps
+from ..loaders.files import Progress, Stamps, no_progress
 from ..loaders.klein import is_packable
 from ..loaders.names import to_comfyui
-from ..loaders.opening import tensor_files
+from ..loaders.opening import fingerprint, tensor_files
 from ..loaders.qwen3 import Qwen3Config
 from ..ops import backends
 from ..ops.backends import libraries
 from ..ops.devices import DTYPES, default_dtype
 from ..ops.packed import is_packed
-from . import advice, lora
+from . import advice, encoding, lora
 from .operations import packed_operations
 
 #: Attachment of a MODEL from a Bonsai loader: its :class:`Origin`.
@@ -35,20 +37,26 @@ _TEXT_WIDTH = 2560
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a MODEL came from, and how it computes. ``source`` is the release, ``setting`` the user's choice."""
+    """Where a MODEL came from, and how it computes. ``source`` is the release, ``compute_dtype`` and ``setting``
+    the choice of the user."""
 
     path: str
     format: str
     variant: str
     source: str
+    compute_dtype: str
     setting: backends.Setting
     stamps: Stamps
 
 
-def progress_bar() -> Progress:
-    """A callback for the progress bar of the running node."""
-    bar = comfy.utils.ProgressBar(1)
-    return lambda done, total: bar.update_absolute(done, total)
+def progress_bar(parts: int = 1) -> list[Progress]:
+    """Callbacks for the progress bar of the running node, one for each of the ``parts`` of its work, in order."""
+    bar = comfy.utils.ProgressBar(100 * parts)
+
+    def part(number: int) -> Progress:
+        return lambda done, total: bar.update_absolute(100 * number + 100 * done // max(total, 1))
+
+    return [part(number) for number in range(parts)]
 
 
 #: ComfyUI's options for dtypes, and the dtype that each means on a CPU. The others say how to store dense weights.
@@ -74,12 +82,12 @@ def dtype_to_impose(part: str, name: str, device: torch.device) -> torch.dtype |
 
 
 def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting = backends.EXACT,
-               disable_dynamic: bool = False):
+               disable_dynamic: bool = False, progress: Progress = no_progress):
     """The MODEL at ``path``. ``compute_dtype`` is ``auto`` or a name in ``ops.devices.DTYPES``.
 
     Raises ModelFileError. ComfyUI calls it again with the same arguments for a clone on another device.
     """
-    loaded = load_transformer(path, progress_bar(), mmap=not host_args.disable_mmap)
+    loaded = load_transformer(path, progress, mmap=not host_args.disable_mmap)
     dtype = dtype_to_impose("diffusion model", compute_dtype, comfy.model_management.get_torch_device())
     patcher = comfy.sd.load_diffusion_model_state_dict(
         # A copy: ComfyUI removes entries while it loads, and ``loaded`` is read again below.
@@ -93,7 +101,7 @@ def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting
     advice.check_inputs(patcher, loaded.config.joint_attention_dim)
     advice.check_files(patcher, loaded.stamps)
     patcher.cached_patcher_init = (load_model, (path, compute_dtype, setting))
-    origin = Origin(path, loaded.format, loaded.variant, loaded.source, setting, loaded.stamps)
+    origin = Origin(path, loaded.format, loaded.variant, loaded.source, compute_dtype, setting, loaded.stamps)
     patcher.set_attachments(ATTACHMENT, origin)
     if backends.only("mlx", setting, patcher.load_device, loaded.tensors.values(), _dtype(patcher)):
         with libraries.contained(libraries.MLX, "cannot run the whole transformer"):
@@ -109,31 +117,63 @@ def text_dimensions(config: Qwen3Config) -> dict[str, int | bool]:
     return {name: size for name, size in vars(config).items() if name != "head_dim"} | {"final_norm": False}
 
 
-def load_clip(path: str, compute_dtype: str = "auto", disable_dynamic: bool = False):
-    """The CLIP at ``path``, its linears computing in ``compute_dtype``. Raises ModelFileError.
+#: The CLIPs and VAEs that ComfyUI, or anything else, still holds, by what they were loaded from.
+_HELD: weakref.WeakValueDictionary[tuple, object] = weakref.WeakValueDictionary()
+
+
+def _kept(load: Callable, path: str, progress: Progress, *options: str):
+    """``load(path, *options)``, or what that returned before, if it still exists and the file is the same: a change of
+    the MODEL's inputs makes ComfyUI run the loader of all three again."""
+    key = (load, path, fingerprint(Path(path)), *options)
+    if (found := _HELD.get(key)) is None:
+        found = _HELD[key] = load(path, *options, progress=progress)
+    progress(1, 1)
+    return found
+
+
+def kept_clip(path: str, progress: Progress, device: str = "default"):
+    """The CLIP at ``path``, shared with whoever loaded it before. Raises ModelFileError."""
+    return _kept(load_clip, path, progress, "auto", device)
+
+
+def kept_vae(path: str, progress: Progress):
+    """The VAE at ``path``, shared with whoever loaded it before. Raises ModelFileError."""
+    return _kept(load_vae_model, path, progress)
+
+
+def load_clip(path: str, compute_dtype: str = "auto", place: str = "default", disable_dynamic: bool = False,
+              progress: Progress = no_progress):
+    """The CLIP at ``path``, its linears computing in ``compute_dtype``, on the device ``place``: ``cpu``, or where
+    ComfyUI puts it. Raises ModelFileError.
 
     ComfyUI runs text encoders in FP32, and so does ``auto``, except on a CPU with fast BF16: there the linears compute
     in BF16, which the release was made for, between ComfyUI's FP32 layers.
     """
-    loaded = load_text_encoder(path, progress_bar(), mmap=not host_args.disable_mmap, whole=False)
+    loaded = load_text_encoder(path, progress, mmap=not host_args.disable_mmap, whole=False)
     width = loaded.config.hidden_size
     if width != _TEXT_WIDTH:
         raise ModelFileError(path, f"a text encoder {_TEXT_WIDTH} wide (Qwen3-4B)", f"one {width} wide",
                              "choose the text encoder of Bonsai Image 4B")
-    dtype = dtype_to_impose("text encoder", compute_dtype, comfy.model_management.text_encoder_device())
+    cpu = torch.device("cpu")
+    devices = {"load_device": cpu, "offload_device": cpu} if place == "cpu" else {}
+    dtype = dtype_to_impose("text encoder", compute_dtype,
+                            devices.get("load_device") or comfy.model_management.text_encoder_device())
     clip = comfy.sd.load_text_encoder_state_dicts(
         [loaded.tensors], clip_type=comfy.sd.CLIPType.FLUX2,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        model_options={"custom_operations": packed_operations(backends.AUTO, dtype),
+        model_options={**devices, "custom_operations": packed_operations(backends.AUTO, dtype),
                        "qwen3_4b_model_config": text_dimensions(loaded.config)},
         disable_dynamic=disable_dynamic)
     lora.install(clip.patcher)
-    clip.patcher.cached_patcher_init = (lambda **options: load_clip(path, compute_dtype, **options).patcher, ())
+    encoding.show_progress(clip)
+    encoding.remember_prompt(clip)
+    clip.patcher.cached_patcher_init = (
+        lambda **options: load_clip(path, compute_dtype, place, **options).patcher, ())
     return clip
 
 
-def load_vae_model(path: str):
-    """The VAE at ``path``. Raises ModelFileError."""
+def load_vae_model(path: str, progress: Progress = no_progress):
+    """The VAE at ``path``, which is read at once: ``progress`` is not called. Raises ModelFileError."""
     loaded = load_vae(path, mmap=not host_args.disable_mmap)
     vae = advice.AdvisingVAE(sd=dict(loaded.tensors))
     if vae.first_stage_model is None:
@@ -147,8 +187,14 @@ def _dtype(patcher) -> torch.dtype:
     return patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
 
 
+def _size(count: int) -> str:
+    """So many bytes, as people say it; a GB is 1000 MB, as in the README."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def describe(patcher) -> str:
-    """Variant, source, compute dtype, backend per kind of layer, bytes packed and dense, patches of a MODEL."""
+    """Variant, source, compute dtype, backend per kind of layer, size packed and dense, patches of a MODEL; of its path
+    only the last two names, for ComfyUI saves the text in the workflow."""
     parameters = dict(patcher.model.diffusion_model.named_parameters())
     counts = count(parameters)
     dense_linears = sum(not is_packed(p) and not is_packable(name) and p.ndim == 2 for name, p in parameters.items())
@@ -156,9 +202,11 @@ def describe(patcher) -> str:
     if origin is None:
         lines, setting = ["Not loaded by a Bonsai node."], backends.AUTO
     else:
-        lines = [f"Bonsai Image 4B, {origin.variant}", f"source: {origin.source}", f"file: {origin.path}",
-                 f"format: {origin.format}", *_published(Path(origin.path)),
-                 f"compute dtype: {str(_dtype(patcher)).removeprefix('torch.')}"]
+        lines = [f"Bonsai Image 4B, {origin.variant}", f"source: {origin.source}",
+                 f"file: {'/'.join(Path(origin.path).parts[-2:])}", f"format: {origin.format}",
+                 *_published(Path(origin.path)),
+                 f"asked for: compute_dtype {origin.compute_dtype}, backend {origin.setting.backend}, precision "
+                 f"{origin.setting.precision}", f"compute dtype: {str(_dtype(patcher)).removeprefix('torch.')}"]
         setting = origin.setting
     found = backends.choices(setting, patcher.load_device, parameters.values(), _dtype(patcher))
     lines += [f"packed: {layers} linears of {bits} bits in groups of {group}, backend {choice}"
@@ -166,7 +214,7 @@ def describe(patcher) -> str:
     if (path := patcher.get_attachment(MLX_ATTACHMENT)) is not None:
         lines.append(f"path: {path.describe(patcher)}")
     lines += [f"dense: {dense_linears} linears",
-              f"bytes: {counts.packed_bytes:,} packed, {counts.dense_bytes:,} dense",
+              f"size: {_size(counts.packed_bytes)} packed, {_size(counts.dense_bytes)} dense",
               f"device: {patcher.load_device}, patches on {len(patcher.patches)} weights"]
     return "\n".join(lines)
 

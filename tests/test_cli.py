@@ -134,9 +134,10 @@ def test_inspect_names_what_it_cannot_describe(repository, tmp_path, capsys):
     (whole / "mine" / "a.safetensors").write_bytes(b"cut short")
     assert run("inspect", whole) == 0
     assert f"{whole / 'mine' / 'a.safetensors'}\n  other folder\n  problem: " in capsys.readouterr().out
-    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    assert run("inspect", tmp_path / "other.safetensors") == 2
-    assert "expected the diffusion model of Bonsai Image, found tensors such as x;" in sentence(capsys)
+    for tensors, said in (({"x": torch.zeros(1)}, "tensors such as x"), ({}, "no tensors")):
+        save_file(tensors, tmp_path / "other.safetensors")
+        assert run("inspect", tmp_path / "other.safetensors") == 2
+        assert f"expected the diffusion model of Bonsai Image, found {said};" in sentence(capsys)
 
 
 def test_inspect_finds_a_code_that_is_not_ternary(repository, tmp_path, capsys):

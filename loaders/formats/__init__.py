@@ -34,11 +34,11 @@ def decode(file: TensorFile) -> tuple[str, Tensors]:
                 for stated in beside:
                     check_json(file, stated, {"bits": bits, "group_size": group}, where="the JSON beside them")
             return known.name, tensors
-    name, value = next(((name, value) for name, value in file.tensors.items()
-                        if getattr(value, "dtype", None) not in FLOATS), ("none", None))
-    kind = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
-    raise ModelFileError(file.path, "a Bonsai Image model (GemLite, GGUF, MLX, unpacked or our own format)",
-                         f"tensors such as {name} ({kind})", host_loader(file))
+    odd = ((name, str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch."))
+           for name, value in file.tensors.items() if getattr(value, "dtype", None) not in FLOATS)
+    found = next((f"tensors such as {name} ({kind})" for name, kind in odd), file.sample())
+    raise ModelFileError(file.path, "a Bonsai Image model (GemLite, GGUF, MLX, unpacked or our own format)", found,
+                         host_loader(file))
 
 
 def refuse_other_than_tensors(file: TensorFile) -> None:

@@ -25,10 +25,10 @@ def one_sentence(text: str) -> bool:
     return text.endswith(".") and "\n" not in text and ". " not in text
 
 
-def sample(model, latent: torch.Tensor, width: int = TEXT_WIDTH) -> torch.Tensor:
-    """One step of the host's own sampler."""
+def sample(model, latent: torch.Tensor, width: int = TEXT_WIDTH, **more) -> torch.Tensor:
+    """One step of the host's own sampler; ``more`` goes with the conditioning."""
     latent = comfy.sample.fix_empty_latent_channels(model, latent)
-    condition = [[torch.zeros(1, 8, width), {}]]
+    condition = [[torch.zeros(1, 8, width), more]]
     sampler = comfy.samplers.sampler_object("euler")
     return comfy.sample.sample_custom(model, torch.randn(latent.shape), 1.0, sampler, torch.tensor([1.0, 0.0]),
                                       condition, condition, latent, disable_pbar=True)
@@ -44,13 +44,13 @@ def test_missing_checkpoint_error_has_the_command_of_this_installation(tmp_path,
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(folder)], {"folder"}))
 
     def said(checkpoint: str) -> str:
-        with pytest.raises(ModelFileError) as caught:
+        with pytest.raises(ValueError, match=r"\ARun ") as caught:
             nodes.BonsaiCheckpointLoader.execute(checkpoint)
         return str(caught.value)
 
     text = said(MISSING)
     assert one_sentence(text) and MISSING in text and "huggingface.co" in text
-    command = shlex.split(text[text.index(" run ") + 5:text.index(" in a terminal")])
+    command = shlex.split(text[len("Run "):text.index(" in a terminal")])
     assert command[-5:] == ["download", "--variant", "binary", "--to", str(folder)]
     shown = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, env={})
     assert shown.returncode == 0 and "--variant" in shown.stdout
@@ -68,10 +68,10 @@ def test_shell_command_for_windows_says_what_powershell_needs(monkeypatch):
 
 @pytest.mark.parametrize("node", [nodes.BonsaiModelLoader, nodes.BonsaiTextEncoderLoader])
 def test_a_missing_file_says_where_to_put_it(node):
-    with pytest.raises(ModelFileError) as caught:
+    with pytest.raises(ValueError, match=r"\APut it there and press R") as caught:
         node.execute("gone.safetensors")
     text = str(caught.value)
-    assert one_sentence(text.replace("gone.safetensors", "gone")) and "press R" in text and "models/" in text
+    assert one_sentence(text.replace("gone.safetensors", "gone")) and "models/" in text
 
 
 @pytest.mark.parametrize(("load", "part"), [(models.load_model, "vae"), (models.load_model, "text_encoder-mlx-4bit"),
@@ -84,9 +84,32 @@ def test_wrong_kind_of_file(repository, load, part):
 
 
 def test_latent_of_another_model(model):
-    with pytest.raises(ValueError, match="16 channels, but Bonsai Image takes 128; use Empty Flux 2 Latent") as caught:
+    with pytest.raises(ValueError, match=r"\AUse VAE Encode .*, or Empty Flux 2 Latent; this latent has 16") as caught:
         sample(model, torch.ones(1, 16, 8, 8))
     assert one_sentence(str(caught.value))
+
+
+def test_reference_latent_of_another_model(model):
+    with pytest.raises(ValueError, match=r"\AUse VAE Encode .*; this reference latent has 16 channels") as caught:
+        sample(model, torch.zeros(1, 128, 4, 4), reference_latents=[torch.zeros(1, n, 4, 4) for n in (128, 16)])
+    assert one_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("raised", [ModelFileError("a.gguf", "b", "c; d", "run x, or choose y; then z"),
+                                    ModelFileError("a.gguf", "b", "c")])
+def test_what_a_node_raises_begins_with_the_action(monkeypatch, raised):
+    """ComfyUI shows the type of an error before its message, with its module unless that is builtins."""
+    def fail(*_):
+        raise raised
+
+    monkeypatch.setattr(folders, "resolve", fail)
+    monkeypatch.setattr(models, "describe", fail)
+    for run in (lambda: nodes.BonsaiCheckpointLoader.execute("x"), lambda: nodes.BonsaiModelLoader.execute("x"),
+                lambda: nodes.BonsaiTextEncoderLoader.execute("x"), lambda: nodes.BonsaiModelInfo.execute(None)):
+        with pytest.raises(ValueError, match=rf"\A{raised.action.capitalize()}; a.gguf: expected b, found c") as caught:
+            run()
+        assert type(caught.value).__module__ == "builtins" and one_sentence(str(caught.value))
+        assert str(caught.value).count(raised.action[1:]) == 1
 
 
 def test_an_empty_latent_of_another_model_is_made_to_fit_by_the_host(model):
@@ -94,14 +117,14 @@ def test_an_empty_latent_of_another_model_is_made_to_fit_by_the_host(model):
 
 
 def test_conditioning_of_another_text_encoder(model):
-    with pytest.raises(ValueError, match=r"2560 wide, but Bonsai Image takes 7680.*CLIP of a Bonsai loader") as caught:
+    with pytest.raises(ValueError, match=r"\AConnect the CLIP of a Bonsai loader; .*2560 wide.*takes 7680") as caught:
         sample(model, torch.zeros(1, 128, 4, 4), 2560)
     assert one_sentence(str(caught.value))
 
 
 @pytest.mark.parametrize(("batch", "advice"), [
-    (3, "at 1024 x 512 with batch_size 3; set batch_size to 1, or"),
-    (1, "at 1024 x 512 with batch_size 1; try a smaller size, such as 704 x 352, or"),
+    (3, r"\ASet batch_size to 1, or .*at 1024 x 512 with batch_size 3"),
+    (1, r"\ATry a smaller size, such as 704 x 352, or .*at 1024 x 512 with batch_size 1"),
 ])
 def test_out_of_memory_says_what_to_lower(model, monkeypatch, batch, advice):
     def exhausted(*args, **kwargs):
@@ -125,7 +148,7 @@ def test_out_of_memory_in_the_vae_after_the_host_has_tried_tiles(repository, mon
 
     monkeypatch.setattr(getattr(vae.first_stage_model, f"{method}r"), "forward", exhausted)
     given = torch.zeros(1, 64, 64, 3) if method == "encode" else torch.zeros(1, 128, 4, 4)
-    with pytest.raises(comfy.model_management.OOM_EXCEPTION, match=r"VAE, which takes.*lower .*--cpu-vae") as caught:
+    with pytest.raises(comfy.model_management.OOM_EXCEPTION, match=r"\ALower .*--cpu-vae; .* VAE, which") as caught:
         getattr(vae, method)(given)
     assert len(calls) > 1 and one_sentence(str(caught.value)) and comfy.model_management.is_oom(caught.value)
 
@@ -154,7 +177,7 @@ def test_a_model_file_that_changes_is_noticed(change, transformer, repository, t
             file.with_suffix(".new").replace(file)
     assert all(now != before for now, before in zip(fingerprints(), seen, strict=True))
     for use in (lambda: sample(model, latent), lambda: nodes.BonsaiSaveModel.execute(model, "mini", "packed")):
-        with pytest.raises(ModelFileError, match="one that has changed since; load the model again"):
+        with pytest.raises(ValueError, match=r"\ALoad the model again; .* one that has changed since"):
             use()
 
 
@@ -186,10 +209,9 @@ def _old_mlx(monkeypatch) -> None:
 def test_missing_or_outdated_backend_chosen_by_name(repository, monkeypatch, fresh_backends, backend, arrange, said):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(repository.parent)], {"folder"}))
     arrange(monkeypatch)
-    with pytest.raises(ValueError, match=f"The backend {backend} cannot be used: ") as caught:
+    with pytest.raises(ValueError, match=rf"\ASet backend to auto, or .*; the backend {backend} cannot be") as caught:
         nodes.BonsaiCheckpointLoader.execute(repository.name, backend=backend)
-    assert said in str(caught.value) and str(caught.value).endswith("or set backend to auto.")
-    assert one_sentence(str(caught.value))
+    assert said in str(caught.value) and one_sentence(str(caught.value))
     nodes.BonsaiCheckpointLoader.execute(repository.name)
 
 

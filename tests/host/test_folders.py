@@ -11,14 +11,15 @@ from comfy.cli_args import args as host_args
 from bonsai_image import published
 from bonsai_image.loaders import find_repository
 from bonsai_image.nodes import folders, models
-from bonsai_image.nodes.definitions import BonsaiCheckpointLoader, BonsaiModelLoader
+from bonsai_image.nodes.definitions import BonsaiCheckpointLoader, BonsaiModelLoader, BonsaiTextEncoderLoader
 
 TRANSFORMER = "transformer-packed-mflux"
+PUBLISHED = ["bonsai-image-ternary-4B-mlx-2bit", "bonsai-image-binary-4B-mlx-1bit"]
 
 
 @pytest.fixture
 def roots(tmp_path, monkeypatch) -> Path:
-    for kind in ("diffusers", "diffusion_models"):
+    for kind in ("checkpoints", "diffusers", "diffusion_models", "text_encoders"):
         (tmp_path / kind).mkdir()
         extensions = folder_paths.folder_names_and_paths[kind][1]
         monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], extensions))
@@ -36,6 +37,8 @@ def test_repositories_in_every_place(roots, repository):
     (root / "nested" / TRANSFORMER).mkdir()
     (root / "moved").rename(root / "nested" / TRANSFORMER / TRANSFORMER)
     (root / "empty").mkdir()
+    shutil.copytree(root / "plain", root / "another-model")
+    (root / "another-model" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     choices = folders.repository_choices()
     assert choices == ["models--prism-ml--x", "nested", "plain", "prism-ml/below", "twice/twice"]
     for choice in choices:
@@ -53,16 +56,29 @@ def test_folders_are_walked_once_until_they_change(roots, repository, monkeypatc
         return [node.GET_SCHEMA().inputs[0].options for node in (BonsaiCheckpointLoader, BonsaiModelLoader)]
 
     (roots / "diffusion_models" / "a.gguf").touch()
-    assert request() == [[], ["a.gguf"]] and looks
+    assert request() == [PUBLISHED, ["a.gguf"]] and looks
     looks.clear()
-    assert request() == [[], ["a.gguf"]] and not looks
+    assert request() == [PUBLISHED, ["a.gguf"]] and not looks
     shutil.copytree(repository, roots / "diffusers" / "new")
     (roots / "diffusion_models" / "below").mkdir()
     (roots / "diffusion_models" / "below" / "b.gguf").touch()
     assert request() == [["new"], ["a.gguf", "below", "below/b.gguf"]]
     shutil.rmtree(roots / "diffusers" / "new" / TRANSFORMER)
     (roots / "diffusers" / "new").rename(roots / "diffusers" / "new.partial")
-    assert request()[0] == []
+    assert request()[0] == PUBLISHED
+
+
+@pytest.mark.parametrize(("node", "names"), [(BonsaiCheckpointLoader, PUBLISHED), (BonsaiModelLoader, PUBLISHED),
+                                             (BonsaiTextEncoderLoader, ["bonsai-image-qwen3-4B-mlx-4bit"])])
+def test_an_empty_list_offers_what_is_published(roots, node, names):
+    """With nothing to choose, Run would only say that an input is missing. A file that has an ending is offered for
+    download by the frontend itself, unless it is in the list."""
+    (combo, *_) = node.GET_SCHEMA().inputs
+    assert combo.options == names
+    for name in names:
+        with pytest.raises(ValueError, match=r"\A(Run .* download |Download https://huggingface.co/prism-ml/.* as "
+                                             rf"{name}\.safetensors into {roots}/)"):
+            node.execute(name)
 
 
 def test_no_attribute_files_and_no_unfinished_downloads(roots):

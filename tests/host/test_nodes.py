@@ -1,8 +1,11 @@
 """What the nodes promise about a MODEL: weights in, weights out, one model not disturbing another."""
 
-from types import SimpleNamespace
+import gc
+import shutil
+import weakref
 
 import comfy.model_management
+import comfy.utils
 import folder_paths
 import pytest
 import torch
@@ -31,16 +34,6 @@ def folders(tmp_path, monkeypatch, repository):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     (tmp_path / "diffusers" / repository.name).symlink_to(repository, target_is_directory=True)
     return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def shown(monkeypatch):
-    """What the nodes show on themselves; outside the server nobody is there to see it."""
-    texts = []
-    monkeypatch.setattr(nodes, "show", lambda text, node_id: texts.append(text))
-    for node in (nodes.BonsaiSaveModel, nodes.BonsaiModelInfo):
-        monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="1"))
-    return texts
 
 
 def test_checkpoint_loader_gives_the_hosts_own_types(folders, repository):
@@ -81,23 +74,88 @@ def test_save_node_writes_what_was_loaded(folders, transformer, storage):
 def test_save_node_refuses_a_model_that_is_not_ours(folders, transformer):
     model = models.load_model(str(transformer), "fp32")
     model.remove_attachments(models.ATTACHMENT)
-    with pytest.raises(ValueError, match="Bonsai loader"):
+    with pytest.raises(ValueError, match=r"\AUse Save Model; .*Bonsai loader"):
         nodes.BonsaiSaveModel.execute(model, "x", "packed")
 
 
-def test_info_counts_bytes_and_names_the_parts(transformer, shown):
-    model = models.load_model(str(transformer), "bf16")
-    text = nodes.BonsaiModelInfo.execute(model).args[0]
-    assert shown == [text]
+def test_save_node_names_the_input_that_is_wrong(binary_transformer):
+    with pytest.raises(ValueError, match=r"\ASet storage to packed; .* this MODEL is binary\.\Z"):
+        nodes.BonsaiSaveModel.execute(models.load_model(str(binary_transformer)), "x", "base3")
+
+
+def test_clip_and_vae_are_shared_while_they_exist_and_their_files_stay(folders, repository, monkeypatch):
+    """Another precision makes ComfyUI run the loader again, and the prompt with it."""
+    shutil.copytree(repository, folders / "diffusers" / "mine")
+
+    def load(**compute):
+        return nodes.BonsaiCheckpointLoader.execute("mine", **compute).args
+
+    model, clip, vae = load()
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize("a bonsai"))
+    (encoded, more), = conditioning
+    more["changed"] = True
+    other, same, same_vae = load(precision="fast")
+    assert other is not model and same is clip and same_vae is vae
+    with monkeypatch.context() as patch:
+        patch.setattr(clip.cond_stage_model, "encode_token_weights", None)
+        (again, more), = same.encode_from_tokens_scheduled(same.tokenize("a bonsai"))
+    assert again is encoded and "changed" not in more
+    assert not torch.equal(clip.encode_from_tokens_scheduled(clip.tokenize("another"))[0][0], encoded)
+    patched = clip.clone()
+    assert patched.encode_from_tokens_scheduled(patched.tokenize("another"))[0][0] is not encoded
+    file = folders / "diffusers" / "mine" / "vae" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(file, file.with_suffix(".new"))
+    file.with_suffix(".new").replace(file)
+    *_, kept, reloaded = load()
+    assert kept is clip and reloaded is not vae
+    seen = weakref.ref(clip)
+    del model, other, clip, same, kept, patched
+    comfy.model_management.unload_all_models()
+    comfy.model_management.cleanup_models()
+    gc.collect()
+    assert seen() is None
+
+
+def test_progress_covers_all_parts_and_the_prompt(folders, repository, monkeypatch):
+    seen = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK",
+                        lambda value, total, *_, **__: seen.append(value / total))
+    *_, clip, _ = nodes.BonsaiCheckpointLoader.execute(repository.name).args
+    assert seen == sorted(seen) and seen[-1] == 1 and any(1 / 3 <= value < 0.7 for value in seen)
+    for prompt in ("one", "two"):
+        seen.clear()
+        clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+        assert seen == sorted(seen) and seen[0] < 0.1 and seen[-1] == 1
+    loaded = nodes.BonsaiCheckpointLoader.execute(repository.name)
+    assert loaded.args[1] is clip and seen[-1] == 1
+
+
+def test_text_encoder_on_the_cpu(folders, repository, monkeypatch):
+    """As ComfyUI's own Load CLIP has it; another place is another CLIP."""
+    monkeypatch.setattr(comfy.model_management, "text_encoder_device", lambda: torch.device("meta"))
+    (folders / "text_encoders" / "mini").symlink_to(repository / "text_encoder-mlx-4bit")
+    clip, = nodes.BonsaiTextEncoderLoader.execute("mini", "cpu").args
+    assert clip.patcher.load_device == clip.patcher.offload_device == torch.device("cpu")
+    assert next(clip.cond_stage_model.parameters()).device.type == "cpu"
+
+
+def test_info_says_what_was_asked_for_and_names_the_parts(transformer):
+    model = models.load_model(str(transformer), "bf16", backends.Setting("torch", "fast"))
+    output = nodes.BonsaiModelInfo.execute(model)
+    text, = output.args
+    assert output.ui.as_dict() == {"text": (text,)} and str(transformer.parent.parent) not in text
+    assert "asked for: compute_dtype bf16, backend torch, precision fast\n" in text
+    assert "backend torch (fast means exact here)" in text
+    text = models.describe(model := models.load_model(str(transformer), "bf16"))
     packed = [p for p in model.model.diffusion_model.parameters() if is_packed(p)]
-    assert f"{sum(map(packed_nbytes, packed)):,} packed" in text
+    assert f"size: {sum(map(packed_nbytes, packed)) / 1e6:.1f} MB packed" in text
     backend = backends.choose(backends.AUTO, model.load_device, 4608, parts(packed[0]), torch.bfloat16)
     for part in ("ternary", "mlx", "bfloat16", f"{len(packed)} linears of 2 bits in groups of 128, backend {backend}",
                  "bonsai-mini-ternary"):
         assert part in text
 
 
-def test_info_says_that_a_self_check_failed(transformer, shown, monkeypatch, fresh_backends):
+def test_info_says_that_a_self_check_failed(transformer, monkeypatch, fresh_backends):
     monkeypatch.setattr(selfcheck, "worst_error", lambda backend, *_: 7.0 if backend.NAME == "cpu" else 0.0)
     text = nodes.BonsaiModelInfo.execute(models.load_model(str(transformer), "bf16")).args[0]
     assert "backend torch (" in text

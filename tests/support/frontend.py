@@ -5,6 +5,7 @@ import base64
 import contextlib
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -27,6 +28,8 @@ FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-u
 #: A user who has seen the tour, and a canvas without anything drawn over the graph.
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False,
             "Comfy.Graph.CanvasMenu": False}
+#: Another frontend than that of the installed package: ``COMFYUI_FRONTEND`` is the folder ``static`` of its wheel.
+OTHER_FRONTEND = ("--front-end-root", os.environ["COMFYUI_FRONTEND"]) if "COMFYUI_FRONTEND" in os.environ else ()
 #: The window, larger where a graph needs it.
 WIDTH, HEIGHT = 2300, 1060
 
@@ -119,7 +122,7 @@ async def frontend(url: str, profile: Path, modern: bool = False):
 def server_of_a_user(comfyui: Path, repository: Path, binary_transformer: Path, root: Path) -> Iterator[Server]:
     """The server of a user who has downloaded what the notes name (here: the miniature), but no LoRA yet."""
     (root / DOWNLOADED).symlink_to(repository, target_is_directory=True)
-    running = Server(comfyui, root / "base", root / DOWNLOADED)
+    running = Server(comfyui, root / "base", root / DOWNLOADED, options=OTHER_FRONTEND)
     parts = {"diffusion_models": binary_transformer,
              "text_encoders": repository / "text_encoder-mlx-4bit" / "model.safetensors",
              "vae": repository / "vae" / "diffusion_pytorch_model.safetensors"}
