@@ -45,15 +45,13 @@ def current(device: torch.device) -> AbstractContextManager:
 
 
 def device_name(device: torch.device) -> str:
-    """The model of a GPU, or of the CPU and how many threads compute on it."""
+    """The model of a GPU or CPU."""
     if device.type in ("cuda", "xpu"):
         return torch.get_device_module(device).get_device_name(device)
-    info, match = Path("/proc/cpuinfo"), None
-    if device.type == "cpu":
-        if info.exists():
-            match = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE)
-        return f"{match[1] if match else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if device.type == "cpu" and info.exists() else ""
+    match = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -62,7 +62,8 @@ def _devices() -> Iterator[torch.device]:
 
 def _device(device: torch.device) -> dict[str, Any]:
     dtype = default_dtype(device)
-    found: dict[str, Any] = {"device": str(device), "name": device_name(device),
+    found: dict[str, Any] = {"device": str(device), "name": device_name(device)
+                             + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""),
                              "dtype": str(dtype).removeprefix("torch.")}
     if device.type in ("cuda", "xpu"):
         found["free"], found["total"] = torch.get_device_module(device).mem_get_info(device)
@@ -89,12 +90,13 @@ def _meta(bits: int, group: int, form: Form, scale_dtype: torch.dtype) -> Packed
 def _times(device: torch.device) -> dict[str, dict[str, float]]:
     """Shape -> way -> milliseconds of a product, and of the packed products of a step at 512 x 512."""
     dtype, packed = default_dtype(device), _meta(*_KINDS["ternary"])
-    able, _ = backends.ways((0, 1, 2, "adaptive"), "auto", device, _ROWS, packed, dtype)
+    able, _ = backends.ways((0, 2, 1, "adaptive"), "auto", device, _ROWS, packed, dtype)
+    ways = tuple(reversed({way.digits: way for way in reversed(able)}.values()))
     found, step = dict[str, dict[str, float]](), Counter[str]()
     for n, k, count in _SHAPES:
         x, weight = selfcheck.example(selfcheck.kind(packed, dtype), _ROWS, n, k, device)
         calls = {"dense": functools.partial(torch.nn.functional.linear, x, dequantize(weight, dtype))}
-        calls |= {str(way): functools.partial(way.backend.multiply, x, weight, way.digits) for way in able}
+        calls |= {str(way): functools.partial(way.backend.multiply, x, weight, way.digits) for way in ways}
         found[f"{n} x {k}"] = times = measuring.milliseconds(calls, device)
         step.update({way: count * each for way, each in times.items()})
     return found | {"step": dict(step)}

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ collect_ignore = [] if os.environ.get("COMFYUI_PATH") else ["host"]
 
 
 def pytest_configure(config):
-    os.environ[measuring.FILE] = ""  # nothing is kept
+    # One for all processes that the tests start, so that they multiply alike.
+    os.environ.setdefault(measuring.FILE, str(Path(tempfile.gettempdir()) / f"bonsai-image-{os.getpid()}.json"))
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist: it and what it starts keep to one core
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)

@@ -25,7 +25,7 @@ from PIL import Image
 from ...disk import write_whole
 from ...loaders import ModelFileError, load_lora, load_transformer
 from ...loaders.files import refuse_changed
-from ...ops.backends import Setting
+from ...ops.backends import Setting, measuring
 from .. import generate, lora, models
 from ..references import open_image
 from .manifest import SETTINGS
@@ -65,6 +65,8 @@ class Stage:
 
     def __init__(self, work: Work):
         torch.set_num_threads(work.threads)
+        # Where no host has named a file, on a cluster, all workers choose by this one.
+        os.environ.setdefault(measuring.FILE, str(work.out / ".times.json"))
         self.work = work
         self.compute = generate.Compute(torch.device(work.device), work.dtype, work.setting)
         self.repository = generate.complete_repository(work.checkpoint, work.transformer, work.vae)

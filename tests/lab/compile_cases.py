@@ -36,21 +36,21 @@ def cases(arch: str) -> dict[str, tuple]:
             kernels.EXPAND_LAUNCH)
     if arch in EXACT_ONLY:
         return {name: case for name, case in found.items() if not name.endswith("levels")}
-    for digits, number in kernels.DIGITS.items():
+    for digits in (1, 2, "adaptive"):
         found[f"quantize-{digits}"] = (
             kernels._quantize,
             {"x": half, "q": "*i8", "step": "*fp32", "second": "*i32", "m": "i32", "k": "i32", "groups": "i32",
              "stride": "i32", "tiles": "i32"},
-            {"GROUP": 128, "GROUPS": 128, "BLOCK_M": kernels.TILE.m, "DIGITS": number, "LARGEST": kernels.LARGEST,
+            {"GROUP": 128, "GROUPS": 128, "BLOCK_M": kernels.TILE_M, "DIGITS": digits, "LARGEST": kernels.LARGEST,
              "SMALLEST": kernels.SMALLEST, "OUTLYING": kernels.OUTLYING},
             kernels.ROWS_LAUNCH)
         found[f"int8-{digits}"] = (
             kernels._int8_matmul,
             {"q": "*i8", "step": "*fp32", "second": "*i32", "levels": "*i8", "scale": "*bf16", "out": half, "m": "i32",
              "n": "i32", "k": "i32", "stride": "i32", "tiles": "i32"},
-            {"GROUP": 128, "BLOCK_M": kernels.TILE.m, "BLOCK_N": kernels.TILE.n, "ROWS": kernels.TILE_ROWS,
-             "DIGITS": number},
-            {**kernels.MATMUL_LAUNCH, "num_warps": kernels.TILE.warps, "num_stages": kernels.TILE.stages})
+            {"GROUP": 128, "BLOCK_M": kernels.TILE_M, "BLOCK_N": kernels.TILE_N, "ROWS": kernels.TILE_ROWS,
+             "DIGITS": digits},
+            kernels.MATMUL_LAUNCH)
     return found
 
 

@@ -1,13 +1,13 @@
-"""The cpu backend: exact products at the speed of dense ones and int8 products well below, compiled on this machine.
+"""The cpu backend: products in the time of dense ones, and with int8 digits in less, compiled on this machine.
 
-exact
+0 digits
     A block of rows is expanded at memory speed, then multiplied by torch.
-fast
-    Activations are rounded to int8 with one scale a row and multiplied by the exact codes
-    (``ops/backends/interface.py``), by the best instruction of this CPU.
+1, 2 or adaptive digits
+    Activations are rounded to int8 digits and multiplied by the exact codes (``ops/backends/interface.py``), by the
+    best instruction of this CPU.
 
-Products use ``torch.get_num_threads()`` threads and hold nothing between calls. They can be interrupted between blocks,
-which take some milliseconds.
+Products use ``torch.get_num_threads()`` threads and hold nothing between calls. They can be interrupted between blocks
+of some hundred rows.
 """
 
 import ctypes
@@ -137,7 +137,7 @@ def multiply_digits(x: torch.Tensor, packed: Packed, kind: str, digits: Digits) 
     groups, k = scale.shape[0], packed.k
     size = min(x.shape[0], max(block.rows, ACTIVATION_BYTES // k // planes // block.rows * block.rows))
     padded = -(-size // block.rows) * block.rows
-    q = torch.empty(padded, planes, k, dtype=torch.int8)
+    q = torch.empty(planes, padded, k, dtype=torch.int8)
     # The rows that fill a block are computed and not stored: zeros are no subnormal numbers.
     step, total = torch.zeros(2, padded, groups)
     second = torch.zeros(-(-size // block.rows), groups, dtype=torch.int32)
@@ -148,9 +148,9 @@ def multiply_digits(x: torch.Tensor, packed: Packed, kind: str, digits: Digits) 
     for part, result in zip(x.split(size), out.split(size), strict=True):
         rows = part.shape[0]
         second.zero_()
-        spread(quantize, -(-rows // piece), rows * k // 8, part, part.stride(0), q, step, total, second, rows, piece,
-               groups)
-        spread(run, -(-packed.n // block.columns), rows * k * packed.n // 64 * planes, q, step, total, second, codes,
+        rounded = q, padded * k, step, total, second
+        spread(quantize, -(-rows // piece), rows * k // 8, part, part.stride(0), *rounded, rows, piece, groups)
+        spread(run, -(-packed.n // block.columns), rows * k * packed.n // 64 * planes, *rounded, codes,
                codes.stride(0), scale, shift, packed.n, rooms, room, result, rows, groups)
     return out
 

@@ -103,15 +103,15 @@ def activations(b: Builder, source: ir.Value, index: ir.Value, wide: bool) -> ir
     return b.bitcast(b.shl(half, const(16, I32, 16)), VECTOR(F32, 16))
 
 
-def quantize(b: Builder, _worker: Integer, piece: Integer, x: Address, stride: Integer, q: Address, step: Address,
-             total: Address, second: Address, rows: Integer, size: Integer, groups: Integer, *, bits: int, form: str,
-             group: int, block: int, tile: int, wide: bool, digits: Digits) -> None:
+def quantize(b: Builder, _worker: Integer, piece: Integer, x: Address, stride: Integer, q: Address, plane: Integer,
+             step: Address, total: Address, second: Address, rows: Integer, size: Integer, groups: Integer, *,
+             bits: int, form: str, group: int, block: int, tile: int, wide: bool, digits: Digits) -> None:
     """``interface.quantize`` of ``rows`` rows of ``x`` (BF16, or float32 if ``wide``), ``size`` of them a piece.
 
     ``stride``: elements between rows of ``x``. With ``t`` for a row's tile and ``r`` for its place there:
 
-    ``q`` int8 ``[t][groups][digit][group / 64][tile][64]``
-        the digits, high before low: what a block of columns reads of a tile is in one piece.
+    ``q`` int8 ``[digit][t][groups][group / 64][tile][64]``
+        the high digits, and ``plane`` bytes behind them the low ones.
     ``step`` float32 ``[t][groups][tile]``
     ``total`` 32 bits ``[t][groups][tile]``
         for symmetric weights int32, minus the sum of the activations times the code of level 0: what a sum of products
@@ -119,7 +119,7 @@ def quantize(b: Builder, _worker: Integer, piece: Integer, x: Address, stride: I
     ``second`` int32 ``[rows / block][groups]``
         not 0 where a row of the block has a second digit; ``size`` is a multiple of ``block``.
     """
-    planes, first = 1 if digits == 1 else 2, b.times(piece, size)
+    first = b.times(piece, size)
     with b.loop(b.least(size, b.sub(rows, first))) as offset:
         m = b.plus(first, offset)
         source = b.at(x, F32 if wide else I16, b.times(m, stride))
@@ -133,11 +133,10 @@ def quantize(b: Builder, _worker: Integer, piece: Integer, x: Address, stride: I
             high = [b.ashr(b.add(v, const(16, I32, 64)), const(16, I32, 7)) for v in values]
             low = [b.sub(v, b.shl(h, const(16, I32, 7))) for v, h in zip(values, high, strict=True)]
             at = b.plus(b.times(t, groups), g)
-            for digit, part in enumerate((high, low)[:planes]):
+            for target, part in ((q, high), (b.at(q, I8, plane), low))[: 1 if digits == 1 else 2]:
                 for i, v in enumerate(in_order_of_codes(b, part, bits)):
-                    half, place = divmod(16 * i, 64)
-                    within = b.plus(b.times(at, planes * group * tile), (digit * group + 64 * half) * tile + place)
-                    b.write(b.trunc(v, VECTOR(I8, 16)), q, I8, b.plus(within, b.times(r, 64)))
+                    within = b.plus(b.times(at, group * tile), b.times(r, 64), 16 * i // 64 * 64 * tile + 16 * i % 64)
+                    b.write(b.trunc(v, VECTOR(I8, 16)), target, I8, within)
             at = b.plus(b.times(at, tile), r)
             unit = b.fdiv(amax, F32(LARGEST))
             b.write(unit, step, F32, at)

@@ -33,12 +33,12 @@ from .llvm import F32, I8, I16, I32, I64, VECTOR, Builder, const
 class Group(NamedTuple):
     """One block of rows, one of columns and one group: the addresses of what is multiplied, and of the sums ``acc``.
 
-    ``size``: elements of the group. ``shift`` is None for symmetric weights, ``second`` the condition under which there
-    are second digits: None if never, True if always.
+    ``size``: elements of the group. ``q``: its high and its low digits. ``shift`` is None for symmetric weights,
+    ``second`` the condition under which there are low digits: None if never, True if always.
     """
 
     size: int
-    q: ir.Value
+    q: list[ir.Value]
     step: ir.Value
     total: ir.Value
     panel: ir.Value
@@ -48,15 +48,15 @@ class Group(NamedTuple):
     second: ir.Value | bool | None
 
 
-def multiply(b: Builder, worker: Integer, piece: Integer, q: Address, step: Address, total: Address, second: Address,
-             codes: Address, stride: Integer, scale: Address, shift: Address, columns: Integer, rooms: Address,
-             room: Integer, out: Address, rows: Integer, groups: Integer, *, name: str, bits: int, form: str,
-             group: int, wide: bool, digits: Digits) -> None:
+def multiply(b: Builder, worker: Integer, piece: Integer, q: Address, plane: Integer, step: Address, total: Address,
+             second: Address, codes: Address, stride: Integer, scale: Address, shift: Address, columns: Integer,
+             rooms: Address, room: Integer, out: Address, rows: Integer, groups: Integer, *, name: str, bits: int,
+             form: str, group: int, wide: bool, digits: Digits) -> None:
     """``out[m, n]`` for all ``rows`` m and as many n as a block has: BF16, or float32 if ``wide``. A block is a piece.
 
-    ``q``, ``step``, ``total``, ``second``: from ``quantize``. ``codes``: ``stride`` bytes between rows. ``scale``,
-    ``shift``: float32 ``(groups, columns)``, ``columns`` being N of the whole weight and of ``out``. ``rooms``:
-    ``room`` bytes for each worker, for the sums of some blocks, the tiles of AMX and the panel.
+    ``q``, ``plane``, ``step``, ``total``, ``second``: of ``quantize``. ``codes``: ``stride`` bytes between rows.
+    ``scale``, ``shift``: float32 ``(groups, columns)``, ``columns`` being N of the whole weight and of ``out``.
+    ``rooms``: ``room`` bytes for each worker, for the sums of some blocks, the tiles of AMX and the panel.
     """
     kind, tiles = KINDS[name], name == "amx"
     # The last block overlaps the one before it, which computes the same values.
@@ -77,7 +77,7 @@ def multiply(b: Builder, worker: Integer, piece: Integer, q: Address, step: Addr
             at = b.plus(b.times(g, columns), first)
             flag = b.read(second, I32, b.plus(b.times(b.udiv(block, I64(kind.rows)), groups), g))
             part = Group(
-                group, b.at(q, I8, b.times(tile, group * kind.tile * (1 if digits == 1 else 2))),
+                group, [b.at(q, I8, b.plus(at, b.times(tile, group * kind.tile))) for at in (0, plane)],
                 b.at(step, F32, b.times(tile, kind.tile)), b.at(total, I32, b.times(tile, kind.tile)),
                 b.at(panel, I8, b.times(g, group * kind.columns)), b.at(scale, F32, at),
                 None if form == "symmetric" else b.at(shift, F32, at), b.at(acc, F32, b.times(r, kind.columns)),
@@ -153,7 +153,6 @@ def add_vectors(b: Builder, kind: Kind, name: str, bits: int, part: Group, group
     totals = {key: b.variable(const(lanes, I32, 0)) for key in block}
 
     def multiply_digit(digit: int) -> None:
-        q = b.at(part.q, I8, digit * part.size * kind.tile)
         for chunk in range(0, part.size, span):
             sums = {key: b.variable(const(2 * lanes, I16, 0)) for key in block} if narrow else totals
             for first in range(chunk, chunk + span, min(span, 64)):
@@ -163,7 +162,7 @@ def add_vectors(b: Builder, kind: Kind, name: str, bits: int, part: Group, group
                         weights = [b.read(part.panel, I32, b.plus(at, v * lanes), lanes) for v in range(kind.vectors)]
                         for r in rows:
                             at = b.plus(k4, (first // 64 * kind.tile + r) * 16 + first % 64 // 4 + i)
-                            activation = b.splat(b.read(q, I32, at), lanes)
+                            activation = b.splat(b.read(part.q[digit], I32, at), lanes)
                             for v, weight in enumerate(weights):
                                 b.store(dot(b, name, b.get(sums[r, v]), weight, activation), sums[r, v])
             if narrow:
@@ -205,14 +204,14 @@ def add_tiles(b: Builder, kind: Kind, name: str, bits: int, part: Group, groups:
     digits = 1 if part.second is None else 2
     # Behind the sums of a block: [square % 2][digit][tile][16][16].
     stored = b.at(part.acc, I32, kind.rows * kind.columns)
-    tile_of_q = b.times(groups, part.size * kind.tile * digits)
+    tile_of_q = b.times(groups, part.size * kind.tile)
 
     def multiply_square(square: int, digit: int) -> None:
         m, n = corners[square]
         for half in range(part.size // 64):
             for i in range(2):
-                left = b.plus(b.times(tile_of_q, m // 16 + i), (digit * part.size + 64 * half) * kind.tile)
-                amx(b, "tileloadd64", 4 + i, b.at(part.q, I8, left), I64(64))
+                left = b.plus(b.times(tile_of_q, m // 16 + i), 64 * half * kind.tile)
+                amx(b, "tileloadd64", 4 + i, b.at(part.q[digit], I8, left), I64(64))
                 right = 64 * kind.columns * half + 4 * (n + 16 * i)
                 amx(b, "tileloadd64", 6 + i, b.at(part.panel, I8, right), I64(4 * kind.columns))
             for tile in range(4):

@@ -13,8 +13,6 @@ at run time, and no kernel is compiled anew for another number of rows.
     rounded, in float32.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -22,28 +20,15 @@ import triton.language as tl
 from ...packed import LEVELS, Packed
 from ..interface import LARGEST, OUTLYING, SMALLEST, Digits
 
-
-class Tile(NamedTuple):
-    """Rows and columns of a result that one program computes, and how it is launched."""
-
-    m: int
-    n: int
-    warps: int
-    stages: int
-
-
-#: How the kernels count the digits.
-DIGITS: dict[Digits, int] = {1: 1, 2: 2, "adaptive": 3}
-
-
-
 #: Words of codes that one program of ``expand`` reads. A word holds 8 elements (1 bit: a byte, 2 bits: two, 4 bits:
 #: four), which a thread stores at once: 16 bytes in 16 bits, 8 bytes of levels.
 EXPAND_WORDS = 512
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
-#: The part of the result that one program of ``int8_matmul`` computes, and how it is launched. TODO
-TILE = Tile(64, 128, 4, 2)
+#: Rows and columns of the result that one program of ``int8_matmul`` computes. Launched as below, it compiles without
+#: spilling registers for every architecture and number of digits; with two digits 128 x 128 on 8 warps and 128 x 64
+#: spill on all before Hopper, and 64 x 128 with a third stage does on sm_80.
+TILE_M, TILE_N = 64, 128
 
 #: Row tiles that share a column tile of ``int8_matmul`` in L2.
 TILE_ROWS = 8
@@ -53,7 +38,7 @@ TILE_ROWS = 8
 #: activation before its rounding constant is added.
 EXPAND_LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 ROWS_LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
-MATMUL_LAUNCH = {"enable_fp_fusion": True}
+MATMUL_LAUNCH = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 #: Adding and subtracting 1.5 * 2**23 rounds a float32 of magnitude below 2**22 to the nearest integer, half to even.
 ROUNDING = tl.constexpr(12582912.0)
@@ -109,7 +94,7 @@ def expand_levels(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
     return expand(packed, packed.codes.new_empty(packed.n, packed.k, dtype=torch.int8), scale_t), scale_t
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "tiles"])
 def _quantize(x, q, step, second, m, k, groups, stride, tiles, GROUP: tl.constexpr, GROUPS: tl.constexpr,
               BLOCK_M: tl.constexpr, DIGITS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
               OUTLYING: tl.constexpr):
@@ -119,18 +104,19 @@ def _quantize(x, q, step, second, m, k, groups, stride, tiles, GROUP: tl.constex
     element = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     values = tl.load(x + row * stride + element, mask=inside[:, None], other=0).to(tl.float32)
     amax = tl.max(tl.abs(values), axis=1)
-    inverse = tl.where(amax > SMALLEST, tl.div_rn(LARGEST, tl.where(amax > SMALLEST, amax, 1.0)), 0.0)
+    nonzero = amax > SMALLEST
+    inverse = tl.where(nonzero, tl.div_rn(LARGEST, tl.where(nonzero, amax, 1.0)), 0.0)
     two = inside & (DIGITS == 2)
-    if DIGITS == 3:
+    if DIGITS == "adaptive":
         two = amax > OUTLYING * tl.sqrt_rn(tl.sum(tl.sum(values * values, axis=1), axis=0) / k)
         tl.store(second + group * tiles + row // BLOCK_M, 1, mask=inside & two)
     one = ((values * (inverse * (1 / 128))[:, None] + ROUNDING) - ROUNDING).to(tl.int32) * 128
-    if DIGITS > 1:
+    if DIGITS != 1:
         both = ((values * inverse[:, None] + ROUNDING) - ROUNDING).to(tl.int32)
         one = tl.where(two[:, None], both, one)
     high = (one + 64) >> 7
     tl.store(q + row * k + element, high.to(tl.int8), mask=inside[:, None])
-    if DIGITS > 1:
+    if DIGITS != 1:
         tl.store(q + (m + row) * k + element, (one - (high << 7)).to(tl.int8), mask=inside[:, None])
     tl.store(step + group * m + row, tl.div_rn(amax, LARGEST), mask=inside)
 
@@ -142,12 +128,12 @@ def quantize(x: torch.Tensor, group: int, digits: Digits) -> tuple[torch.Tensor,
     rows)``, which is not 0 where a row of a tile has a second digit; it is filled for "adaptive" alone.
     """
     m, k = x.shape
-    groups, tiles = k // group, triton.cdiv(m, TILE.m)
+    groups, tiles = k // group, triton.cdiv(m, TILE_M)
     q = torch.empty(1 if digits == 1 else 2, m, k, dtype=torch.int8, device=x.device)
     step = torch.empty(groups, m, dtype=torch.float32, device=x.device)
     second = torch.zeros(groups, tiles, dtype=torch.int32, device=x.device)
-    _quantize[(m,)](x, q, step, second, m, k, groups, x.stride(0), tiles, group, triton.next_power_of_2(groups), TILE.m,
-                    DIGITS[digits], LARGEST, SMALLEST, OUTLYING, **ROWS_LAUNCH)
+    _quantize[(m,)](x, q, step, second, m, k, groups, x.stride(0), tiles, group, triton.next_power_of_2(groups), TILE_M,
+                    digits, LARGEST, SMALLEST, OUTLYING, **ROWS_LAUNCH)
     return q, step, second
 
 
@@ -175,7 +161,7 @@ def _int8_matmul(q, step, second, levels, scale, out, m, n, k, stride, tiles, GR
         exact = (tl.dot(tl.load(q), weight, out_dtype=tl.int32) << 7) + ROUNDING_BITS
         if DIGITS == 2:
             exact = tl.dot(tl.load(low), weight, exact, out_dtype=tl.int32)
-        if DIGITS == 3:
+        if DIGITS == "adaptive":
             # Loaded outside of the branch, where the loop can load ahead.
             needed = tl.load(second) != 0
             digit = tl.load(low, mask=needed, other=0)
@@ -198,7 +184,7 @@ def int8_matmul(q: torch.Tensor, step: torch.Tensor, second: torch.Tensor, level
     """Fill ``out`` ``(M, N)``, rows contiguous, from what :func:`quantize` returns and int8 ``levels`` ``(N, K)`` of
     magnitude 2 at most with ``scale`` ``(K / group, N)``, group a power of 2 from 32 to 128."""
     (_, m, k), n, tiles = q.shape, levels.shape[0], second.shape[1]
-    _int8_matmul[(tiles * triton.cdiv(n, TILE.n),)](
-        q, step, second, levels, scale, out, m, n, k, out.stride(0), tiles, k // scale.shape[0], TILE.m, TILE.n,
-        TILE_ROWS, DIGITS[digits], num_warps=TILE.warps, num_stages=TILE.stages, **MATMUL_LAUNCH)
+    _int8_matmul[(tiles * triton.cdiv(n, TILE_N),)](
+        q, step, second, levels, scale, out, m, n, k, out.stride(0), tiles, k // scale.shape[0], TILE_M, TILE_N,
+        TILE_ROWS, digits, **MATMUL_LAUNCH)
     return out
