@@ -28,15 +28,15 @@ LAYERS = {
 
 
 def quantised(shapes, packed, form, prefix=""):
-    """What such a file holds of a model of these shapes, zeros."""
+    """What such a file holds of a model of these shapes, ones."""
     dtype, per_column, beside = LAYERS[form]
     tensors = {}
     for name, shape in shapes.items():
         if not packed(name) or len(shape) == 1:
-            tensors[prefix + name] = torch.zeros(shape, dtype=torch.bfloat16)
+            tensors[prefix + name] = torch.ones(shape, dtype=torch.bfloat16)
             continue
         layer = prefix + name.removesuffix(".weight")
-        tensors[f"{layer}.weight"] = torch.zeros(shape[0], shape[1] // per_column, dtype=torch.uint8).view(dtype)
+        tensors[f"{layer}.weight"] = torch.ones(shape[0], shape[1] // per_column, dtype=torch.uint8).view(dtype)
         tensors |= {f"{layer}.{key}": value.clone() for key, value in beside.items()}
         if form not in (None, "scaled"):
             tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps({"format": form}).encode()),

@@ -181,7 +181,7 @@ def test_folder_that_cannot_be_read(mlx, monkeypatch):
     monkeypatch.setattr(Path, "iterdir", iterdir)
     assert found(mlx) == PARTS
     shutil.move(mlx / TRANSFORMER, mlx.parent / "elsewhere")
-    assert "private: expected a readable folder, found [Errno 13] Permission denied" in refusal(
+    assert "private: expected a readable folder, found Permission denied" in refusal(
         lambda _: find_repository(mlx), mlx / "private")
 
 

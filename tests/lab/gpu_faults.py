@@ -53,7 +53,7 @@ def upload_in_the_forward(_model) -> None:
 #: Name -> (what to plant, where it must show).
 FAULTS = {
     "a scale left on the CPU": (scale_on_the_cpu, "error"),
-    "a LoRA factor left on the CPU": (lora_factor_on_the_cpu, "error"),
+    "a LoRA factor left on the CPU": (lora_factor_on_the_cpu, "pageable"),
     "a missing uncast": (no_uncast, "pinned"),
     "a missing wait for a stream": (no_wait_for_the_copy, "races"),
     "an evicted page taken for a resident one": (evicted_taken_for_resident, "different"),
