@@ -1,7 +1,7 @@
-"""How often the trained miniature draws what the prompt says: dense, ternary and binary, and the fast paths against the
-exact one.
+"""How often the trained miniature draws what the prompt says: dense, ternary and binary, the fast paths against the
+exact one, and the packed weights with the LoRAs that bring them nearer to the dense ones.
 
-    python benchmarks/miniature.py [--prompts 300]
+    python benchmarks/miniature.py [--prompts 300] [--only-lora] [--lora ternary=FILE]
 
 Held-out prompts (``miniature/train/scenes.py``), four steps, CFG 1; what a picture shows is measured by a program
 (``miniature/train/measure.py``). PSNR is against the exact path: the same packed weights in FP32. On the CPU by
@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline
 
-from bonsai_image.loaders import find_repository, load_text_encoder
+from bonsai_image.loaders import find_repository, load_lora, load_text_encoder
 from bonsai_image.miniature import demo
 from bonsai_image.miniature.train.measure import held_out_scenes, score
 from bonsai_image.ops import backends
 from bonsai_image.ops.backends import Setting, measuring
 from bonsai_image.ops.backends.interface import Digits
-from bonsai_image.standalone import models
+from bonsai_image.standalone import lora, models
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,6 +38,10 @@ def transformer(variant: str, dtype: torch.dtype, digits: Digits) -> torch.nn.Mo
     measuring.fastest = lambda ways, *_: next((way for way in ways if way.digits == digits), ways[0])
     backends.PRECISIONS["auto"] = (digits, 0)
     return models.transformer_module(demo.load(variant), CPU, dtype, Setting())
+
+
+def psnr(drawn: torch.Tensor, wanted: torch.Tensor) -> str:
+    return f"{10 * np.log10(4 / float((drawn - wanted).square().mean())):.1f} dB"
 
 
 def pictures(pipeline: Flux2KleinPipeline, module: torch.nn.Module, embeddings: torch.Tensor) -> torch.Tensor:
@@ -58,6 +62,8 @@ def pictures(pipeline: Flux2KleinPipeline, module: torch.nn.Module, embeddings: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=300)
+    parser.add_argument("--only-lora", action="store_true", help="only the second table, exact in FP32")
+    parser.add_argument("--lora", action="append", default=[], metavar="VARIANT=FILE", help="not the shipped one")
     args = parser.parse_args()
     repository = find_repository(demo.MINIATURE / "ternary")
     encoder = models.text_encoder_module(load_text_encoder(repository.text_encoder), CPU, torch.float32)
@@ -74,15 +80,24 @@ def main() -> None:
           + "".join(f" {name} |" for name in COLUMNS) + " of dense | PSNR to exact |\n"
           + "|---" * (len(COLUMNS) + 4) + "|")
     for variant, dtype, digits in ROWS:
+        if args.only_lora and (dtype, digits) != ("fp32", 0):
+            continue
         drawn = pictures(pipeline, transformer(variant, DTYPES[dtype], digits), embeddings)
         right = score(scenes, drawn)
-        first = variant not in exact
         reference = reference or right["all"]
-        psnr = "" if first else f"{10 * np.log10(4 / float((drawn - exact[variant]).square().mean())):.1f} dB"
+        nearness = psnr(drawn, exact[variant]) if variant in exact else ""
         exact.setdefault(variant, drawn)
         print(f"| {variant} | {dtype}{NAMES[digits]} |"
               + "".join(f" {100 * right[name]:.1f} % |" for name in COLUMNS)
-              + f" {100 * right['all'] / reference:.1f} % | {psnr} |", flush=True)
+              + f" {100 * right['all'] / reference:.1f} % | {nearness} |", flush=True)
+    print("\n| FP32 | all | PSNR to dense |\n|---|---|---|")
+    for variant, file in (demo.RECOVERY | dict(text.split("=", 1) for text in args.lora)).items():
+        module = transformer(variant, torch.float32, 0)
+        with lora.applied(lora.hooks(module, [(load_lora(demo.MINIATURE / file), 1.0)])):
+            drawn = {variant: exact[variant], f"{variant} + LoRA": pictures(pipeline, module, embeddings)}
+        for name, images in drawn.items():
+            right = score(scenes, images)["all"]
+            print(f"| {name} | {100 * right:.1f} % | {psnr(images, exact['dense'])} |", flush=True)
 
 
 if __name__ == "__main__":

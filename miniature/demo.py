@@ -1,4 +1,5 @@
-"""The demo: six prompts through the trained miniature, with dense, ternary and binary weights side by side.
+"""The demo: six prompts through the trained miniature, with dense, ternary and binary weights side by side, the packed
+ones without and with the LoRA that brings them nearer to the dense ones.
 
     python miniature/demo.py [--out bonsai-demo.png] [options of ``bonsai-image generate`` on sampling and backends]
 """
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from bonsai_image.loaders import Transformer, load_dense_transformer, load_transformer
+from bonsai_image.loaders import Transformer, load_dense_transformer, load_lora, load_transformer
 from bonsai_image.loaders.opening import tensor_files
 from bonsai_image.standalone import cli
 from bonsai_image.standalone.generate import Compute, Result, complete_repository, generate, save_png
@@ -28,6 +29,8 @@ PROMPTS = (
 )
 #: Row of the sheet -> its file or folder.
 VARIANTS = {"dense": "dense", "ternary": "ternary/transformer-packed-mflux", "binary": "binary.safetensors"}
+#: Variant -> the LoRA that ``bonsai-image recover`` trained for it (``miniature/train/recovery.py``).
+RECOVERY = {"ternary": "ternary_recovery.safetensors", "binary": "binary_recovery.safetensors"}
 _MARGIN, _LABEL, _LINES = 8, 118, 66
 
 
@@ -57,10 +60,15 @@ def sheet(results: dict[str, Result], file_bytes: dict[str, int]) -> Image.Image
 def draw(args: argparse.Namespace) -> None:
     """Draw :data:`PROMPTS` by every variant, and write the sheet to ``args.out``."""
     compute, repository = Compute(*cli.run_on(args)), complete_repository(MINIATURE / "ternary")
-    results = {variant: generate(repository, PROMPTS, compute, SIDE, SIDE, args.steps, args.seed, model=load(variant),
-                                 progress=not args.json) for variant in VARIANTS}
-    file_bytes = {variant: sum(file.stat().st_size for file in tensor_files(MINIATURE / path))
-                  for variant, path in VARIANTS.items()}
+    results, file_bytes = {}, {}
+    for variant, path in VARIANTS.items():
+        size = sum(file.stat().st_size for file in tensor_files(MINIATURE / path))
+        # What the bits cost, and with a LoRA beside the packed weights.
+        for file in (None, RECOVERY[variant]) if variant in RECOVERY else (None,):
+            name, loras = (f"{variant} + LoRA", [(load_lora(MINIATURE / file), 1.0)]) if file else (variant, [])
+            results[name] = generate(repository, PROMPTS, compute, SIDE, SIDE, args.steps, args.seed,
+                                     model=load(variant), progress=not args.json, loras=loras)
+            file_bytes[name] = size + ((MINIATURE / file).stat().st_size if file else 0)
     save_png(sheet(results, file_bytes), {name: result.settings for name, result in results.items()}, args.out)
     if args.json:
         print(json.dumps({"out": str(args.out), "variants": {

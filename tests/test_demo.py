@@ -14,7 +14,8 @@ def test_a_contact_sheet(tmp_path, capsys):
     image = Image.open(out)
     settings = json.loads(image.text["bonsai"])
     assert {name: one["source"] for name, one in settings.items()} == {
-        "dense": "miniature", "ternary": "ternary", "binary": "miniature/train"}
+        "dense": "miniature", "ternary": "ternary", "ternary + LoRA": "ternary", "binary": "miniature/train",
+        "binary + LoRA": "miniature/train"}
     # Prompt 3, a red star on black, in the second row, that of the ternary model.
     left, top = 118 + 2 * 136, 8 + 136
     assert image.getpixel((left + 4, top + 4)) < (60, 60, 60) and image.getpixel((left + 64, top + 99))[0] > 150

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from bonsai_image.loaders import load_transformer, save_transformer, targets
+from bonsai_image.loaders import load_lora, load_transformer, save_transformer, targets
 from bonsai_image.loaders.formats import writer
 from bonsai_image.miniature import demo
 from bonsai_image.miniature.train.measure import describe, expected, held_out_scenes, score
@@ -173,6 +173,15 @@ def test_every_format_gives_the_same_pixels(source, tmp_path):
         path = tmp_path / f"{target}{''.join(writer(target, tmp_path).suffixes[:1])}"
         save_transformer(model, path, target)
         assert torch.equal(picture(path), original), target
+
+
+@pytest.mark.parametrize("variant", demo.RECOVERY)
+def test_a_recovery_lora_brings_the_images_nearer_to_the_dense_ones(variant):
+    file = demo.MINIATURE / demo.RECOVERY[variant]
+    dense, packed = (drawn(SCENES[:16], **MODELS[name]) for name in ("dense", variant))
+    recovered = drawn(SCENES[:16], **MODELS[variant], loras=[(load_lora(file), 1.0)])
+    assert (recovered - dense).square().mean() < 0.8 * (packed - dense).square().mean()
+    assert file.stat().st_size < 125_000
 
 
 def test_demo_prompts_are_held_out():
