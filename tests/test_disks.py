@@ -153,7 +153,7 @@ def test_macos_flushes_to_the_platter(full, tmp_path, monkeypatch):
      "close programs that use much memory"),
     (RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"), "check the disk and its free"),
     (failing(errno.EROFS), "choose another"), (failing(errno.ENAMETOOLONG), "shorter")], ids=str)
-@pytest.mark.parametrize("step", ["_flush", "_verify"])
+@pytest.mark.parametrize("step", ["_flush", "difference"])
 def test_a_save_that_fails_says_why(step, error, words, model, tmp_path, monkeypatch):
     monkeypatch.setattr(models, step, Mock(side_effect=error))
     with pytest.raises(ModelFileError, match=f"{words}.* and save again, for nothing was written") as caught:
@@ -163,7 +163,7 @@ def test_a_save_that_fails_says_why(step, error, words, model, tmp_path, monkeyp
 
 def test_what_cannot_be_deleted_masks_no_error(model, tmp_path, monkeypatch):
     """On Windows a file that is still mapped cannot be."""
-    monkeypatch.setattr(models, "_verify", lambda *_: "a.weight")
+    monkeypatch.setattr(models, "difference", lambda *_: "a.weight")
     monkeypatch.setattr(os, "rmdir", Mock(side_effect=failing(errno.EACCES)))
     monkeypatch.setattr(os, "unlink", Mock(side_effect=failing(errno.EACCES)))
     with pytest.raises(ModelFileError, match="a difference after writing"):

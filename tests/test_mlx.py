@@ -26,7 +26,7 @@ from bonsai_image.networks import klein_mlx as mlx_klein  # noqa: E402
 from bonsai_image.ops.backends.mlx import arrays as mlx_arrays  # noqa: E402
 
 CPU = torch.device("cpu")
-MLX, TORCH = Setting("mlx"), Setting("torch")
+MLX, TORCH = Setting("mlx", "exact"), Setting("torch", "exact")
 TOLERANCE = 1e-5
 SMALL = KleinConfig(num_attention_heads=2, joint_attention_dim=384, in_channels=32, out_channels=32, num_layers=2,
                     num_single_layers=2)

@@ -23,7 +23,7 @@ from bonsai_image.ops import Setting, linear, packed_weight
 weight = packed_weight(torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 1), 2)
 linear(torch.ones(1, 128), weight)
 assert not [name for name in sys.modules if name.split(".")[0] == "mlx"], "imported unasked"
-linear(torch.ones(1, 128), weight, None, Setting("mlx"))
+linear(torch.ones(1, 128), weight, None, Setting("mlx", "exact"))
 assert "mlx.core" in sys.modules, "not imported when asked for"
 """
 
@@ -40,7 +40,7 @@ sys.path.insert(0, sys.argv[1])
 import einops, torch
 from bonsai_image.ops import Setting, linear, packed_weight
 weight = packed_weight(torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 1), 2)
-assert linear(torch.ones(1, 128), weight, None, Setting("mlx")).shape == (1, 8)
+assert linear(torch.ones(1, 128), weight, None, Setting("mlx", "exact")).shape == (1, 8)
 assert not [name for name in sys.modules if name.split(".")[0] == "mlx"]
 assert einops.rearrange(torch.ones(2, 3), "a b -> b a").shape == (3, 2)
 """
@@ -77,7 +77,7 @@ def test_a_broken_mlx_is_logged_once_and_the_next_multiplies(failure, monkeypatc
     weight, x = random_weight(1, "symmetric", 64, 512, 128), torch.randn(20, 512)
     with caplog.at_level(logging.INFO):
         for _ in range(2):
-            assert torch.equal(linear(x, weight, None, Setting("mlx")), linear(x, weight))
+            assert torch.equal(linear(x, weight, None, Setting("mlx", "exact")), linear(x, weight))
     (message,) = [text for text in caplog.messages if "mlx" in text.lower()]
     assert "\n" not in message
     if failure == "missing":

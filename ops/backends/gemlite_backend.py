@@ -112,7 +112,10 @@ def multiply(x: torch.Tensor, packed: Packed, digits: Digits = 0) -> torch.Tenso
 
 
 def _modules() -> tuple[Any, Any]:
-    return importlib.import_module("gemlite.core"), importlib.import_module("gemlite.triton_kernels.utils")
+    """GemLite's modules, imported in a context of their own: the Triton allocator that GemLite sets stays inside."""
+    core, utils = (contextvars.copy_context().run(importlib.import_module, f"gemlite.{name}")
+                   for name in ("core", "triton_kernels.utils"))
+    return core, utils
 
 
 @contextmanager
