@@ -36,7 +36,8 @@ def write(path: Path, graph: dict) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name, side", [("text_to_image", 1024), ("text_to_image_fast_and_small", 768), ("lora", 1024)])
+@pytest.mark.parametrize("name, side", [("1 Text to image", 1024), ("2 Binary, three files", 768),
+                                        ("3 LoRA", 1024)])
 def test_saved_examples_are_understood(name, side):
     """The LoRA nodes of the example are switched off."""
     assert settings(EXAMPLES / f"{name}.json") == {
@@ -44,7 +45,7 @@ def test_saved_examples_are_understood(name, side):
 
 
 def test_a_lora_that_is_switched_on_is_handed_over(tmp_path):
-    graph = saved("lora")
+    graph = saved("3 LoRA")
     next(node for node in graph["nodes"] if node["type"] == "LoraLoaderModelOnly")["mode"] = 0
     found = settings(write(tmp_path / "a.json", graph))
     assert (found["lora"], found["lora_strength"]) == ("flux2_klein_4b_lora.safetensors", 1.0)
@@ -52,10 +53,10 @@ def test_a_lora_that_is_switched_on_is_handed_over(tmp_path):
 
 def test_a_reference_has_the_size_that_comfyui_gives_it(tmp_path):
     Image.new("RGB", (1500, 1000)).save(tmp_path / "example.png")
-    found = settings(write(tmp_path / "a.json", saved("reference_edit")))
+    found = settings(write(tmp_path / "a.json", saved("8 Reference edit")))
     assert (found["reference"], found["width"], found["height"]) == ("example.png", 1248, 832)
     with pytest.raises(ModelFileError, match="copy it beside the workflow"):
-        settings(EXAMPLES / "reference_edit.json")
+        settings(EXAMPLES / "8 Reference edit.json")
 
 
 def test_an_exported_workflow_is_understood(tmp_path):
@@ -77,8 +78,8 @@ def test_another_workflow_is_refused_by_what_is_not_known(change, words, tmp_pat
         settings(write(tmp_path / "a.json", EXPORTED | change))
 
 
-@pytest.mark.parametrize("name, words", [("image_to_image", "a node SplitSigmasDenoise"),
-                                         ("batch_variations", "'{' in node CLIPTextEncode")])
+@pytest.mark.parametrize("name, words", [("5 Image to image", "a node SplitSigmasDenoise"),
+                                         ("6 Batch variations", "'{' in node CLIPTextEncode")])
 def test_examples_that_batch_cannot_make_are_refused(name, words):
     with pytest.raises(ModelFileError, match=words):
         settings(EXAMPLES / f"{name}.json")
@@ -89,7 +90,7 @@ def test_examples_that_batch_cannot_make_are_refused(name, words):
     (r"a \{ pot", r"\{"), (r"a \| pot", r"\|"), ("a pot\\", "\\")])
 def test_a_prompt_that_only_the_page_expands_is_refused_by_name(text, mark, tmp_path):
     """In a saved workflow; what is exported for the API was expanded before."""
-    graph = saved("text_to_image")
+    graph = saved("1 Text to image")
     node = next(node for node in graph["nodes"] if node["type"] == "CLIPTextEncode")
     node["widgets_values"] = [text]
     with pytest.raises(ModelFileError) as caught:
@@ -101,14 +102,14 @@ def test_a_prompt_that_only_the_page_expands_is_refused_by_name(text, mark, tmp_
 
 @pytest.mark.parametrize("text", ["a (red:1.2) } | pot / *", r"a \(round\) __pot__ \n"])
 def test_other_marks_reach_the_prompt(text, tmp_path):
-    graph = saved("text_to_image")
+    graph = saved("1 Text to image")
     next(node for node in graph["nodes"] if node["type"] == "CLIPTextEncode")["widgets_values"] = [text]
     assert settings(write(tmp_path / "a.json", graph))["prompt"] == text
 
 
 def test_set_changes_what_the_workflow_says(tmp_path):
     words = ["--set", "prompt=a red star", "--set", "width=64", "--set", "height=64", "--set", "steps=1",
-             "--workflow", EXAMPLES / "text_to_image.json"]
+             "--workflow", EXAMPLES / "1 Text to image.json"]
     assert main([str(word) for word in ("batch", *words, "--checkpoint", ROOT / "miniature" / "ternary", "--out",
                                         tmp_path, "--device", "cpu", "--dtype", "fp32", "--shards", "1/1")]) == 0
     (row,) = manifest.read(tmp_path)

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -36,7 +37,7 @@ def broken(page: Path) -> list[str]:
         if re.match(r"\w+:", target):
             continue
         name, _, heading = target.partition("#")
-        path = page.parent / name if name else page
+        path = page.parent / unquote(name) if name else page
         if not path.exists() or (heading and heading not in anchors(path)):
             found.append(target)
     return found

@@ -6,8 +6,9 @@ Sockets, widgets and outputs come from the node schemas; what is in the graphs i
 import uuid
 from dataclasses import dataclass, field
 
-#: Pixels on the canvas: height of a title bar, of a row of sockets, of a widget; space around nodes and groups.
-_TITLE, _ROW, _WIDGET, _MARGIN, _GAP = 30, 20, 28, 20, 22
+#: Pixels on the canvas: height of a title bar, of a row of sockets, of a widget; space around nodes and groups, and
+#: between the columns of a group.
+_TITLE, _ROW, _WIDGET, _MARGIN, _GAP, _BESIDE = 30, 20, 28, 20, 22, 40
 #: Version of the frontend whose format this is.
 _FRONTEND = "1.47.10"
 #: The ids under which the nodes of a subgraph see what comes in and what goes out.
@@ -89,8 +90,8 @@ def place(columns: list[Column], schemas: dict[str, type]) -> tuple[dict[str, tu
                     positions[node.key] = (x, y)
                     y += height(node, schemas.get(node.type)) + _TITLE + _GAP
                 bottom = max(bottom, y - _TITLE)
-                x += max(node.width for node in nodes) + 60
-            x -= 60 - _MARGIN
+                x += max(node.width for node in nodes) + _BESIDE
+            x -= _BESIDE - _MARGIN
             frames.append({"id": len(frames) + 1, "title": group.title, "bounding": [left, top, x - left, bottom - top],
                            "color": "#3f789e", "font_size": 24, "flags": {}})
             top, right = bottom + _GAP, max(right, x)

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 #: What the nodes cannot do without, and what a user of the nodes has no use for.
 NEEDED = ("__init__.py", "__main__.py", "published.py", "pyproject.toml", "requirements.txt", "LICENSE", "NOTICE",
           "nodes/__init__.py", "ops/linear.py", "loaders/__init__.py", "standalone/cli.py",
-          "web/docs/BonsaiCheckpointLoader.md", "locales/en/nodeDefs.json", "example_workflows/text_to_image.json")
+          "web/text.js", "web/docs/BonsaiCheckpointLoader.md", "locales/en/nodeDefs.json",
+          "example_workflows/1 Text to image.json")
 LEFT_OUT = ("tests/", "benchmarks/", "miniature/", "tools/", "docs/", ".github/", ".ci/")
 LARGEST_ARCHIVE = 10_000_000
 

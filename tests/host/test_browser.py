@@ -165,11 +165,11 @@ def test_workflow_makes_an_image(server, path, tmp_path):
             assert not await complaints(page, await page.evaluate(NODES))
 
     asyncio.run(scenario())
-    if path.stem == "lora_training":
+    if path.stem == "7 LoRA training":
         assert len(list((server.base / "output" / "loras").glob("bonsai_lora_2_steps_*.safetensors"))) == 1
         return
     made = sorted(set((server.base / "output").glob("*.png")) - before)
-    assert len(made) == (2 if path.stem == "batch_variations" else 1)
+    assert len(made) == (2 if path.stem == "6 Batch variations" else 1)
     for file in made:
         picture = Image.open(file)
         assert all(side % 16 == 0 and side < 200 for side in picture.size)

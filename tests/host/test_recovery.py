@@ -56,4 +56,4 @@ def test_the_levels_are_those_of_the_scheduler(steps, side):
     sigmas = Flux2Scheduler.execute(steps, side, side).result[0]
     assert torch.allclose(Sampler(models.scheduler(None), side, side, steps, CPU).sigmas, sigmas, atol=1e-6)
     stated = ", ".join(["1", *(f"{sigma:.4f}" for sigma in sigmas[1:-1].tolist())])
-    assert f"**{stated}**" in (ROOT / "example_workflows" / "few_steps.json").read_text(encoding="utf-8")
+    assert f"**{stated}**" in (ROOT / "example_workflows" / "4 Few steps.json").read_text(encoding="utf-8")

@@ -152,6 +152,19 @@ def test_workflow_agrees_with_the_schemas(path, schemas):
     assert picture.stat().st_size < 300_000, "the thumbnail is loaded with the list of templates"
 
 
+#: Pixels of the canvas at 1680 x 1050; part of it that the frontend fills with the nodes of a template that it opens;
+#: scale below which it draws no text.
+CANVAS, FILLED, READABLE = (1680, 1010), 0.75, 8 / 14
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_template_opens_readable_at_1680_pixels(path):
+    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    sides = (max(node["pos"][axis] + node["size"][axis] for node in nodes) - min(node["pos"][axis] for node in nodes)
+             for axis in (0, 1))
+    assert FILLED * min(pixels / side for pixels, side in zip(CANVAS, sides, strict=True)) > READABLE
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_notes_say_which_file_goes_where(path):
     workflow = json.loads(path.read_text(encoding="utf-8"))
@@ -206,7 +219,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_each_kind_of_mistake_is_found(mutation, schemas):
-    workflow = json.loads((ROOT / "example_workflows" / "text_to_image.json").read_text(encoding="utf-8"))
+    workflow = json.loads((ROOT / "example_workflows" / "1 Text to image.json").read_text(encoding="utf-8"))
     change, message = MUTATIONS[mutation]
     change(workflow)
     assert any(message in problem for problem in problems(workflow, schemas))
