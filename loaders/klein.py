@@ -74,6 +74,11 @@ class KleinConfig:
         """The arguments of ``diffusers.Flux2Transformer2DModel``."""
         return {**FIXED, **_SHOWN, **asdict(self), "guidance_embeds": False}
 
+    @property
+    def published(self) -> tuple[str, str]:
+        """Size and licence of the FLUX.2 Klein of this width; that of 9B has no common name."""
+        return ("9B", "other") if self.num_attention_heads == 32 else ("4B", "apache-2.0")
+
 
 def count_blocks(names: Mapping[str, object]) -> tuple[int, int]:
     """(double-stream, single-stream) blocks that the names, of either convention, speak of."""

@@ -23,7 +23,8 @@ FINAL_MODULATION = "final_layer.adaLN_modulation.1"
 _SWAPPED = f"{FINAL_MODULATION}.weight"
 #: The prefixes under which the files of ComfyUI's Save Checkpoint, Save Model and CLIPSave nest the parts of a model.
 PREFIXES = {"transformer": ("model.diffusion_model.", "diffusion_model."), "vae": ("vae.",),
-            "text_encoder": ("text_encoders.qwen3_4b.transformer.", "qwen3_4b.transformer.")}
+            "text_encoder": tuple(f"{place}qwen3_{size}.transformer." for size in ("4b", "8b")
+                                  for place in ("text_encoders.", ""))}
 
 
 def nested(tensors: Mapping[str, Value], part: str) -> tuple[str, dict[str, Value]]:

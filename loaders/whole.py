@@ -67,7 +67,8 @@ def _write_checkpoint(path: Path, whole: _Whole) -> None:
                for name, tensor in comfy.encode(found).items()}
     tensors |= {TOKENIZER + name: torch.frombuffer(bytearray(content), dtype=torch.uint8)
                 for name, content in whole.tokenizer.items()}
-    save_file(tensors, path, comfy.metadata(whole.about) | {"bonsai.vae": json.dumps(whole.vae.config)})
+    save_file(tensors, path, comfy.metadata(whole.about, whole.transformer.config) | {
+        "bonsai.vae": json.dumps(whole.vae.config)})
 
 
 def _write_mlx(path: Path, whole: _Whole) -> None:
@@ -86,6 +87,7 @@ def _write_mlx(path: Path, whole: _Whole) -> None:
         for name, content in whole.tokenizer.items():
             (folder / name).write_bytes(content)
     save_file(mlx.encode(whole.text_encoder.tensors), encoder / "model.safetensors", {"format": "mlx"})
+    group = next(parts(tensor).group for tensor in whole.transformer.tensors.values() if is_packed(tensor))
     packing = {"group_size": packed[0].group, "bits": packed[0].bits}
     write_json(encoder / "config.json", {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "attention_bias": False,
@@ -95,7 +97,7 @@ def _write_mlx(path: Path, whole: _Whole) -> None:
     write_json(path / "scheduler" / "scheduler_config.json", whole.scheduler)
     write_json(path / "model_index.json", {"_class_name": "Flux2KleinPipeline", "_diffusers_version": "0.37.0.dev0"})
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    write_json(path / "manifest.json", {"model_version": f"{whole.about.variant} g128", "files": [
+    write_json(path / "manifest.json", {"model_version": f"{whole.about.variant} g{group}", "files": [
         {"remote_path": file.relative_to(path).as_posix(), "size": file.stat().st_size,
          "sha256": sha256(file, no_progress)} for file in files]})
 

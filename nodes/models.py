@@ -31,14 +31,14 @@ from .operations import packed_operations
 ATTACHMENT = "bonsai_image"
 #: Attachment of a MODEL that MLX computes: its ``mlx_path.MlxPath``.
 MLX_ATTACHMENT = "bonsai_image_mlx"
-#: The width by which ComfyUI recognises Klein's text encoder.
-_TEXT_WIDTH = 2560
+#: ComfyUI's name for the text encoders of FLUX.2 Klein, 4B and 9B, by the width that it knows them by.
+_TEXT_ENCODERS = {2560: "qwen3_4b", 4096: "qwen3_8b"}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a MODEL came from, and how it computes. ``source`` is the release, ``compute_dtype`` and ``setting``
-    the choice of the user."""
+    """Where a MODEL came from, and how it computes. ``variant`` begins with the size, ``source`` is the release,
+    ``compute_dtype`` and ``setting`` the choice of the user."""
 
     path: str
     format: str
@@ -101,7 +101,9 @@ def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting
     advice.check_inputs(patcher, loaded.config.joint_attention_dim)
     advice.check_files(patcher, loaded.stamps)
     patcher.cached_patcher_init = (load_model, (path, compute_dtype, setting))
-    origin = Origin(path, loaded.format, loaded.variant, loaded.source, compute_dtype, setting, loaded.stamps)
+    size, _ = loaded.config.published
+    origin = Origin(path, loaded.format, f"{size}, {loaded.variant}", loaded.source, compute_dtype, setting,
+                    loaded.stamps)
     patcher.set_attachments(ATTACHMENT, origin)
     if backends.only("mlx", setting, patcher.load_device, loaded.tensors.values(), _dtype(patcher)):
         with libraries.contained(libraries.MLX, "cannot run the whole transformer"):
@@ -112,9 +114,10 @@ def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting
 
 
 def text_dimensions(config: Qwen3Config) -> dict[str, int | bool]:
-    """What ComfyUI's option ``qwen3_4b_model_config`` takes of the dimensions, all but the size of a head; and no final
-    norm, which FLUX.2 Klein does not read."""
-    return {name: size for name, size in vars(config).items() if name != "head_dim"} | {"final_norm": False}
+    """What ComfyUI's option ``qwen3_4b_model_config`` takes of the dimensions, all but the size of a head; and neither
+    final norm nor head, which FLUX.2 Klein does not read."""
+    return {name: size for name, size in vars(config).items() if name != "head_dim"} | {"final_norm": False,
+                                                                                        "lm_head": False}
 
 
 #: The CLIPs and VAEs that ComfyUI, or anything else, still holds, by what they were loaded from.
@@ -151,8 +154,8 @@ def load_clip(path: str, compute_dtype: str = "auto", place: str = "default", di
     """
     loaded = load_text_encoder(path, progress, mmap=not host_args.disable_mmap, whole=False)
     width = loaded.config.hidden_size
-    if width != _TEXT_WIDTH:
-        raise ModelFileError(path, f"a text encoder {_TEXT_WIDTH} wide (Qwen3-4B)", f"one {width} wide",
+    if width not in _TEXT_ENCODERS:
+        raise ModelFileError(path, "a text encoder 2560 wide (Qwen3-4B) or 4096 (Qwen3-8B)", f"one {width} wide",
                              "choose the text encoder of Bonsai Image 4B")
     cpu = torch.device("cpu")
     devices = {"load_device": cpu, "offload_device": cpu} if place == "cpu" else {}
@@ -162,7 +165,7 @@ def load_clip(path: str, compute_dtype: str = "auto", place: str = "default", di
         [loaded.tensors], clip_type=comfy.sd.CLIPType.FLUX2,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         model_options={**devices, "custom_operations": packed_operations(backends.AUTO, dtype),
-                       "qwen3_4b_model_config": text_dimensions(loaded.config)},
+                       f"{_TEXT_ENCODERS[width]}_model_config": text_dimensions(loaded.config)},
         disable_dynamic=disable_dynamic)
     lora.install(clip.patcher)
     encoding.show_progress(clip)
@@ -202,7 +205,7 @@ def describe(patcher) -> str:
     if origin is None:
         lines, setting = ["Not loaded by a Bonsai node."], backends.AUTO
     else:
-        lines = [f"Bonsai Image 4B, {origin.variant}", f"source: {origin.source}",
+        lines = [f"Bonsai Image {origin.variant}", f"source: {origin.source}",
                  f"file: {'/'.join(Path(origin.path).parts[-2:])}", f"format: {origin.format}",
                  *_published(Path(origin.path)),
                  f"asked for: compute_dtype {origin.compute_dtype}, backend {origin.setting.backend}, precision "

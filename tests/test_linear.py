@@ -14,8 +14,8 @@ from bonsai_image.ops.linear import PackedEmbedding, PackedLinear, linear
 from bonsai_image.ops.packed import PackedLayout, packed_nbytes, parts
 from bonsai_image.tests.support.reference import dense64, random_weight, relative
 
-CASES = [(1, "symmetric", 128), (2, "symmetric", 128), (2, "symmetric", 32), (4, "symmetric", 64), (1, "affine", 128),
-         (2, "affine", 128), (4, "affine", 64), (4, "zeropoint", 64)]
+CASES = [(1, "symmetric", 128), (2, "symmetric", 128), (2, "symmetric", 32), (1, "symmetric", 64), (4, "symmetric", 64),
+         (1, "affine", 128), (2, "affine", 128), (4, "affine", 64), (4, "zeropoint", 64)]
 #: Unit roundoff times a small constant: one rounding of the inputs, one of the result.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float64: 1e-14}
 

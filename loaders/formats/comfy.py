@@ -147,17 +147,18 @@ def from_base3(packed: torch.Tensor, k: int) -> torch.Tensor:
 
 def write(path: Path, tensors: Tensors, config: KleinConfig, about: About, base3: bool = False) -> None:
     """One safetensors file, with the codes as they are in memory or, in base 3, five ternary ones a byte."""
-    save_file(encode(names.to_comfyui(tensors), base3), path, metadata(about))
+    save_file(encode(names.to_comfyui(tensors), base3), path, metadata(about, config))
 
 
-def metadata(about: About) -> dict[str, str]:
+def metadata(about: About, config: KleinConfig) -> dict[str, str]:
     """What a file says of itself."""
+    size, terms = config.published
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "flux-2-klein-4b",
-        "modelspec.title": f"Bonsai Image 4B {about.variant}",
-        "modelspec.license": "apache-2.0",
+        "modelspec.architecture": f"flux-2-klein-{size.lower()}",
+        "modelspec.title": f"Bonsai Image {size} {about.variant}",
+        "modelspec.license": terms,
         "bonsai.source": about.source,
     }
 

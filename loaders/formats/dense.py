@@ -1,7 +1,8 @@
 """Unpacked weights: dense safetensors in diffusers' or ComfyUI's names (or a dense Qwen3 text encoder).
 
 The unpacked Bonsai diffusion models hold only ``{-s, 0, s}`` (ternary) or ``{-s, s}`` (binary) in every group of 128
-along K, so packing them loses nothing. Where a single group does not fit, the file is not Bonsai and is refused.
+along K, so packing them loses nothing. Other people's may in groups of 64 or 32. Where a single group does not fit, the
+file is no such model and is refused.
 """
 
 import contextlib
@@ -20,7 +21,10 @@ from ..files import TensorFile, write_json
 from ..klein import KleinConfig, is_klein
 from .interface import About, Format, Tensors, Writer, decode_layers, make_folder
 
-GROUP = 128
+#: Bits and group, in the order in which they are tried. Binary before ternary: a ternary model fails it at its first
+#: layer, whereas the reverse would accept any binary one. One for all layers: ComfyUI joins q, k and v, and the JSON of
+#: the formats in folders states one group.
+_PACKINGS = tuple((bits, group) for group in (128, 64, 32) for bits in (1, 2))
 _SHARD_SIZE = "1GB"
 _WEIGHTS = "diffusion_pytorch_model"
 
@@ -38,15 +42,15 @@ def decode(file: TensorFile) -> Tensors:
         return tensors
     layers = [name.removesuffix(".weight") for name in tensors if klein.is_packable(name) and name.endswith(".weight")]
 
-    def packed(bits: int) -> Tensors:
-        return decode_layers(file, dict(tensors), layers, ["weight"], lambda _, weight: from_dense(weight, bits))
+    def packed(bits: int, group: int) -> Tensors:
+        return decode_layers(file, dict(tensors), layers, ["weight"], lambda _, weight: from_dense(weight, bits, group))
 
-    with refusing(file.path, "a Bonsai model, every group of 128 weights -s, 0 or s",
+    with refusing(file.path, "a Bonsai model, every group of 128, 64 or 32 weights -s, 0 or s",
                   "load an ordinary FLUX.2 model with ComfyUI's Load Diffusion Model instead", ValueError):
-        # Binary first: a ternary model fails it at its first layer, whereas the reverse would accept any binary one.
-        with contextlib.suppress(ValueError):
-            return packed(bits=1)
-        return packed(bits=2)
+        for packing in _PACKINGS[:-1]:
+            with contextlib.suppress(ValueError):
+                return packed(*packing)
+        return packed(*_PACKINGS[-1])
 
 
 def expand(tensor: torch.Tensor) -> torch.Tensor:
@@ -62,7 +66,7 @@ def expand(tensor: torch.Tensor) -> torch.Tensor:
     return dequantize(packed, packed.scale.dtype)
 
 
-def from_dense(weight: torch.Tensor, bits: int, group: int = GROUP) -> QuantizedTensor:
+def from_dense(weight: torch.Tensor, bits: int, group: int) -> QuantizedTensor:
     """Dense weight ``(N, K)`` -> packed weight, with scales ``(N, K / group)`` in the weight's dtype.
 
     Raises ValueError, naming the first offending group, unless every group holds only ``{-s, 0, s}`` (2 bits) or

@@ -9,7 +9,8 @@ PQ2_0   128            ``d * (code - 1)``                 PrismML's fork of llam
 PTQ1_0  128            ``d * (code - 1)``                 PrismML's fork of llama.cpp
 ======  =============  =================================  ========================================
 
-Q1_0, PQ2_0 and PTQ1_0 hold Bonsai's groups of 128 as they are, Q2_0 holds every scale twice. TQ1_0 and TQ2_0 share one
+Q1_0, PQ2_0 and PTQ1_0 hold Bonsai's groups of 128 as they are, Q2_0 holds every scale twice, which become one again
+where both of every two are equal in the whole file. TQ1_0 and TQ2_0 share one
 scale among 256 weights, which Bonsai's weights do not; every other quantised type rounds.
 
 PTQ1_0 stores ternary codes in base 3, in runs of 16, 8 and 2 bytes of 5, 5 and 4 codes, and ``d`` after them. In a run
@@ -56,6 +57,9 @@ def decode(file: TensorFile) -> Tensors:
     stored = names.normalise(file.path, file.tensors)
     packed = {name: _unpack(stored.pop(name), types[name])
               for name in file.each(name for name, kind in types.items() if kind.bits)}
+    twice = {name: packed[name] for name in packed if types[name] is gguf.Q2_0}
+    if all(not scale.shape[1] % 2 and torch.equal(scale[:, ::2], scale[:, 1::2]) for _, scale in twice.values()):
+        packed |= {name: (codes, scale[:, ::2].contiguous()) for name, (codes, scale) in twice.items()}
     rounded = [name for name in stored if types[name] is gguf.Q8_0]
     for name in rounded:
         if klein.is_packable(name):
@@ -72,7 +76,7 @@ def decode(file: TensorFile) -> Tensors:
 
 
 def _unpack(rows: torch.Tensor, kind: gguf.Type) -> tuple[torch.Tensor, torch.Tensor]:
-    """Canonical codes and FP16 scales. Those of Q2_0 become one for 128 weights where both of every two are equal."""
+    """Canonical codes and FP16 scales."""
     if rows.ndim != 2:
         raise ValueError(f"a tensor of {rows.ndim} dimensions in {kind.name}")
     blocks = rows.view(rows.shape[0], -1, kind.size)
@@ -80,8 +84,6 @@ def _unpack(rows: torch.Tensor, kind: gguf.Type) -> tuple[torch.Tensor, torch.Te
         codes = torch.cat([_from_base3(each) for each in blocks[..., :-2].split(_BLOCK_ROWS)])
         return codes, blocks[..., -2:].contiguous().view(torch.float16).squeeze(-1)
     scale = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
-    if kind is gguf.Q2_0 and not scale.shape[1] % 2 and torch.equal(scale[:, ::2], scale[:, 1::2]):
-        scale = scale[:, ::2].contiguous()
     return blocks[..., 2:].reshape(rows.shape[0], -1), scale
 
 
@@ -112,7 +114,7 @@ def _dequantize_q8_0(rows: torch.Tensor) -> torch.Tensor:
 
 def write(path: Path, tensors: Tensors, config: KleinConfig, about: About, ternary: gguf.Type) -> None:
     """A file for stable-diffusion.cpp, with ternary weights in the type ``ternary``."""
-    tensors = names.to_comfyui(tensors)
+    tensors, (size, terms) = names.to_comfyui(tensors), config.published
     entries = gguf.layout({re.sub(r"_norm\.weight$", "_norm.scale", name): (_type(name, tensor, ternary), tensor.shape)
                            for name, tensor in tensors.items()})
     data = (_pack(parts(tensor), entry.type) if entry.type.bits else tensor
@@ -120,8 +122,8 @@ def write(path: Path, tensors: Tensors, config: KleinConfig, about: About, terna
     gguf.write(path, entries, data, {
         # What ComfyUI-GGUF calls it; stable-diffusion.cpp tells FLUX.2 Klein by its tensors.
         "general.architecture": "flux",
-        "general.name": f"Bonsai Image 4B {about.variant}",
-        "general.license": "apache-2.0",
+        "general.name": f"Bonsai Image {size} {about.variant}",
+        "general.license": terms,
         "general.quantization_version": 2,
         "bonsai.source": about.source,
     })

@@ -27,16 +27,16 @@ def packed_names(model: torch.nn.Module) -> list[str]:
             if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name]
 
 
-def dense_model(bits: int, seed: int = 0) -> Flux2Transformer2DModel:
-    """A small FLUX.2 transformer in BF16 whose block weights are {-s, 0, s} or {-s, s} per group of 128."""
+def dense_model(bits: int, seed: int = 0, group: int = GROUP) -> Flux2Transformer2DModel:
+    """A small FLUX.2 transformer in BF16 whose block weights are {-s, 0, s} or {-s, s} per ``group``."""
     torch.manual_seed(seed)
     model = Flux2Transformer2DModel(**SMALL).bfloat16().eval().requires_grad_(False)
     for name in packed_names(model):
         weight = model.get_submodule(name).weight
         n, k = weight.shape
-        scale = (torch.rand(n, k // GROUP, 1) + 0.5).mul(k**-0.5).bfloat16()
-        levels = torch.randint(-1, 2, (n, k // GROUP, GROUP)) if bits == 2 else \
-            torch.randint(0, 2, (n, k // GROUP, GROUP)) * 2 - 1
+        scale = (torch.rand(n, k // group, 1) + 0.5).mul(k**-0.5).bfloat16()
+        levels = torch.randint(-1, 2, (n, k // group, group)) if bits == 2 else \
+            torch.randint(0, 2, (n, k // group, group)) * 2 - 1
         weight.copy_((levels * scale).view(n, k))
     for name, parameter in model.named_parameters():
         if "norm" in name and parameter.ndim == 1:
