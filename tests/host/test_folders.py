@@ -94,7 +94,7 @@ def test_disable_mmap_reaches_every_loader(repository, monkeypatch, disabled):
     monkeypatch.setattr(host_args, "disable_mmap", disabled)
     seen = []
 
-    def note(path, *_, mmap):
+    def note(path, *_, mmap, **__):
         seen.append(mmap)
         raise InterruptedError
 

@@ -71,5 +71,5 @@ def test_damaged_checkpoint_error_is_one_sentence(server, repository):
     last = asyncio.run(server.run(graph("broken")))[-1]
     assert last["type"] == "execution_error" and last["data"]["node_type"] == "BonsaiCheckpointLoader"
     message = last["data"]["exception_message"].strip()
-    assert "diffusion_pytorch_model.safetensors" in message and "download" in message and "\n" not in message
+    assert "diffusion_pytorch_model.safetensors" in message and "Download" in message and "\n" not in message
     assert asyncio.run(server.run(graph(repository.name, "after")))[-1]["type"] == "execution_success"
