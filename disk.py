@@ -20,7 +20,7 @@ except ImportError:  # Windows
 
 T = TypeVar("T")
 
-#: What SMB, FUSE or a VirtualBox folder answers to a request for something that it has no such thing as.
+#: How SMB, FUSE or a VirtualBox folder answers a request that it does not support.
 _LACKING = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EACCES, errno.EPERM,
             errno.EBADF, errno.EISDIR, errno.EROFS}
 #: Seconds between attempts to rename: on Windows a virus scanner holds what was just written.
@@ -65,7 +65,7 @@ def advice(error: BaseException, otherwise: str = "check the disk and its free s
 
 @contextmanager
 def optional() -> Iterator[None]:
-    """For what only decorates: fails in silence where the file system has no such thing."""
+    """For what is only nice to have: passes over a file system that does not support it."""
     try:
         yield
     except OSError as error:
@@ -85,9 +85,8 @@ def flush(descriptor: int) -> None:
 
 def flush_path(path: Path) -> None:
     """:func:`flush` for a file or, where the system can, the names in a folder."""
-    folder = path.is_dir()
     with optional():
-        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
             flush(descriptor)
         finally:
@@ -95,7 +94,7 @@ def flush_path(path: Path) -> None:
 
 
 def patiently(action: Callable[..., T], *args: Any) -> T:
-    """Rename or remove: ``action(*args)``, for some seconds again while another program holds the file."""
+    """Rename or remove by ``action(*args)``, and try again for some seconds while another program holds the file."""
     for pause in _PAUSES:
         try:
             return action(*args)

@@ -140,6 +140,11 @@ def load_vae(path: Path | str, mmap: bool = True) -> Vae:
     return Vae(file.path, "diffusers", tensors, config, file.metadata, _log(file), file.stamps)
 
 
+#: Part of a repository -> what loads it.
+LOADERS: Mapping[str, Callable[..., Model]] = {
+    "transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_vae}
+
+
 def difference(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor],
                keeps_codes: bool = True) -> str | None:
     """The first of the ``expected`` tensors that has another value, or other codes, among those ``found``; or None."""

@@ -6,7 +6,7 @@ tokenizer, which ComfyUI does not need, are uint8 tensors called ``bonsai.tokeni
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,17 +17,15 @@ from .description import sha256, variant
 from .files import SAFETENSORS_SUFFIXES, no_progress, read_json, write_json
 from .formats import comfy, mlx
 from .formats.interface import About
-from .models import Model, difference, load_text_encoder, load_transformer, load_vae, save
+from .models import LOADERS, difference, load_text_encoder, load_transformer, load_vae, save
 from .names import PREFIXES, to_comfyui
 from .opening import open_tensors
 from .repository import TOKENIZER, TOKENIZER_FILES, Repository, is_repository, parts_of
 
 #: FLUX.2 Klein's ``scheduler_config.json``, for a source that has none.
-_SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True,
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True,
               "time_shift_type": "exponential", "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
               "max_image_seq_len": 4096, "num_train_timesteps": 1000}
-_LOADERS: Mapping[str, Callable[..., Model]] = {
-    "transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_vae}
 
 
 def tokenizer_files(path: Path) -> dict[str, bytes]:
@@ -53,7 +51,7 @@ class _Whole:
         self.text_encoder = load_text_encoder(repository.require("text_encoder"))
         self.vae = load_vae(repository.require("vae"))
         self.tokenizer = tokenizer_files(repository.require("tokenizer"))
-        self.scheduler = _SCHEDULER
+        self.scheduler = SCHEDULER
         if repository.scheduler:
             self.scheduler = read_json(repository.scheduler / "scheduler_config.json")
         self.about = About(variant(self.transformer.tensors, check_codes=True), self.transformer.source)
@@ -113,7 +111,7 @@ def save_repository(repository: Repository, path: Path, target: str) -> None:
     whole = _Whole(repository)
 
     def verify(written: Path) -> str | None:
-        for part, load in _LOADERS.items():
+        for part, load in LOADERS.items():
             found = load(written).tensors
             if name := difference(whole.tensors[part], to_comfyui(found) if part == "transformer" else found):
                 return f"{name} of the {part}"

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from bonsai_image.loaders import Transformer, load_dense_transformer, load_lora, load_transformer
 from bonsai_image.loaders.opening import tensor_files
 from bonsai_image.standalone import cli
-from bonsai_image.standalone.generate import Compute, Result, complete_repository, generate, save_png
+from bonsai_image.standalone.generate import Result, complete_repository, compute_of, generate, save_png
 
 MINIATURE = Path(__file__).parent
 SIDE = 128
@@ -59,7 +59,7 @@ def sheet(results: dict[str, Result], file_bytes: dict[str, int]) -> Image.Image
 
 def draw(args: argparse.Namespace) -> None:
     """Draw :data:`PROMPTS` by every variant, and write the sheet to ``args.out``."""
-    compute, repository = Compute(*cli.run_on(args)), complete_repository(MINIATURE / "ternary")
+    compute, repository = compute_of(args), complete_repository(MINIATURE / "ternary")
     results, file_bytes = {}, {}
     for variant, path in VARIANTS.items():
         size = sum(file.stat().st_size for file in tensor_files(MINIATURE / path))

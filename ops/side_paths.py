@@ -156,18 +156,18 @@ class Product:
 
 @dataclass(frozen=True)
 class Difference:
-    """Whatever ``change`` makes of a dense weight, float32, in memory of its own, less that weight.
-
-    ``place``: the first and the number of those rows whose result is ``y``; None for all.
-    """
+    """Whatever ``change`` makes of a dense weight, float32, in memory of its own, less that weight."""
 
     change: Callable[[torch.Tensor], torch.Tensor]
-    place: tuple[int, int] | None = None
 
     def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
-        dense = weight.to(dtype=torch.float32).dequantize() if is_packed(weight) else weight.float()
-        difference = self.change(dense).sub_(dense)
-        y.add_(_product(x, difference.narrow(0, *self.place) if self.place else difference, y.dtype))
+        before = dense(weight)
+        y.add_(_product(x, self.change(before).sub_(before), y.dtype))
+
+
+def dense(weight: torch.Tensor) -> torch.Tensor:
+    """A packed or dense ``weight`` in float32."""
+    return weight.to(dtype=torch.float32).dequantize() if is_packed(weight) else weight.float()
 
 
 def changed(patches: Sequence[Patch], weight: torch.Tensor) -> torch.Tensor:

@@ -9,25 +9,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
-from .. import __version__
+from .. import __version__, loaders
 from ..disk import advice, reason
-from ..loaders import (
-    ModelFileError,
-    find_repository,
-    is_whole,
-    load_lora,
-    load_transformer,
-    save_lora,
-    save_repository,
-    save_transformer,
-    targets,
-)
 from ..loaders.lora import COMFY_LORA
 from ..ops import backends
-from ..ops.devices import DTYPES, default_dtype
-from . import broken_import, doctor, inspect
+from ..ops.devices import DTYPES
+from . import broken_import, describe, doctor
 from .batch import options
 from .recover import options as recovery
 
@@ -39,7 +26,7 @@ def _output_options() -> argparse.ArgumentParser:
 
 
 def sampling_options() -> argparse.ArgumentParser:
-    """The options of everything that draws, as a parent of its parser."""
+    """The options that all commands share that make images, as a parent of their parsers."""
     parser = argparse.ArgumentParser(add_help=False, parents=[_output_options()])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -88,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("convert", help="convert a diffusion model or a LoRA without loss")
     command.add_argument("source", type=Path)
     command.add_argument("target", type=Path)
-    command.add_argument("--to", choices=(*targets(), "checkpoint", COMFY_LORA), required=True, help=(
+    command.add_argument("--to", choices=(*loaders.targets(), "checkpoint", COMFY_LORA), required=True, help=(
         "comfy-base3: comfy with five weights a byte; checkpoint: a whole repository in one file; comfy-lora: a LoRA"))
 
     command = commands.add_parser("doctor", parents=[output],
@@ -124,19 +111,6 @@ def lora_option(text: str) -> tuple[Path, float]:
     return Path(path), strength
 
 
-def _device(name: str | None) -> torch.device:
-    # Without the check, PyTorch built for CUDA answers cuda on a machine without a GPU.
-    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if name is None:
-        return best
-    # PyTorch raises a different exception for each reason why a device is unavailable.
-    try:
-        torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} is not available in this PyTorch; omit it to use {best}.") from error
-    return torch.device(name)
-
-
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     """Seconds and megabytes of every stage, a column for each result."""
     stages = list(results.values())
@@ -147,20 +121,14 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join([*rows, (f"{'total':<22}" + "".join(f"{total:>9.2f} s{'':>11}" for total in totals)).rstrip()])
 
 
-def run_on(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, backends.Setting]:
-    """What :func:`sampling_options` say of device, dtype and backend. Raises ValueError for an unavailable device."""
-    device = _device(args.device)
-    return device, DTYPES.get(args.dtype) or default_dtype(device), backends.Setting(args.backend, args.precision)
-
-
 def _generate(args: argparse.Namespace) -> None:
-    from .generate import Compute, complete_repository, generate, save_png
+    from .generate import complete_repository, compute_of, generate, save_png
     from .references import open_image
 
-    compute, repository = Compute(*run_on(args)), complete_repository(args.checkpoint, args.transformer, args.vae)
+    compute, repository = compute_of(args), complete_repository(args.checkpoint, args.transformer, args.vae)
     images, settings, stages = generate(repository, [args.prompt], compute, args.width, args.height, args.steps,
                                         args.seed, [open_image(path) for path in args.image], progress=not args.json,
-                                        loras=[(load_lora(path), strength) for path, strength in args.lora])
+                                        loras=[(loaders.load_lora(path), strength) for path, strength in args.lora])
     save_png(images[0], settings, args.out)
     print(json.dumps({"out": str(args.out), "settings": settings, "stages": stages}) if args.json else
           f"\n{table({args.out.name: stages})}\n\n{args.out}: {args.width} x {args.height}, "
@@ -170,7 +138,7 @@ def _generate(args: argparse.Namespace) -> None:
 def _batch(args: argparse.Namespace) -> int:
     from .batch import command
 
-    return command.run(args, _device)
+    return command.run(args)
 
 
 def _sheet(args: argparse.Namespace) -> None:
@@ -180,24 +148,24 @@ def _sheet(args: argparse.Namespace) -> None:
 
 
 def _recover(args: argparse.Namespace) -> int:
-    from .generate import Compute
+    from .generate import compute_of
     from .recover import command
 
-    return command.run(args, Compute(*run_on(args)))
+    return command.run(args, compute_of(args))
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    parts = inspect.inspect(args.path, args.verify)
-    print(json.dumps(parts, indent=2) if args.json else "\n".join(map(inspect.report, parts)))
+    parts = describe.describe(args.path, args.verify)
+    print(json.dumps(parts, indent=2) if args.json else "\n".join(map(describe.report, parts)))
 
 
 def _convert(args: argparse.Namespace) -> None:
     if args.to == COMFY_LORA:
-        save_lora(load_lora(args.source), args.target)
-    elif args.to == "checkpoint" or (args.to == "mlx" and is_whole(args.source)):
-        save_repository(find_repository(args.source), args.target, args.to)
+        loaders.save_lora(loaders.load_lora(args.source), args.target)
+    elif args.to == "checkpoint" or (args.to == "mlx" and loaders.is_whole(args.source)):
+        loaders.save_repository(loaders.find_repository(args.source), args.target, args.to)
     else:
-        save_transformer(load_transformer(args.source), args.target, args.to)
+        loaders.save_transformer(loaders.load_transformer(args.source), args.target, args.to)
     print(args.target)
 
 
@@ -210,19 +178,11 @@ _COMMANDS = {"generate": _generate, "batch": _batch, "sheet": _sheet, "recover":
              "inspect": _inspect, "convert": _convert, "doctor": _doctor}
 
 
-def _cache_folder() -> Path:
-    """Where this system keeps what a program can make again."""
-    if sys.platform == "win32":
-        root = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    else:
-        root = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(root)) / "bonsai-image"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit status (see :func:`run`)."""
     args = _parser().parse_args(argv)
-    os.environ.setdefault(backends.measuring.FILE, str(_cache_folder() / "times.json"))
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ.setdefault(backends.measuring.FILE, os.path.join(cache, "bonsai-image", "times.json"))
     return run(_COMMANDS[args.command], args)
 
 
@@ -231,10 +191,10 @@ def run(command: Callable[[argparse.Namespace], int | None], args: argparse.Name
     sentence to stderr if the input is unusable."""
     try:
         return command(args) or 0
-    except (ModelFileError, ValueError, OSError, MemoryError) as error:
+    except (loaders.ModelFileError, ValueError, OSError, MemoryError) as error:
         if broken_import(error):
             raise
-        said = str(error) if isinstance(error, (ModelFileError, ValueError)) else (
+        said = str(error) if isinstance(error, (loaders.ModelFileError, ValueError)) else (
             f"{reason(error)}; {advice(error)} and run the same command again.")
         print(f"bonsai-image: {said}", file=sys.stderr)
         return 2

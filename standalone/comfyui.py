@@ -16,8 +16,6 @@ from ..loaders import ModelFileError
 from ..loaders.errors import refusing
 from ..loaders.files import read_json
 
-#: The kinds of model folders, and ComfyUI's older names of them.
-KINDS = {"diffusers": (), "diffusion_models": ("unet",), "text_encoders": ("clip",)}
 #: ComfyUI Desktop and its successor: the folders of their settings, and their lists of further model folders.
 _DESKTOP = {"ComfyUI": "extra_models_config.yaml", "Comfy Desktop": "shared_model_paths.yaml"}
 
@@ -43,13 +41,6 @@ def version(base: Path) -> str | None:
             if match := re.search(r'(?:__version__ = "|ComfyUI version: )([\w.+-]+)', text):
                 return match[1]
     return None
-
-
-def model_folders(base: Path, more: list[tuple[str, Path]]) -> dict[str, list[Path]]:
-    """The folders of each of :data:`KINDS`: those in ``base``, then those in ``more``, the answer of :func:`listed`."""
-    names = {kind: (kind, *aliases) for kind, aliases in KINDS.items()}
-    return {kind: list(dict.fromkeys([*(base / "models" / name for name in names[kind]),
-                                      *(path for name, path in more if name in names[kind])])) for kind in KINDS}
 
 
 def listed(base: Path) -> list[tuple[str, Path]]:
@@ -102,8 +93,7 @@ def _listed(file: Path) -> list[tuple[str, Path]]:
         for section in sections.values():
             lines = dict(section or {})
             base = file.parent / os.path.expandvars(os.path.expanduser(lines.pop("base_path", None) or ""))
-            default = lines.pop("is_default", False)
-            paths = [(kind, Path(os.path.normpath(base / line))) for kind, text in lines.items()
-                     for line in text.splitlines() if line]
-            found = [*paths, *found] if default else [*found, *paths]
+            lines.pop("is_default", None)
+            found += [(kind, Path(os.path.normpath(base / line))) for kind, text in lines.items()
+                      for line in text.splitlines() if line]
     return found

@@ -24,10 +24,20 @@ from . import comfyui
 #: What the nodes need, then what makes them faster or adds a command.
 _LIBRARIES = ("comfy-kitchen", "safetensors", "triton", "triton-windows", "gemlite", "llvmlite", "mlx", "gguf",
               "diffusers", "transformers", "ray")
-#: One layer of each kind of Bonsai Image: bits, group, form, scale dtype.
-_KINDS = {"ternary": (2, 128, "symmetric", torch.bfloat16), "binary": (1, 128, "symmetric", torch.bfloat16),
-          "text encoder": (4, 64, "affine", torch.bfloat16)}
-_COLUMNS = 3072
+#: ComfyUI's model folders of single files, with their older names.
+_SINGLE_FILES = ("diffusion_models", "unet", "text_encoders", "clip")
+
+
+def _meta(bits: int, group: int, form: Form) -> Packed:
+    """A weight without values, whose scales are BF16."""
+    scale = torch.empty(3072, 3072 // group, dtype=torch.bfloat16, device="meta")
+    codes = torch.empty(3072, 3072 * bits // 8, dtype=torch.uint8, device="meta")
+    return Packed(codes, scale, None if form == "symmetric" else scale, bits, form)
+
+
+#: One layer of each kind of Bonsai Image.
+_KINDS = {"ternary": _meta(2, 128, "symmetric"), "binary": _meta(1, 128, "symmetric"),
+          "text encoder": _meta(4, 64, "affine")}
 #: (N, K, occurrences) of the packed layers in a step of FLUX.2 Klein 4B at 512 x 512, and their rows: those of image
 #: and text together, which a double block multiplies one after the other.
 _SHAPES = ((9216, 3072, 5), (3072, 3072, 5), (18432, 3072, 5), (3072, 9216, 5), (27648, 3072, 20), (3072, 12288, 20))
@@ -42,7 +52,7 @@ def diagnose(program: Path, measure: bool = False) -> dict[str, Any]:
     return {
         "versions": {"bonsai-image": __version__, "python": platform.python_version(),
                      "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-                     # torch's metadata on PyPI do not say for which GPUs it was built.
+                     # The metadata of torch on PyPI does not say which GPUs it was built for.
                      "ComfyUI": comfyui.version(base) if base else None, "torch": str(torch.__version__),
                      **{name: libraries.version(name) for name in _LIBRARIES}},
         "devices": devices,
@@ -67,29 +77,19 @@ def _device(device: torch.device) -> dict[str, Any]:
                              "dtype": str(dtype).removeprefix("torch.")}
     if device.type in ("cuda", "xpu"):
         found["free"], found["total"] = torch.get_device_module(device).mem_get_info(device)
-    found["backends"] = {precision: {name: str(_choice(Setting("auto", precision), device, kind, dtype))
-                                     for name, kind in _KINDS.items()} for precision in backends.PRECISIONS}
+    choose = functools.partial(backends.choose, device=device, rows=backends.IMAGE_ROWS, dtype=dtype)
+    found["backends"] = {precision: {name: str(choose(Setting("auto", precision), packed=packed))
+                                     for name, packed in _KINDS.items()} for precision in backends.PRECISIONS}
     found["not used"] = {
         backend.NAME: choice.reason for backend in backends.BACKENDS
         if not backend.DEVICES or device.type in backend.DEVICES
-        if (choice := _choice(Setting(backend.NAME), device, _KINDS["ternary"], dtype)).backend is not backend}
+        if (choice := choose(Setting(backend.NAME), packed=_KINDS["ternary"])).backend is not backend}
     return found
-
-
-def _choice(setting: Setting, device: torch.device, kind: tuple, dtype: torch.dtype) -> backends.Choice:
-    return backends.choose(setting, device, backends.IMAGE_ROWS, _meta(*kind), dtype)
-
-
-def _meta(bits: int, group: int, form: Form, scale_dtype: torch.dtype) -> Packed:
-    """A weight without values."""
-    scale = torch.empty(_COLUMNS, _COLUMNS // group, dtype=scale_dtype, device="meta")
-    codes = torch.empty(_COLUMNS, _COLUMNS * bits // 8, dtype=torch.uint8, device="meta")
-    return Packed(codes, scale, None if form == "symmetric" else scale, bits, form)
 
 
 def _times(device: torch.device) -> dict[str, dict[str, float]]:
     """Shape -> way -> milliseconds of a product, and of the packed products of a step at 512 x 512."""
-    dtype, packed = default_dtype(device), _meta(*_KINDS["ternary"])
+    dtype, packed = default_dtype(device), _KINDS["ternary"]
     able, _ = backends.ways((0, 2, 1, "adaptive"), "auto", device, _ROWS, packed, dtype)
     ways = tuple(reversed({way.digits: way for way in reversed(able)}.values()))
     found, step = dict[str, dict[str, float]](), Counter[str]()
@@ -114,21 +114,21 @@ def _time_lines(times: dict[str, dict[str, float]]) -> Iterator[str]:
 
 def _models(base: Path) -> Iterator[dict[str, Any]]:
     """The repositories and single files in the model folders of the ComfyUI whose data is in ``base``."""
-    more = []
+    folders = [(kind, base / "models" / kind) for kind in ("diffusers", *_SINGLE_FILES)]
     try:
-        more = comfyui.listed(base)
+        folders += comfyui.listed(base)
     except ModelFileError as error:
         yield {"path": str(error.path), "problem": str(error)}
-    folders = comfyui.model_folders(base, more)
-    for folder in (found for root in folders.pop("diffusers") for found in repositories_in(root)):
+    roots = dict.fromkeys(folder for kind, folder in folders if kind == "diffusers")
+    for folder in (found for root in roots for found in repositories_in(root)):
         try:
             repository = find_repository(folder)
         except ModelFileError as error:
             yield {"path": str(folder), "problem": str(error)}
             continue
-        for part in (repository.transformer, repository.text_encoder, repository.vae):
-            yield from (_file(file) for file in (tensor_files(part) if part else ()))
-    for root in (root for roots in folders.values() for root in roots if root.is_dir()):
+        parts = filter(None, (repository.transformer, repository.text_encoder, repository.vae))
+        yield from (_file(file) for part in parts for file in tensor_files(part))
+    for root in dict.fromkeys(folder for kind, folder in folders if kind in _SINGLE_FILES and folder.is_dir()):
         for folder in (root, *folders_in(root)):
             yield from (_file(file) for file in files_in(folder) if "bonsai" in str(file.relative_to(root)).lower())
 

@@ -55,7 +55,7 @@ def download(repository: Repository, revision: str | None, folder: Path) -> Path
 
     A broken connection is resumed where it stopped. After an interruption, whole files stay in ``<name>.partial`` and
     are not fetched again; the client library starts the others over. Raises :class:`Refused` where the target exists,
-    the hub does not answer, a file is not what the hub or :mod:`..published` says it is, or whatever else goes wrong.
+    the hub does not answer, a file is not what the hub or :mod:`..published` says it is, or anything else goes wrong.
     """
     revision = revision or repository.commit or "main"
     target = folder / repository.id.split("/")[1]

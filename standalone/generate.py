@@ -1,6 +1,8 @@
 """Text (and reference images) to images through diffusers' ``Flux2KleinPipeline``, one stage at a time so that each
 part's memory is freed when its stage returns."""
 
+import argparse
+import functools
 import gc
 import io
 import json
@@ -17,40 +19,59 @@ from diffusers import Flux2KleinPipeline
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
+from .. import loaders
 from ..disk import write_whole
-from ..loaders import (
-    Lora,
-    ModelFileError,
-    Repository,
-    Transformer,
-    find_repository,
-    load_text_encoder,
-    load_transformer,
-)
+from ..loaders import Lora, ModelFileError, Repository, Transformer
 from ..loaders.description import count
 from ..loaders.files import Progress, no_progress, refuse_changed
 from ..loaders.opening import tensor_files
 from ..ops import backends
 from ..ops.backends.mlx import backend as mlx_backend
+from ..ops.devices import DTYPES, default_dtype
 from . import lora, models
 from .references import check_size
 
 
 class Compute(NamedTuple):
-    """Where and how a model runs: its device, the dtype of its activations, what multiplies its packed weights."""
+    """Where and how a model runs: its device, the dtype of its activations, and what multiplies its packed
+    weights."""
 
     device: torch.device
     dtype: torch.dtype
     setting: backends.Setting = backends.EXACT
 
 
+def device_named(name: str | None) -> torch.device:
+    """The device of an option ``--device``, by default the fastest. Raises ValueError for one that cannot be used."""
+    # Without the check, PyTorch built for CUDA answers cuda on a machine without a GPU.
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if name is None:
+        return best
+    # PyTorch raises a different exception for each reason why a device is unavailable.
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} is not available in this PyTorch; omit it to use {best}.") from error
+    return torch.device(name)
+
+
+def compute_of(args: argparse.Namespace) -> Compute:
+    """What the options of a command that makes images say. Raises ValueError as :func:`device_named` does."""
+    device = device_named(args.device)
+    return Compute(device, DTYPES.get(args.dtype) or default_dtype(device),
+                   backends.Setting(args.backend, args.precision))
+
+
+#: Stage -> its seconds, and the megabytes in use at its end: of the process, or on CUDA the peak of the device.
+Figures = dict[str, dict[str, float]]
+
+
 class Result(NamedTuple):
-    """An image for each prompt, with what they took: seconds and megabytes (process memory, or device memory on CUDA)
-    per stage."""
+    """An image for each prompt, with what they took."""
 
     images: list[Image.Image]
     settings: dict[str, Any]
-    stages: dict[str, dict[str, float]]
+    stages: Figures
 
 
 def png(image: Image.Image, settings: dict[str, Any]) -> bytes:
@@ -67,30 +88,23 @@ def save_png(image: Image.Image, settings: dict[str, Any], path: Path) -> None:
     write_whole(path, png(image, settings))
 
 
-class Stages:
-    """Times stages: ``figures`` has the seconds of each and the megabytes in use at its end (on CUDA its peak)."""
-
-    def __init__(self, device: torch.device, progress: bool):
-        self.figures: dict[str, dict[str, float]] = {}
-        self._device, self._progress = device, progress
-
-    @contextmanager
-    def run(self, name: str) -> Iterator[Progress]:
-        """One stage, with a progress bar. Yields what moves the bar."""
-        gc.collect()
-        cuda = self._device.type == "cuda"
+@contextmanager
+def _stage(figures: Figures, device: torch.device, progress: bool, name: str) -> Iterator[Progress]:
+    """One stage, with a progress bar: yields what moves the bar, and adds to ``figures``."""
+    gc.collect()
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    mlx_backend.clear_cache()
+    start = time.perf_counter()
+    with tqdm(total=1, desc=f"{name:20}", disable=not progress, bar_format="{desc}{bar:24} {elapsed}") as bar:
+        yield lambda done, total: bar.update(done / (total or 1) - bar.n)
         if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self._device)
-        mlx_backend.clear_cache()
-        start = time.perf_counter()
-        with tqdm(total=1, desc=f"{name:20}", disable=not self._progress, bar_format="{desc}{bar:24} {elapsed}") as bar:
-            yield lambda done, total: bar.update(done / (total or 1) - bar.n)
-            if cuda:
-                torch.cuda.synchronize(self._device)
-            bar.update(1 - bar.n)
-        used = torch.cuda.max_memory_allocated(self._device) if cuda else psutil.Process().memory_info().rss
-        self.figures[name] = {"seconds": time.perf_counter() - start, "megabytes": used / 1e6}
+            torch.cuda.synchronize(device)
+        bar.update(1 - bar.n)
+    used = torch.cuda.max_memory_allocated(device) if cuda else psutil.Process().memory_info().rss
+    figures[name] = {"seconds": time.perf_counter() - start, "megabytes": used / 1e6}
 
 
 def check_settings(width: int, height: int, steps: int, seed: int, *prompts: str) -> None:
@@ -112,7 +126,7 @@ def complete_repository(folder: Path, transformer: Path | None = None, vae: Path
 
     Raises ModelFileError where a part is missing.
     """
-    repository = find_repository(folder)
+    repository = loaders.find_repository(folder)
     repository.require("text_encoder", "tokenizer", "vae")
     for part, path in (("transformer", transformer), ("vae", vae)):
         if path is not None:
@@ -123,18 +137,19 @@ def complete_repository(folder: Path, transformer: Path | None = None, vae: Path
 
 def text_pipeline(repository: Repository, compute: Compute, progress: Progress = no_progress) -> Flux2KleinPipeline:
     """A pipeline with the text encoder and the tokenizer alone."""
-    encoder = models.text_encoder_module(load_text_encoder(repository.text_encoder, progress, whole=False), *compute)
+    model = loaders.load_text_encoder(repository.text_encoder, progress, whole=False)
+    encoder = models.text_encoder_module(model, *compute)
     return Flux2KleinPipeline(scheduler=models.scheduler(repository.scheduler), vae=None, text_encoder=encoder,
                               tokenizer=models.tokenizer(repository.tokenizer), transformer=None)
 
 
 def encode(pipeline: Flux2KleinPipeline, prompts: Sequence[str], compute: Compute) -> torch.Tensor:
     """Prompts -> embeddings ``(prompts, tokens, channels)`` in ``compute.dtype``, equal to ComfyUI's."""
-    # The host's tokenizer reads escaped brackets as brackets, although its Klein has no weights.
+    # ComfyUI's tokenizer unescapes brackets, although a prompt for Klein has no weights.
     prompts = [prompt.replace("\\(", "(").replace("\\)", ")") for prompt in prompts]
     texts = pipeline.tokenizer.apply_chat_template([[{"role": "user", "content": prompt}] for prompt in prompts],
                                                    tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    # Filled up to FLUX.2 Klein's 512 tokens, a smaller model's to what its tokenizer states, and never cut.
+    # Padded to FLUX.2 Klein's 512 tokens, or to what a smaller model's tokenizer states, and never truncated.
     length = max(min(512, pipeline.tokenizer.model_max_length), *map(len, pipeline.tokenizer(texts)["input_ids"]))
     return pipeline.encode_prompt(prompts, device=compute.device, max_sequence_length=length)[0].to(compute.dtype)
 
@@ -155,8 +170,8 @@ def denoise(pipeline: Flux2KleinPipeline, embeddings: torch.Tensor, seeds: Seque
         progress(step + 1, steps)
         return tensors
 
-    # Drawn on the CPU, so that a seed means the same noise on every device; one each, so that an image does not
-    # depend on those beside it.
+    # Drawn on the CPU, so that a seed means the same noise on every device; one generator each, so that an image
+    # does not depend on those beside it.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return pipeline(image=list(images) or None, prompt_embeds=embeddings, width=width, height=height,
                     num_inference_steps=steps, guidance_scale=1.0, generator=generators, output_type="latent",
@@ -165,7 +180,7 @@ def denoise(pipeline: Flux2KleinPipeline, embeddings: torch.Tensor, seeds: Seque
 
 def decode(vae: torch.nn.Module, processor: Any, latents: torch.Tensor) -> list[Image.Image]:
     """Latents ``(N, C, H, W)`` -> N images."""
-    # One at a time: for each image, the VAE takes more memory than anything else.
+    # One at a time: per image, the VAE needs more memory than anything else.
     return [image for latent in latents.to(vae.dtype).split(1) for image in processor.postprocess(
         vae.decode(latent, return_dict=False)[0].float(), output_type="pil")]
 
@@ -187,14 +202,15 @@ def generate(repository: Repository, prompts: Sequence[str], compute: Compute, w
                 "device": str(compute.device)}
     if loras:
         settings["loras"] = [[each.path.name, strength] for each, strength in loras]
-    stages = Stages(compute.device, progress)
-    with stages.run("load text encoder") as advance:
+    figures: Figures = {}
+    stage = functools.partial(_stage, figures, compute.device, progress)
+    with stage("load text encoder") as advance:
         pipeline = text_pipeline(repository, compute, advance)
-    with stages.run("encode prompt"):
+    with stage("encode prompt"):
         embeddings = encode(pipeline, prompts, compute)
     del pipeline  # makes room for the diffusion model
-    with stages.run("load diffusion model") as advance:
-        model = model or load_transformer(repository.transformer, advance)
+    with stage("load diffusion model") as advance:
+        model = model or loaders.load_transformer(repository.transformer, advance)
         refuse_changed(model.stamps)
         if (text_width := model.config.joint_attention_dim) != embeddings.shape[-1]:
             raise ModelFileError(model.path, f"a model for text {embeddings.shape[-1]} wide, as the text encoder's",
@@ -204,15 +220,15 @@ def generate(repository: Repository, prompts: Sequence[str], compute: Compute, w
         transformer = models.transformer_module(model, *compute, layers=bool(loras))
         del model
         hooks = lora.hooks(transformer, loras) if loras else []
-    with stages.run("load VAE"):
+    with stage("load VAE"):
         pipeline = image_pipeline(repository, transformer, compute)
-    with stages.run("denoise") as advance, lora.applied(hooks):
+    with stage("denoise") as advance, lora.applied(hooks):
         latents = denoise(pipeline, embeddings, [seed] * len(prompts), width, height, steps, images, advance)
-    # After the last step: what computed in the end.
+    # After the last step, when it is settled what multiplies.
     found = backends.choices(compute.setting, compute.device, transformer.parameters(), compute.dtype)
     names = sorted({str(choice) for *_, choice in found}) or [getattr(transformer, "backend", "torch")]
     settings["backend"] = ", ".join(names)
     pipeline.transformer = transformer = hooks = None  # makes room for decoding
-    with stages.run("decode image"):
+    with stage("decode image"):
         drawn = decode(pipeline.vae, pipeline.image_processor, latents)
-    return Result(drawn, settings, stages.figures)
+    return Result(drawn, settings, figures)

@@ -1,4 +1,4 @@
-"""LoRAs beside the packed layers of diffusers' transformer, which ``ops/side_paths.py`` adds to their results."""
+"""LoRAs for diffusers' transformer: hooks add the side paths of ``ops/side_paths.py`` to the results of its layers."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +11,14 @@ import torch
 from ..loaders import Lora, ModelFileError
 from ..loaders.klein import KleinConfig, comfyui_shapes, layers
 from ..loaders.names import FINAL_MODULATION
-from ..ops.side_paths import Difference, Patch, SidePath, changed, moved, side_paths
+from ..ops.side_paths import Difference, Patch, SidePath, changed, dense, moved, side_paths
 
 #: A module, and what turns (module, inputs, result) into its result with LoRAs.
 Hooks = list[tuple[torch.nn.Module, Callable]]
 
 
 def hooks(transformer: torch.nn.Module, loras: Sequence[tuple[Lora, float]]) -> Hooks:
-    """What adds LoRAs, each at its strength, to ``transformer``. Logs what of a file has no effect.
+    """What adds ``loras``, each at its strength, to ``transformer``. Warns about the parts of a file without effect.
 
     Raises ModelFileError where nothing of it fits, and ValueError for a transformer without layers.
     """
@@ -51,12 +51,16 @@ def _on_layer(transformer: torch.nn.Module, layer: str, sources: Sequence[str], 
     half = n // 2 if layer == FINAL_MODULATION else 0
     for i, module in enumerate(modules):
         if len(modules) > 1 and any(patch.magnitude is not None for patch in patches):
-            # The norms of columns are those of all rows.
-            paths = (Difference(partial(changed, patches), (i * n, n)),)
-            yield module, partial(_added, paths, modules, 0)
+            yield module, partial(_added, (Difference(partial(_changed_part, patches, modules, i * n)),), 0)
         else:
             within = [part for patch in patches if (part := patch.within(i * n, n))] if len(modules) > 1 else patches
-            yield module, partial(_added, side_paths(within), [module], half)
+            yield module, partial(_added, side_paths(within), half)
+
+
+def _changed_part(patches: list[Patch], modules: list[torch.nn.Module], first: int, weight: torch.Tensor):
+    """Rows from ``first`` of joined weights, changed: the norms of a DoRA's columns are those of all rows."""
+    joined = torch.cat([dense(module.weight) for module in modules])
+    return changed(patches, joined).narrow(0, first, len(weight))
 
 
 def _scaled(patches: list[Patch], module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], result: torch.Tensor):
@@ -65,21 +69,19 @@ def _scaled(patches: list[Patch], module: torch.nn.Module, inputs: tuple[torch.T
     return torch.nn.functional.rms_norm(inputs[0], module.normalized_shape, weight.to(module.weight.dtype), module.eps)
 
 
-def _added(paths: Sequence[SidePath], modules: list[torch.nn.Module], half: int, module: torch.nn.Module,
-           inputs: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
-    """``result`` with ``paths`` on the weights of ``modules``, one below the other; ``half``: whose rows are the other
-    way round."""
-    # Autograd lets nobody change the result of an operator of its own.
+def _added(paths: Sequence[SidePath], half: int, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...],
+           result: torch.Tensor) -> torch.Tensor:
+    """``result`` with ``paths``. With ``half`` of its rows, ComfyUI has the two halves the other way round."""
+    # Autograd forbids changing the result of a custom operator in place.
     y = result.roll(half, -1) if half else result.clone() if torch.is_grad_enabled() else result.contiguous()
-    weight = modules[0].weight if len(modules) == 1 else torch.cat([each.weight for each in modules])
     for path in paths:
-        path.add(inputs[0], y, weight.roll(half, 0) if half else weight)
+        path.add(inputs[0], y, module.weight.roll(half, 0) if half else module.weight)
     return y.roll(half, -1) if half else y
 
 
 @contextmanager
 def applied(hooks: Hooks) -> Iterator[None]:
-    """The transformer has the LoRAs of ``hooks``."""
+    """Inside, the transformer computes with the LoRAs of ``hooks``."""
     handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
         yield

@@ -16,7 +16,7 @@ from ..loaders import ModelFileError, TextEncoder, Transformer, load_vae
 from ..loaders.errors import DOWNLOAD_FOLDER, refusing
 from ..loaders.names import to_comfyui, to_diffusers
 from ..loaders.qwen3 import TAPPED_LAYERS
-from ..loaders.whole import tokenizer_files
+from ..loaders.whole import SCHEDULER, tokenizer_files
 from ..ops.backends import EXACT, Setting, libraries, only
 from ..ops.linear import PackedEmbedding, PackedLinear
 from ..ops.packed import is_packed
@@ -25,8 +25,8 @@ from ..ops.packed import is_packed
 class MlxTransformer(torch.nn.Module):
     """Takes the place of ``diffusers.Flux2Transformer2DModel`` in a pipeline.
 
-    The weights live in MLX alone; where MLX fails, ``fallback`` has them, and goes on. ``device`` and ``dtype`` are
-    those of the tensors that go in and come out.
+    The weights live in MLX alone; where a step fails there, ``fallback`` has them, and goes on. ``device`` and
+    ``dtype`` are those of the tensors that go in and come out.
     """
 
     #: ``cache_context(name)``: nothing is cached between steps.
@@ -34,17 +34,14 @@ class MlxTransformer(torch.nn.Module):
     backend = "mlx"
 
     def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype, setting: Setting = EXACT):
+        from ..networks import klein_mlx
+
         super().__init__()
         self.config = SimpleNamespace(**model.config.diffusers())
         self.device, self.dtype = device, dtype
         self.fallback: torch.nn.Module | None = None
-        self._diffusers = functools.partial(_diffusers_module, model, device, dtype, setting)
-        with libraries.contained(libraries.MLX, "cannot run the whole transformer"):
-            from ..networks import klein_mlx as mlx_klein
-
-            self._step = functools.partial(mlx_klein.step, mlx_klein.load(to_comfyui(model.tensors), dtype))
-            return
-        self.fallback = self._diffusers()
+        self._diffusers = functools.partial(transformer_module, model, device, dtype, setting, layers=True)
+        self._step = functools.partial(klein_mlx.step, klein_mlx.load(to_comfyui(model.tensors), dtype))
 
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, timestep: torch.Tensor,
                 img_ids: torch.Tensor, txt_ids: torch.Tensor, guidance: None = None,
@@ -84,12 +81,8 @@ def transformer_module(model: Transformer, device: torch.device, dtype: torch.dt
     """diffusers' FLUX.2 transformer with the weights of ``model``, computing in ``dtype``; in MLX where it is used,
     unless its ``layers`` are needed one by one."""
     if not layers and only("mlx", setting, device, model.tensors.values(), dtype):
-        return MlxTransformer(model, device, dtype, setting)
-    return _diffusers_module(model, device, dtype, setting)
-
-
-def _diffusers_module(model: Transformer, device: torch.device, dtype: torch.dtype,
-                      setting: Setting) -> Flux2Transformer2DModel:
+        with libraries.contained(libraries.MLX, "cannot run the whole transformer"):
+            return MlxTransformer(model, device, dtype, setting)
     with init_empty_weights():
         module = Flux2Transformer2DModel(**model.config.diffusers())
     return _fill(module, to_diffusers(model.tensors), dtype, setting).to(device)
@@ -129,17 +122,16 @@ def vae_module(path: Path, device: torch.device, dtype: torch.dtype) -> Autoenco
 def tokenizer(path: Path):
     """The tokenizer of a repository or checkpoint. No network, and code beside it never runs. Raises ModelFileError."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = path if path.is_dir() else Path(scratch)
-        for name, content in tokenizer_files(path).items() if folder != path else ():
-            (folder / name).write_bytes(content)
+        for name, content in tokenizer_files(path).items():
+            Path(scratch, name).write_bytes(content)
         # The tokenizers library raises a plain Exception for a damaged file.
         with refusing(path, "a Qwen3 tokenizer, which needs no code of its own", DOWNLOAD_FOLDER, Exception):
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
 
 
 def scheduler(path: Path | None) -> FlowMatchEulerDiscreteScheduler:
-    """The scheduler in ``path``. Raises ModelFileError."""
-    if path is None:  # as FLUX.2 Klein's scheduler_config.json has it
-        return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    """The scheduler in ``path``, by default FLUX.2 Klein's. Raises ModelFileError."""
+    if path is None:
+        return FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER)
     with refusing(path, "diffusers' scheduler_config.json", DOWNLOAD_FOLDER, OSError, ValueError, TypeError):
         return FlowMatchEulerDiscreteScheduler.from_pretrained(path, local_files_only=True)

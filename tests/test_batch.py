@@ -125,8 +125,8 @@ def test_a_rerun_makes_only_what_is_missing(prompts, whole, tmp_path, capsys, mo
     pq.write_table(table.filter(pa.array([name != unrecorded.stem for name in table["name"].to_pylist()])), part)
     made = []
     original = stages.Denoise.run
-    monkeypatch.setattr(stages.Denoise, "run", lambda self, group, data: made.extend(
-        row["name"] for row in group) or original(self, group, data))
+    monkeypatch.setattr(stages.Denoise, "run", lambda self, group: made.extend(
+        row["name"] for row in group) or original(self, group))
     assert batch(prompts, out, "--seeds", 2, "--json") == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [event["event"] for event in events] == ["start", "image", "end"] and events[0]["done"] == 5
@@ -138,18 +138,18 @@ def test_a_rerun_makes_only_what_is_missing(prompts, whole, tmp_path, capsys, mo
 
 
 def test_a_row_that_fails_is_listed_and_tried_again(prompts, whole, tmp_path, capsys, monkeypatch):
-    def fail(self, group, data):
+    def fail(self, group):
         if group[0]["prompt"] == PROMPTS[0]:
             raise RuntimeError("no memory left\nfor this")
-        return original(self, group, data)
+        return original(self, group)
 
     original = stages.Denoise.run
     with monkeypatch.context() as patch:
         patch.setattr(stages.Denoise, "run", fail)
         assert batch(prompts, tmp_path, "--seeds", 2, "--rows-per-task", 4) == 1
     said = capsys.readouterr()
-    assert f"{PROMPTS[0]!r}, seed 1: RuntimeError: no memory left\n" in said.err and "4 images made" in said.out
-    assert "2 failed" in said.out and len(images(tmp_path)) == 4
+    assert f"{PROMPTS[0]!r}, seed 1: RuntimeError: no memory left for this\n" in said.err
+    assert "4 images made" in said.out and "2 failed" in said.out and len(images(tmp_path)) == 4
     assert batch(prompts, tmp_path, "--seeds", 2) == 0 and images(tmp_path) == images(whole)
 
 

@@ -1,11 +1,9 @@
 """The parts of ``bonsai-image batch`` one by one: groups of rows, what a stage remembers, what a killed run leaves."""
 
 import itertools
-import json
 import os
 from multiprocessing.pool import ThreadPool
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,17 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from bonsai_image import disk
 from bonsai_image.loaders import ModelFileError
-from bonsai_image.ops.backends import Setting
 from bonsai_image.standalone.batch import manifest, rows, stages
-from bonsai_image.standalone.generate import save_png
+from bonsai_image.standalone.generate import Compute, complete_repository, save_png
 from bonsai_image.tests.support.batch_runs import MINIATURE, PROMPTS, batch, images, write_table
 
 
 @pytest.fixture
 def work(tmp_path) -> stages.Work:
     (tmp_path / stages.STARTED).mkdir()
-    return stages.Work(MINIATURE / "ternary", None, None, tmp_path, "cpu", torch.float32, Setting("auto", "exact"), 4,
-                       1)
+    repository = complete_repository(MINIATURE / "ternary")
+    return stages.Work(repository, tmp_path, Compute(torch.device("cpu"), torch.float32), 4, 1)
 
 
 class Doubles(stages.Stage):
@@ -33,40 +30,35 @@ class Doubles(stages.Stage):
     def groups(self, rows):
         yield rows
 
-    def run(self, rows, data):
+    def run(self, rows):
         if any(row["name"] == "bad" for row in rows):
             raise RuntimeError("bad row")
-        return [part * 2 for part in data]
-
-
-def task(names, data=range(1, 5)) -> dict:
-    listed = [{"name": name, "seconds": 0.0, "span": (i, i + 1)} for i, name in enumerate(names)]
-    return {"rows": json.dumps(listed), "data": np.array(data, np.uint8)}
+        return [row["data"] * 2 for row in rows]
 
 
 def test_a_row_that_fails_in_a_group_leaves_the_others_theirs(work):
-    done = Doubles(work)(task(["a", "b", "bad", "c"]))
-    found = {row["name"]: row for row in json.loads(done["rows"])}
+    rows = [{"name": name, "seconds": 0.0, "data": torch.tensor([i])} for i, name in enumerate(["a", "b", "bad", "c"])]
+    found = {row["name"]: row for row in stages.received(Doubles(work)(stages.sent(rows)))}
     assert found["bad"]["error"] == "RuntimeError: bad row"
-    values = {name: done["data"][slice(*row["span"])].tolist() for name, row in found.items() if "error" not in row}
-    assert values == {"a": [2], "b": [4], "c": [8]}
+    assert {name: row["data"].tolist() for name, row in found.items() if "error" not in row} == {
+        "a": [0], "b": [2], "c": [6]}
     assert not list((work.out / stages.STARTED).iterdir())
 
 
 def test_seeds_of_a_prompt_share_its_embeddings(work):
-    encode = stages.Encode(work)
-    listed = [{"name": str(i), "prompt": prompt, "seconds": 0.0, "span": (0, 0)}
-              for i, prompt in enumerate((PROMPTS[0], PROMPTS[0], PROMPTS[1]))]
-    done = encode({"rows": json.dumps(listed), "data": np.zeros(1, np.uint8)})
-    first, second, third = (row["span"] for row in json.loads(done["rows"]))
-    assert first == second != third and len(done["data"]) == 2 * (first[1] - first[0])
+    task = stages.sent([{"name": str(i), "prompt": prompt, "seconds": 0.0, "data": None}
+                        for i, prompt in enumerate((PROMPTS[0], PROMPTS[0], PROMPTS[1]))])
+    task = stages.Encode(work)(task)
+    first, second, third = (row["data"] for row in stages.received(task))
+    assert first.data_ptr() == second.data_ptr() != third.data_ptr() and not torch.equal(first, third)
+    assert 2 * first.nbytes < len(task["task"]) < 2.5 * first.nbytes
 
 
 def test_a_row_that_a_worker_died_on_is_denoised_alone(work):
     """And one with a longer prompt, whose embeddings have more tokens."""
     denoise = stages.Denoise(work)
     (work.out / stages.STARTED / "c.denoise").write_bytes(b".")
-    groups = denoise.groups([{"name": name, "span": (0, 9 if name == "e" else 8)} for name in "abcdefg"])
+    groups = denoise.groups([{"name": name, "data": torch.zeros(9 if name == "e" else 8)} for name in "abcdefg"])
     assert ["".join(row["name"] for row in group) for group in groups] == ["c", "abdf", "g", "e"]
 
 

@@ -43,9 +43,9 @@ def test_a_row_that_kills_its_worker_is_given_up_after_three(tmp_path):
     """The others are made; the row is tried again by the next run."""
     code = ("import os, sys; from bonsai_image.standalone.batch import stages; from bonsai_image.__main__ import main\n"
             "real = stages.Denoise.run\n"
-            "def run(self, group, data):\n"
+            "def run(self, group):\n"
             f"    if group[0]['prompt'] == {PROMPTS[0]!r}: os._exit(9)\n"
-            "    return real(self, group, data)\n"
+            "    return real(self, group)\n"
             "stages.Denoise.run = run; sys.exit(main())")
     words = ["batch", write_prompts(tmp_path), "--out", tmp_path / "out", *COMMON, "--shards", "1/1"]
     for expected in (9, 9, 9, 1):

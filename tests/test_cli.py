@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from bonsai_image.__main__ import main
 from bonsai_image.standalone import cli
+from bonsai_image.standalone.generate import compute_of, device_named
 from bonsai_image.tests.support.command_line import BINARY, MINIATURE, SMALL, run, sentence
 
 DRAW = ("generate", "--checkpoint", MINIATURE / "ternary", "--prompt", "two green circles", "--steps", 1, *SMALL,
@@ -26,7 +27,7 @@ def test_default_device_without_a_gpu_is_the_cpu(monkeypatch):
     """PyTorch built for CUDA names CUDA, unless it is asked to check."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator",
                         lambda check_available=False: None if check_available else torch.device("cuda"))
-    assert cli._device(None) == torch.device("cpu")
+    assert device_named(None) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("raised", [
@@ -88,7 +89,7 @@ def test_option_changes_the_image(plain, tmp_path, monkeypatch, option, value):
 
 def test_backend_and_precision_reach_the_setting():
     args = cli.sampling_options().parse_args(["--backend", "triton", "--precision", "fast"])
-    assert cli.run_on(args)[2] == ("triton", "fast")
+    assert compute_of(args).setting == ("triton", "fast")
 
 
 def test_inspect_describes_a_repository(repository, capsys):

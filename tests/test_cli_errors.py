@@ -39,7 +39,7 @@ def test_missing_checkpoint_is_one_sentence(tmp_path, capsys):
 @pytest.fixture
 def before_drawing(monkeypatch):
     """Nothing may be loaded before the arguments are checked."""
-    monkeypatch.setattr(generating, "load_text_encoder", lambda *_: pytest.fail("the drawing began"))
+    monkeypatch.setattr(generating.loaders, "load_text_encoder", lambda *_: pytest.fail("the drawing began"))
 
 
 @pytest.mark.parametrize(("name", "said"), [("picture", "end in .png"), ("a.jpg", "end in .png"),

@@ -126,8 +126,8 @@ UNUSABLE = {
 
 @pytest.fixture
 def unusable(tmp_path, monkeypatch) -> dict[str, Path]:
-    for place in ("load_text_encoder", "encode"):
-        monkeypatch.setattr(generating, place, lambda *_: pytest.fail("loaded"))
+    for module, name in ((generating.loaders, "load_text_encoder"), (generating, "encode")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("loaded"))
     return {name: written(tmp_path / f"{name}.png", content) for name, (content, _) in UNUSABLE.items()}
 
 
@@ -149,7 +149,7 @@ def test_a_row_with_such_a_reference_fails_alone_without_being_encoded(unusable,
 
 
 def test_images_of_a_library_user_are_checked_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr(generating, "load_text_encoder", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(generating.loaders, "load_text_encoder", lambda *_: pytest.fail("loaded"))
     repository = generating.complete_repository(MINIATURE / "ternary")
     with pytest.raises(ValueError, match="Image too small: 63"):
         generating.generate(repository, ["a"], generating.Compute("cpu", None), 64, 64,

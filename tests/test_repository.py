@@ -22,7 +22,7 @@ from bonsai_image.loaders import (
 )
 from bonsai_image.loaders.repository import resembles_repository, snapshot
 from bonsai_image.ops.packed import equal, is_packed
-from bonsai_image.standalone.inspect import inspect
+from bonsai_image.standalone.describe import describe
 from bonsai_image.tests.support import published_files
 from bonsai_image.tests.support.sound_files import FILES, WEIGHTS, load, refusal
 
@@ -159,7 +159,7 @@ def test_a_damaged_part_counts_once_it_is_asked_for(mlx):
     assert repository.text_encoder is None and repository.require("vae") == mlx / "vae"
     with pytest.raises(ModelFileError, match="expected a whole safetensors file"):
         repository.require("vae", "text_encoder")
-    problems = [part for part in inspect(mlx) if part["problems"]]
+    problems = [part for part in describe(mlx) if part["problems"]]
     assert [part["kind"] for part in problems] == ["text encoder"] and "whole safetensors" in problems[0]["problems"][0]
 
 

@@ -6,8 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,20 @@ from ...disk import advice, reason
 from ...loaders import ModelFileError
 from ...ops.backends import Setting
 from ...ops.devices import DTYPES, default_dtype
-from ..generate import complete_repository
+from ..generate import Compute, complete_repository, device_named
 from . import pipeline, rows, workflow
 from .manifest import Manifest
-from .stages import STARTED, Work
+from .stages import STARTED, Record, Work
 
-#: Temporary files of this age, in seconds, are of writers that no longer exist.
+#: Age in seconds at which the writer of a temporary file no longer exists.
 _STALE = 3600
 
-#: Finds the device of a --device option, or the best one for None.
-DeviceNamed = Callable[[str | None], torch.device]
 
-
-@dataclass
 class Report:
     """Says what happens: a progress bar and sentences on stderr, or a JSON event per line on stdout."""
 
-    total: int
-    json: bool
-
-    def __post_init__(self) -> None:
+    def __init__(self, total: int, json: bool):
+        self.total, self.json = total, json
         self.failed = self.made = 0
         self._stdout = sys.stdout
         self._start = time.monotonic()
@@ -47,7 +41,7 @@ class Report:
         if self.json:
             print(json.dumps({"event": event} | facts), file=self._stdout, flush=True)
 
-    def image(self, row: dict[str, Any]) -> None:
+    def image(self, row: Record) -> None:
         self.made += 1
         self._bar.update()
         rate = self.made / (time.monotonic() - self._start)
@@ -85,11 +79,12 @@ def _sources(args: argparse.Namespace) -> Iterator[rows.Row | ValueError]:
     else:
         found = rows.read(args.prompts, replace(defaults, prompt=settings.get("prompt", "")))
     for row in found:
-        yield from [row] if isinstance(row, ValueError) else rows.with_seeds(row, args.seeds)
+        yield from [row] if isinstance(row, ValueError) else (
+            replace(row, seed=row.seed + i) for i in range(args.seeds))
 
 
-def _compute(args: argparse.Namespace, device_named: DeviceNamed) -> tuple[str, torch.dtype, pipeline.Pools]:
-    """The device, dtype and pools, which on a cluster are those of its GPUs: it is joined here."""
+def _compute(args: argparse.Namespace) -> tuple[Compute, pipeline.Pools]:
+    """Where the model runs, and the workers. Joins the cluster, if one is given, and uses its GPUs."""
     device = device_named(args.device) if args.device or not args.address else torch.device("cpu")
     local_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     devices = args.devices or max(1, local_gpus)
@@ -97,24 +92,26 @@ def _compute(args: argparse.Namespace, device_named: DeviceNamed) -> tuple[str, 
     pools = pipeline.Pools(args.encoders, devices, local_gpus, threads)
     if args.address and (gpus := pipeline.start(args.address, pools)) and not args.device:
         device, pools = torch.device("cuda"), replace(pools, gpus=gpus, devices=args.devices or gpus)
-    if args.dtype != "auto":
-        dtype = DTYPES[args.dtype]
-    else:
-        dtype = pipeline.remotely(default_dtype, device, pools) if args.address else default_dtype(device)
-    # Ray shows a worker its GPU as the only one.
-    return device.type if args.shards is None else str(device), dtype, pools
+    dtype = DTYPES.get(args.dtype)
+    if dtype is None:
+        dtype = pipeline.default_dtype_there(device, pools) if args.address else default_dtype(device)
+    if args.shards is None:
+        device = torch.device(device.type)  # Ray shows a worker its GPU as the only one
+    return Compute(device, dtype, Setting(args.backend, args.precision)), pools
 
 
-def run(args: argparse.Namespace, device_named: DeviceNamed) -> int:
-    """Make what is not there yet; 1 if a row failed, else 0. Raises ModelFileError, ValueError and OSError."""
+def run(args: argparse.Namespace) -> int:
+    """Make the images that are missing. Returns 1 if a row failed, else 0. Raises ModelFileError, ValueError or
+    OSError."""
     if args.shards is not None and args.address is not None:
         raise ValueError("--shards works without Ray; leave out --address")
-    repository = complete_repository(args.checkpoint, args.transformer, args.vae)
+    given = (args.checkpoint, args.transformer, args.vae)
+    repository = complete_repository(*(path and path.absolute() for path in given))
     found = list(_sources(args))
-    device, dtype, pools = _compute(args, device_named)
-    common = {"model": rows.model_digest(repository), "dtype": str(dtype).split(".")[1],
+    compute, pools = _compute(args)
+    common = {"model": rows.model_digest(repository), "dtype": str(compute.dtype).split(".")[1],
               "precision": args.precision, "batch": args.per_device_batch}
-    wanted = rows.named((row for row in found if isinstance(row, rows.Row)), common)
+    wanted = {rows.name(row, common): row for row in found if isinstance(row, rows.Row)}
     if args.shards is not None:
         number, count = args.shards
         wanted = dict(list(wanted.items())[number - 1::count])
@@ -124,12 +121,10 @@ def run(args: argparse.Namespace, device_named: DeviceNamed) -> int:
     done = manifest.done(set(wanted))
     todo = {name: row for name, row in wanted.items() if name not in done}
     report = Report(len(todo), args.json)
-    report.event("start", images=len(wanted), done=len(done), device=device, out=str(args.out))
+    report.event("start", images=len(wanted), done=len(done), device=str(compute.device), out=str(args.out))
     for error in (row for row in found if isinstance(row, ValueError)):
         report.failure(*str(error).split(": ", 1))
-    work = Work(args.checkpoint.absolute(), args.transformer and args.transformer.absolute(),
-                args.vae and args.vae.absolute(), args.out.absolute(),
-                device, dtype, Setting(args.backend, args.precision), args.per_device_batch, pools.threads)
+    work = Work(replace(repository, problems={}), args.out.absolute(), compute, args.per_device_batch, pools.threads)
     if todo:
         _make(rows.tasks(todo, args.rows_per_task or args.per_device_batch), work, pools, args, manifest, report)
     _remove_partial(args.out, wanted)
@@ -139,12 +134,15 @@ def run(args: argparse.Namespace, device_named: DeviceNamed) -> int:
     return 1 if report.failed else 0
 
 
-def _make(tasks: Iterator[pipeline.Rows], work: Work, pools: pipeline.Pools, args: argparse.Namespace,
+def _make(tasks: Iterator[list[Record]], work: Work, pools: pipeline.Pools, args: argparse.Namespace,
           manifest: Manifest, report: Report) -> None:
     """Run the tasks, and record and report what comes of them, also when the run is cancelled."""
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints on stdout which workers died
+        if args.shards is None and args.address is None:
+            pipeline.start(None, pools)
+        made = pipeline.on_ray(tasks, work, pools) if args.shards is None else pipeline.here(tasks, work)
         try:
-            for row in _made(tasks, work, pools, args):
+            for row in made:
                 if "error" in row:
                     report.failure(row["id"] or f"{row['prompt'][:60]!r}, seed {row['seed']}", row["error"])
                 else:
@@ -155,28 +153,19 @@ def _make(tasks: Iterator[pipeline.Rows], work: Work, pools: pipeline.Pools, arg
                 report.failure(str(args.out), problem)
 
 
-def _made(tasks: Iterator[pipeline.Rows], work: Work, pools: pipeline.Pools, args: argparse.Namespace,
-          ) -> Iterator[dict[str, Any]]:
-    if args.shards is not None:
-        return pipeline.here(tasks, work)
-    if args.address is None:
-        pipeline.start(None, pools)
-    return pipeline.on_ray(tasks, work, pools)
-
-
 def _prepare(out: Path, shared: bool) -> None:
     """The output folder, without the marks of a run that was killed. A shared one may have other processes at work."""
     try:
         (out / STARTED).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ModelFileError(out, "a writable folder", reason(error), advice(error)) from error
-    if not shared:  # these workers died with their driver, not of a row
+    if not shared:  # those workers died with their driver, not because of a row
         for mark in (out / STARTED).iterdir():
             mark.unlink(missing_ok=True)
 
 
 def _remove_partial(out: Path, names: Container[str]) -> None:
-    """Remove what writers left that were killed: of ``names``, which nobody writes now, or old."""
+    """Remove what killed writers left: files of ``names``, which nobody writes now, and old ones."""
     for path in (*out.glob(".*.tmp"), *out.glob("manifest/.*.tmp")):
         with contextlib.suppress(FileNotFoundError):  # another run has just given it its name
             if path.name.split(".")[1] in names or time.time() - path.stat().st_mtime > _STALE:

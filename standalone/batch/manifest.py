@@ -1,8 +1,8 @@
 """The manifest of an output folder: Parquet files in ``manifest/``, one row per image. A rerun continues from it.
 
 Rows are appended as new files, because a Parquet file cannot grow; readers such as pandas, DuckDB and
-``pyarrow.dataset`` take the folder for one table. Several processes may append at once: a lock, which the system takes
-back from a process that dies, lets only one of them look and write, so that no image has two rows.
+``pyarrow.dataset`` take the folder for one table. Several processes may append at once: a lock, which the system
+releases when a process dies, lets one at a time read and write, so that no image has two rows.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from PIL import Image
 from ...disk import patiently, reason, write_whole
 from ...loaders.errors import ModelFileError, refusing
 
-#: What the text chunk of a PNG says, which together with the pixels makes its bytes: the same in every run.
+#: What the text chunk of a PNG says: only what is the same in every run, for its bytes must be, too.
 SETTINGS = ("name", "id", "prompt", "seed", "width", "height", "steps", "reference", "lora", "lora_strength", "source")
 SCHEMA = pa.schema([
     ("name", pa.string()), ("id", pa.string()), ("prompt", pa.string()), ("seed", pa.int64()), ("width", pa.int32()),
@@ -50,7 +50,7 @@ class Manifest:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """While no other process does so; without a lock where the file system has none."""
+        """Holds the lock, where the file system has locks."""
         with contextlib.suppress(OSError, NotImplementedError):
             self._lock.acquire()
         try:
@@ -88,7 +88,7 @@ class Manifest:
             self.flush()
 
     def flush(self) -> str | None:
-        """Write what is new and not recorded by another run; what went wrong, in which case nothing is forgotten."""
+        """Write the new rows that no other run has recorded. Returns what went wrong; the next call tries again."""
         self._written = time.monotonic()
         if self._new:
             try:
@@ -130,7 +130,7 @@ def _recovered(path: Path) -> dict[str, Any] | None:
 
 
 def _tables(folder: Path, known: Collection[Path] = ()) -> Iterator[tuple[Path, pa.Table]]:
-    """The files in ``folder`` but the ``known`` ones, each with its rows. Raises ModelFileError for a damaged one."""
+    """The files in ``folder`` except ``known`` ones, each with its rows. Raises ModelFileError for a damaged one."""
     for path in sorted(set(folder.glob("*.parquet")).difference(known)):
         # A file may be gone: another run has put a new one into its place.
         with (refusing(path, "rows of images", "remove it, and the same command records its images again", OSError,

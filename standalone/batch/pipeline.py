@@ -1,24 +1,23 @@
 """Tasks through the four stages: in this process, or as a Ray Data pipeline of actor pools.
 
-Ray Data brings what a queue of our own would have to: a task whose worker died is run again by a new one, an object
-that went with its machine is computed again, and a stage waits when the one behind it is slower.
+Ray Data does what a queue of our own would have to: it reruns a task whose worker died, recomputes an object that was
+lost with its machine, and makes a stage wait for a slower one behind it.
 """
 
 import itertools
-import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
-import numpy as np
+import torch
 
 from ...ops.backends import libraries
-from .stages import STAGES, Work
+from ...ops.devices import default_dtype
+from .stages import STAGES, Record, Stage, Work, received, sent
 
 RAY = libraries.Library("ray", "ray.data", "2.50", "pip install --upgrade 'ray[data]'",
                         "pip install --force-reinstall 'ray[data]'")
@@ -31,12 +30,9 @@ _DENOISE_SHARE, _OTHER_SHARE = 0.5, 0.25
 #: Bytes of the object store, between all stages, for each worker that denoises, and at least.
 _STORE_BYTES, _LEAST_STORE_BYTES = 256 << 20, 512 << 20
 
-#: What a cluster may want that refuses to be joined.
+#: What may be missing where a cluster refuses to be joined.
 _TOKEN = ("; if it runs and authenticates, as ray start --head makes it, copy ~/.ray/auth_token from its first machine "
           "and set RAY_AUTH_MODE=token")
-
-Rows = list[dict[str, Any]]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,40 +44,29 @@ class Pools:
     gpus: int
     threads: int
 
-    def workers(self) -> tuple[int, ...]:
-        """For :data:`STAGES`: as many decode and write as denoise."""
-        return self.encoders, self.devices, self.devices, max(1, self.devices // 4)
-
-    def resources(self) -> list[dict[str, float]]:
-        """What Ray reserves for one worker of each stage."""
-        if not self.gpus:
-            return [{"num_cpus": self.threads} for _ in STAGES[:-1]] + [{"num_cpus": 1}]
-        crowd = max(1, -(-self.devices // self.gpus))
-        encode = _OTHER_SHARE / max(1, -(-self.encoders // self.gpus))
-        shares = (encode, _DENOISE_SHARE / crowd, _OTHER_SHARE / crowd, 0)
-        return [{"num_cpus": 1, "num_gpus": share} for share in shares]
-
-    def cpus(self) -> int:
-        """CPUs that all workers reserve."""
-        return int(sum(count * each["num_cpus"] for count, each in zip(self.workers(), self.resources(), strict=True)))
+    def stages(self) -> list[tuple[type[Stage], int, dict[str, float]]]:
+        """Each stage, how many workers it has (as many decode and write as denoise), and what Ray reserves for one."""
+        workers = self.encoders, self.devices, self.devices, max(1, self.devices // 4)
+        reserved: list[dict[str, float]] = [{"num_cpus": cpus} for cpus in (*[self.threads] * 3, 1)]
+        if self.gpus:
+            crowd = max(1, -(-self.devices // self.gpus))
+            encode = _OTHER_SHARE / max(1, -(-self.encoders // self.gpus))
+            reserved = [{"num_cpus": 1, "num_gpus": share}
+                        for share in (encode, _DENOISE_SHARE / crowd, _OTHER_SHARE / crowd, 0)]
+        return list(zip(STAGES, workers, reserved, strict=True))
 
     def store_bytes(self) -> int:
         """How much the object store may hold between the stages."""
         return max(_LEAST_STORE_BYTES, self.devices * _STORE_BYTES)
 
 
-def _task(rows: Rows) -> dict[str, Any]:
-    return {"rows": json.dumps([row | {"seconds": 0.0, "span": (0, 0)} for row in rows]), "data": np.zeros(1, np.uint8)}
-
-
-def here(tasks: Iterable[Rows], work: Work) -> Iterator[dict[str, Any]]:
+def here(tasks: Iterable[list[Record]], work: Work) -> Iterator[Record]:
     """One task after the other in this process. Yields finished rows."""
     stages = [stage(work) for stage in STAGES]
     for rows in tasks:
-        task = _task(rows)
         for stage in stages:
-            task = stage(task)
-        yield from json.loads(task["rows"])
+            stage.advance(rows)
+        yield from rows
 
 
 def _code(folder: Path) -> str:
@@ -102,9 +87,9 @@ def start(address: str | None, pools: Pools) -> int:
     Raises ValueError where neither is possible.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # workers that die are this program's to report
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # this program reports workers that die
     if not address:
-        # What Ray does on Windows and macOS: its servers listen on 127.0.0.1, elsewhere on every interface.
+        # As on Windows and macOS: Ray's servers then listen on 127.0.0.1, not on every interface.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if found := libraries.problem(RAY):
         raise ValueError(found)
@@ -113,7 +98,8 @@ def start(address: str | None, pools: Pools) -> int:
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
-    local = {} if address else {"num_cpus": pools.cpus(), "num_gpus": pools.gpus, "include_dashboard": False,
+    cpus = int(sum(workers * each["num_cpus"] for _, workers, each in pools.stages()))
+    local = {} if address else {"num_cpus": cpus, "num_gpus": pools.gpus, "include_dashboard": False,
                                 "object_store_memory": 2 * pools.store_bytes()}
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -124,14 +110,15 @@ def start(address: str | None, pools: Pools) -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def remotely(function: Callable[[Any], T], argument: Any, pools: Pools) -> T:
-    """Call a function on a machine of the cluster that denoises."""
+def default_dtype_there(device: torch.device, pools: Pools) -> torch.dtype:
+    """:func:`default_dtype` of a machine of the cluster that denoises."""
     import ray
 
-    return ray.get(ray.remote(function).options(**pools.resources()[1]).remote(argument))
+    _, _, reserved = pools.stages()[1]
+    return ray.get(ray.remote(default_dtype).options(**reserved).remote(device))
 
 
-def on_ray(tasks: Iterable[Rows], work: Work, pools: Pools) -> Iterator[dict[str, Any]]:
+def on_ray(tasks: Iterable[list[Record]], work: Work, pools: Pools) -> Iterator[Record]:
     """The tasks through actor pools on the Ray that was started. Yields finished rows in the order they finish."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
@@ -141,14 +128,14 @@ def on_ray(tasks: Iterable[Rows], work: Work, pools: Pools) -> Iterator[dict[str
     context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=pools.store_bytes())
     tasks = iter(tasks)
     while wave := list(itertools.islice(tasks, _WAVE)):
-        # A block of its own for each task, so that a task is what is run again.
-        data = ray.data.from_items([_task(rows) for rows in wave], override_num_blocks=len(wave))
-        for stage, size, resources in zip(STAGES, pools.workers(), pools.resources(), strict=True):
-            data = data.map(stage, fn_constructor_args=(work,), compute=ActorPoolStrategy(size=size), **resources)
+        # One block per task, so that a retry repeats one task.
+        data = ray.data.from_items([sent(rows) for rows in wave], override_num_blocks=len(wave))
+        for stage, workers, reserved in pools.stages():
+            data = data.map(stage, fn_constructor_args=(work,), compute=ActorPoolStrategy(size=workers), **reserved)
         try:
             for task in data.iter_rows():
-                yield from json.loads(task["rows"])
+                yield from received(task)
         except ray.exceptions.RayError as error:
             ray.shutdown()
             raise ValueError(f"Ray ended the run: {str(error).strip().splitlines()[-1]}") from error
-    ray.shutdown()  # prints what it still has to say, so before the caller's stdout is itself again
+    ray.shutdown()  # prints its last messages, so while the caller still redirects stdout

@@ -6,7 +6,7 @@ A prompt file (see :mod:`.table`) has the columns of :class:`Row`.
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -110,11 +110,6 @@ def _check_reference(path: str) -> None:
     open_image(Path(path))
 
 
-def with_seeds(row: Row, count: int) -> Iterator[Row]:
-    """``row`` with its seed and the ``count - 1`` after it."""
-    return (replace(row, seed=row.seed + i) for i in range(count))
-
-
 @cache
 def digest(path: Path) -> str:
     """SHA-256 of a file, or of a model's files in a folder with their names: what a system leaves beside them, such as
@@ -143,13 +138,8 @@ def name(row: Row, model: dict[str, Any]) -> str:
 
 
 def tasks(rows: dict[str, Row], size: int) -> Iterator[list[dict[str, Any]]]:
-    """Tasks of at most ``size`` rows that can be denoised together; every row a dict with its ``name``."""
+    """Tasks of at most ``size`` rows that can be denoised together; every row as ``stages.py`` wants it."""
     ordered = sorted(rows.items(), key=lambda item: (*item[1].task_key(), item[1].prompt, item[1].seed))
     for _, group in itertools.groupby(ordered, key=lambda item: item[1].task_key()):
         while part := list(itertools.islice(group, size)):
-            yield [{"name": key} | asdict(row) for key, row in part]
-
-
-def named(rows: Iterable[Row], model: dict[str, Any]) -> dict[str, Row]:
-    """Rows by name; rows that repeat one another are one image."""
-    return {name(row, model): row for row in rows}
+            yield [{"name": key, "data": None, "seconds": 0.0} | asdict(row) for key, row in part]

@@ -58,10 +58,9 @@ def write(out: Path) -> tuple[Path, Path]:
 
 
 def _figure(row: dict[str, Any]) -> str:
-    shown = {"size": f"{row['width']} x {row['height']}"} | {key: row[key] for key in _SETTINGS if row[key]}
-    if not row["lora"]:
-        del shown["lora_strength"]
-    shown |= {"seed": row["seed"]}
+    hidden = {"lora_strength"} if not row["lora"] else set()
+    shown = {"size": f"{row['width']} x {row['height']}"} | {
+        key: row[key] for key in _SETTINGS if row[key] not in (None, "") and key not in hidden}
     facts = "".join(f"<dt>{key}</dt><dd>{html.escape(str(value))}</dd>" for key, value in shown.items())
     prompt = html.escape(row["prompt"])
     return (f'<figure><a href="{row["name"]}.png"><img loading="lazy" src="{row["name"]}.png" width="{row["width"]}" '

@@ -12,10 +12,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-#: A row's number in the file, as a spreadsheet or an editor counts, and its (column, cell) pairs; another JSON value
-#: than an object is no tuple.
+#: A row's number in the file, as a spreadsheet or an editor counts, and its (column, cell) pairs; a JSON value that
+#: is no object stays as it is.
 Numbered = tuple[int, Any]
-#: What cells without a number hold, lower case.
+#: What cells without a number may hold, in lower case.
 _NOTHING = {"nan", "na", "n/a", "#n/a", "<na>", "none", "null"}
 
 
@@ -97,7 +97,7 @@ def value(kind: type, cell: Any) -> Any:
     if isinstance(cell, bool) or not isinstance(cell, (str, int, float, Decimal)):
         raise ValueError(f"a {type(cell).__name__}")
     if kind is str:
-        text.encode()  # half a character cannot be recorded
+        text.encode()  # a lone surrogate cannot be recorded
         return text
     number = Decimal(text.strip().replace(",", "."))
     if not math.isfinite(number):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...loaders import ModelFileError
+from ...loaders.errors import refusing
 from ...loaders.files import locate
 from ..references import open_image
 
@@ -24,8 +25,16 @@ NODES: dict[str, tuple[str, ...]] = {
     "LoadImage": ("image",), "ImageScaleToTotalPixels": ("upscale_method", "megapixels", "resolution_steps"),
     "GetImageSize": (), "VAEEncode": (), "ReferenceLatent": ()}
 _NOTES, _MUTED, _BYPASSED = {"MarkdownNote", "Note"}, 2, 4
+#: Column of a row -> the node and its input that has the value.
+_COLUMNS = {
+    "prompt": ("CLIPTextEncode", "text"), "seed": ("RandomNoise", "noise_seed"), "steps": ("Flux2Scheduler", "steps"),
+    "width": ("EmptyFlux2LatentImage", "width"), "height": ("EmptyFlux2LatentImage", "height"),
+    "reference": ("LoadImage", "image"), "lora": ("LoraLoaderModelOnly", "lora_name"),
+    "lora_strength": ("LoraLoaderModelOnly", "strength_model")}
+#: Nodes that a workflow may lack.
+_OPTIONAL = {"LoadImage", "LoraLoaderModelOnly"}
 
-#: What the page changes in a prompt before it sends it: choices, comments, escapes (``processDynamicPrompt``).
+#: What ComfyUI's page replaces in a prompt before it sends it: choices, comments, escapes (``processDynamicPrompt``).
 _DYNAMIC = re.compile(r"\{|//|/\*[\s\S]*?\*/|\\[{}|]|\\$")
 
 Graph = dict[str, dict[str, Any]]
@@ -40,39 +49,34 @@ def settings(path: Path) -> dict[str, Any]:
     graph = _graph(path)
     for number, node in graph.items():
         if node["class_type"] not in NODES:
-            raise ModelFileError(path, "a workflow of this project's examples", f"a node {node['class_type']} "
-                                 f"(number {number})", "make its images in ComfyUI")
+            raise _refusal(path, "a workflow of this project's examples", f"a node {node['class_type']} "
+                           f"(number {number})")
     found = _Reader(path, graph)
-    result = {"prompt": found.value("CLIPTextEncode", "text"), "seed": found.value("RandomNoise", "noise_seed"),
-              "steps": found.value("Flux2Scheduler", "steps")}
-    if found.value("KSamplerSelect", "sampler_name") != "euler":
-        raise found.refuse("the sampler euler", found.value("KSamplerSelect", "sampler_name"))
+    if (sampler := found.value("KSamplerSelect", "sampler_name")) != "euler":
+        raise _refusal(path, "the sampler euler", sampler)
+    # The images of a batch share a seed: no single image has the noise of the second.
+    if (size := found.value("EmptyFlux2LatentImage", "batch_size")) != 1:
+        raise _refusal(path, "one image per seed", f"{size} in a batch")
     if found.nodes("LoadImage"):
         found.one("ReferenceLatent")
-        result["reference"] = found.value("LoadImage", "image")
-    if found.value("EmptyFlux2LatentImage", "batch_size") != 1:
-        # The images of a batch share a seed: no single image has the noise of the second.
-        raise found.refuse("one image per seed", f"{found.value('EmptyFlux2LatentImage', 'batch_size')} in a batch")
-    result |= {side: found.value("EmptyFlux2LatentImage", side) for side in ("width", "height")}
-    if found.nodes("LoraLoaderModelOnly"):
-        result |= {"lora": found.value("LoraLoaderModelOnly", "lora_name"),
-                   "lora_strength": found.value("LoraLoaderModelOnly", "strength_model")}
-    return result
+    return {column: found.value(kind, name) for column, (kind, name) in _COLUMNS.items()
+            if found.nodes(kind) or kind not in _OPTIONAL}
+
+
+def _refusal(path: Path, expected: str, found: str) -> ModelFileError:
+    return ModelFileError(path, expected, found, "make its images in ComfyUI")
 
 
 def _graph(path: Path) -> Graph:
     """Nodes by number in the API's form: class_type, and inputs that are values or ``[number, output]``."""
-    try:
+    with refusing(path, "a workflow of ComfyUI", "save it again in ComfyUI", OSError, ValueError, RecursionError):
         data = json.loads(path.read_text(encoding="utf-8"))
-        if "nodes" in data:
-            return _from_saved(path, data)
-        return {number: {"class_type": node["class_type"], "inputs": dict(node["inputs"])}
+        try:
+            return _from_saved(path, data) if "nodes" in data else {
+                number: {"class_type": node["class_type"], "inputs": dict(node["inputs"])}
                 for number, node in data.items()}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelFileError(path, "a workflow of ComfyUI", str(error), "save it again in ComfyUI") from error
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelFileError(path, "a workflow of ComfyUI", f"other JSON ({error})",
-                             "save it again in ComfyUI") from error
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"other JSON ({error})") from error
 
 
 def _from_saved(path: Path, data: dict[str, Any]) -> Graph:
@@ -98,16 +102,13 @@ class _Reader:
     def __init__(self, path: Path, graph: Graph):
         self._path, self._graph = path, graph
 
-    def refuse(self, expected: str, found: str) -> ModelFileError:
-        return ModelFileError(self._path, expected, found, "make its images in ComfyUI")
-
     def nodes(self, kind: str) -> list[dict[str, Any]]:
         return [node for node in self._graph.values() if node["class_type"] == kind]
 
     def one(self, kind: str) -> dict[str, Any]:
         nodes = self.nodes(kind)
         if len(nodes) != 1:
-            raise self.refuse(f"one node {kind}", str(len(nodes)))
+            raise _refusal(self._path, f"one node {kind}", str(len(nodes)))
         return nodes[0]
 
     def value(self, kind: str, name: str) -> Any:
@@ -115,14 +116,14 @@ class _Reader:
         value = self.one(kind)["inputs"].get(name)
         if not isinstance(value, list):
             if value is None:
-                raise self.refuse(f"a value for {name} of {kind}", "none")
+                raise _refusal(self._path, f"a value for {name} of {kind}", "none")
             return value
         source = self._graph.get(str(value[0]), {"class_type": "nothing"})
         if source["class_type"] == "PrimitiveInt":
             return source["inputs"]["value"]
         if source["class_type"] == "GetImageSize":
             return self._scaled()[value[1]]
-        raise self.refuse(f"a number for {name} of {kind}", f"a link from {source['class_type']}")
+        raise _refusal(self._path, f"a number for {name} of {kind}", f"a link from {source['class_type']}")
 
     def _scaled(self) -> tuple[int, int]:
         """Width and height of the reference as ImageScaleToTotalPixels makes them."""

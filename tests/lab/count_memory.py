@@ -83,8 +83,8 @@ def embedded(folder: Path) -> None:
 
     random_model.write_tokenizer(folder)
     repository = SimpleNamespace(text_encoder=None, tokenizer=folder, vae=None, transformer=None, scheduler=None)
-    generate.load_text_encoder = lambda *_, **_options: SimpleNamespace(config=QWEN3, tensors=text_encoder())
-    generate.load_transformer = lambda *_, **_options: SimpleNamespace(
+    generate.loaders.load_text_encoder = lambda *_, **_options: SimpleNamespace(config=QWEN3, tensors=text_encoder())
+    generate.loaders.load_transformer = lambda *_, **_options: SimpleNamespace(
         config=KLEIN, tensors=transformer(), variant="ternary", format="counted", source="counted", path=folder,
         stamps={})
     models.load_vae = lambda *_, **_options: SimpleNamespace(config=VAE, tensors=vae())

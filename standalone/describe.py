@@ -1,4 +1,5 @@
-"""What a path holds: format, variant, counts, sizes, which published file it is, problems."""
+"""The command ``inspect``: format, variant, counts and sizes of what a path holds, which published file it is, and what
+is wrong with it."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,29 +7,33 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..loaders import (
-    Transformer,
-    Vae,
-    find_repository,
-    is_repository,
-    load_lora,
-    load_text_encoder,
-    load_transformer,
-    load_vae,
-)
+from ..loaders import find_repository, is_repository, load_lora
 from ..loaders.description import count, holds_code_3, publication, sha256, variant
 from ..loaders.errors import DOWNLOAD_AGAIN
 from ..loaders.klein import KleinConfig, comfyui_shapes
 from ..loaders.lora import COMFY_LORA
 from ..loaders.lora_names import of_lora
+from ..loaders.models import LOADERS, Transformer, Vae
 from ..loaders.opening import open_tensors, tensor_files
 from ..loaders.repository import WORDS, parts_of
 
-_LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_vae}
+
+def describe(path: Path, verify: bool = False) -> list[dict[str, Any]]:
+    """Describe every part of a repository folder, or the one model or LoRA that ``path`` is. With ``verify`` every code
+    is checked and every file hashed. Raises ModelFileError."""
+    if not is_repository(path):
+        tensors = open_tensors(path).tensors
+        if any(map(of_lora, tensors)):
+            return [_lora(path)]
+        return [_part(path, part, verify) for part in parts_of(tensors) or LOADERS]
+    repository = find_repository(path)
+    parts = [_part(folder, part, verify) for part in LOADERS if (folder := getattr(repository, part))]
+    return parts + [{"kind": WORDS.get(part, "other folder"), "path": str(error.path), "problems": [str(error)]}
+                    for part, error in repository.problems.items()]
 
 
-def _inspect_lora(path: Path) -> dict[str, Any]:
-    """Describe a LoRA, and what of it has an effect on FLUX.2 Klein 4B. Raises ModelFileError."""
+def _lora(path: Path) -> dict[str, Any]:
+    """A LoRA, and what of it has an effect on FLUX.2 Klein 4B."""
     lora = load_lora(path)
     applied = sum(map(len, lora.fitting(comfyui_shapes(KleinConfig())).values()))
     ignored = [f"ComfyUI's loaders ignore {lora.ignored} of its layers; convert it with --to {COMFY_LORA}"]
@@ -38,10 +43,9 @@ def _inspect_lora(path: Path) -> dict[str, Any]:
             "problems": lora.without_effect(applied) + (ignored if lora.ignored else [])}
 
 
-def _inspect_part(path: Path, name: str, verify: bool = False) -> dict[str, Any]:
-    """Describe the part ``name`` of a file or folder. With ``verify`` every code is checked and every file hashed.
-    Raises ModelFileError."""
-    model = _LOADERS[name](path)
+def _part(path: Path, name: str, verify: bool) -> dict[str, Any]:
+    """The part ``name`` of a file or folder."""
+    model = LOADERS[name](path)
     files = tensor_files(path)
     counts = count(model.tensors)._asdict()
     counts["packing"] = [{"bits": bits, "group_size": group, "form": form, "scale_dtype": dtype, "layers": layers}
@@ -59,19 +63,6 @@ def _inspect_part(path: Path, name: str, verify: bool = False) -> dict[str, Any]
     return part
 
 
-def inspect(path: Path, verify: bool = False) -> list[dict[str, Any]]:
-    """Describe every part of a repository folder, or the one model or LoRA that ``path`` is. Raises ModelFileError."""
-    if not is_repository(path):
-        tensors = open_tensors(path).tensors
-        if any(map(of_lora, tensors)):
-            return [_inspect_lora(path)]
-        return [_inspect_part(path, part, verify) for part in parts_of(tensors) or _LOADERS]
-    repository = find_repository(path)
-    parts = [_inspect_part(folder, part, verify) for part in _LOADERS if (folder := getattr(repository, part))]
-    return parts + [{"kind": WORDS.get(part, "other folder"), "path": str(error.path), "problems": [str(error)]}
-                    for part, error in repository.problems.items()]
-
-
 def _hash(file: Path) -> str:
     """The SHA-256 of ``file``, with a bar on stderr that counts its bytes."""
     with tqdm(desc=f"hashing {file.name}", total=file.stat().st_size, unit="B", unit_scale=True) as bar:
@@ -87,12 +78,14 @@ def report(part: dict[str, Any]) -> str:
         lines += [packing.format(**each) for each in part["packing"]]
         lines += [f"{part['packed_weights']:,} packed weights in {part['packed_bytes']:,} bytes; "
                   f"{part['dense_tensors']} dense tensors in {part['dense_bytes']:,} bytes "
-                  f"({', '.join(part['dense_dtypes'])})", f"{part['file_bytes']:,} bytes on disk", *part["published"]]
-        lines += [f"warning: {warning}" for warning in part["warnings"]]
+                  f"({', '.join(part['dense_dtypes'])})"]
     if "naming" in part:
         lines += [f"{count} layers of {what}" for kind in ("kinds", "naming") for what, count in part[kind].items()]
         lines += [f"rank {', '.join(map(str, part['ranks']))}" if part["ranks"] else "no rank",
                   f"made for {part['made_for']}; {part['layers_that_fit_4B']} of {part['layers']} layers fit FLUX.2 "
-                  "Klein 4B", f"{part['file_bytes']:,} bytes on disk"]
+                  "Klein 4B"]
+    if "file_bytes" in part:
+        lines.append(f"{part['file_bytes']:,} bytes on disk")
+    lines += [*part.get("published", ()), *(f"warning: {warning}" for warning in part.get("warnings", ()))]
     lines += [f"problem: {problem}" for problem in part["problems"] or ["none"]]
     return "\n  ".join(lines)
