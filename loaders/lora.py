@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -11,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 
-from ..disk import write_whole
 from ..ops.side_paths import Adapter, Patch, flat, lora
 from .check import Shapes
 from .errors import DOWNLOAD_AGAIN, ModelFileError, refusing
 from .files import SAFETENSORS_SUFFIXES, read_json
 from .klein import KleinConfig, comfyui_shapes
-from .lora_names import Names, Target, of_lora, of_text_encoder, read_by_comfyui, split
+from .lora_names import Target, find, of_lora, of_text_encoder, read_by_comfyui, split
+from .models import difference, save
 from .opening import open_tensors
 
 #: What the format of :func:`save_lora` is called.
@@ -32,7 +31,7 @@ _MODELS = {
 }
 #: Names of layers that FLUX.1 has and FLUX.2 has not.
 _FLUX1 = re.compile(r"(img|txt)_mod[._]|norm1[._]|norm1_context|proj_mlp|single_blocks[._]\d+[._]modulation|"
-                    r"single_transformer_blocks[._]\d+[._]norm[._]|vector_in|text_embedder")
+                    r"single_transformer_blocks[._]\d+[._]norm[._]|ff[._]net|vector_in|text_embedder")
 #: Which tensors make which kind, besides alpha and the magnitude of a DoRA.
 _KINDS = {
     frozenset(("lora_up.weight", "lora_down.weight")): "LoRA",
@@ -80,8 +79,9 @@ class Lora:
         """The patches that fit weights of ``shapes`` (by ComfyUI's names), by ComfyUI's name of the layer."""
         found: dict[str, list[Patch]] = {}
         for target, group in self.groups.items():
-            if (shape := shapes.get(f"{target.layer}.weight")) is not None:
-                patch = Patch(_adapter(group), strength, target.place(shape[0]), group.get("dora_scale"))
+            change, shape = adapter(group), shapes.get(f"{target.layer}.weight")
+            if change and shape:
+                patch = Patch(change, strength, target.place(shape[0]), group.get("dora_scale"))
                 if patch.fits(shape):
                     found.setdefault(target.layer, []).append(patch)
         return found
@@ -110,7 +110,7 @@ def load_lora(path: Path | str) -> Lora:
         raise ModelFileError(file.path, "a LoRA", file.sample(),
                              "choose a LoRA for FLUX.2 Klein 4B")
     result = Lora(file.path, file.metadata)
-    names, said = Names(file.tensors), _configuration(file.path, file.metadata)
+    said = _configuration(file.path, file.metadata)
     members: dict[str, list[tuple[str, str]]] = {}
     for key, tensor in file.tensors.items():
         if not isinstance(tensor, torch.Tensor) or not torch.isfinite(tensor.float()).all():
@@ -121,7 +121,7 @@ def load_lora(path: Path | str) -> Lora:
     more = {key[:dot.start()] for key, ((_, name), *_) in members.items() if not name and not _BIAS.search(key)
             for dot in re.finditer(r"\.", key)}
     for layer, keys in members.items():
-        tensors, found = {key: file.tensors[key] for key, _ in keys}, names.find(layer)
+        tensors, found = {key: file.tensors[key] for key, _ in keys}, find(layer)
         group = {name: file.tensors[key] for key, name in keys}
         twice = len(group) < len(keys) or (found and found.target in result.groups)
         if found and not twice and layer not in more and _complete(group, layer, said, found.swapped):
@@ -138,17 +138,19 @@ def load_lora(path: Path | str) -> Lora:
 def save_lora(lora: Lora, path: Path) -> None:
     """Write ``lora`` to one safetensors file in the naming of ComfyUI's own loaders: the same factors, metadata, and
     tensors that are not understood. Raises ModelFileError, also for an existing path."""
-    tensors = {f"{target.name}.{name}": tensor for target, group in lora.groups.items()
+    tensors = {f"{target.name}.{name}": tensor.contiguous() for target, group in lora.groups.items()
                for name, tensor in group.items()} | lora.unknown | lora.text_encoder
-    if path.suffix not in SAFETENSORS_SUFFIXES or os.path.lexists(path):
-        raise ModelFileError(path, "a free name that ends in .safetensors", "another", "choose another name")
-    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, lora.metadata)
-    with refusing(path, "a disk that takes the file", "free some space or choose another folder", OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
+
+    def verify(written: Path) -> str | None:
+        # Torch compares no FP8.
+        found = open_tensors(written).tensors
+        return difference(*({name: each[name].float() for name in tensors} for each in (tensors, found)))
+
+    save(lora.path, path, COMFY_LORA, SAFETENSORS_SUFFIXES,
+         lambda written: save_file(tensors, written, lora.metadata), verify)
 
 
-def _kind(group: Group) -> str | None:
+def _kind(group: Mapping[str, Any]) -> str | None:
     return _KINDS.get(frozenset(group.keys() - {"alpha", "dora_scale"}))
 
 
@@ -180,23 +182,26 @@ def _complete(group: Group, layer: str, said: Mapping[str, Any], swapped: bool) 
     return True
 
 
-def _adapter(group: Group) -> Adapter:
-    """The adapter without magnitudes."""
+def adapter(group: Mapping[str, Any]) -> Adapter | None:
+    """The adapter of these tensors and ``alpha``, by ComfyUI's names for them, without its magnitudes; None if they are
+    of no kind that is known."""
     def chain(name: str) -> tuple[torch.Tensor, ...]:
         return tuple(map(flat, (group[name],) if name in group else (group[f"{name}_a"], group[f"{name}_b"])))
 
     def scale(*names: str) -> float:
         rank = next((len(group[name]) for name in names if name in group), None)
-        return group["alpha"].item() / rank if rank and "alpha" in group else 1.0
+        return float(group["alpha"]) / rank if rank and "alpha" in group else 1.0
 
-    kind = _kind(group)
-    if kind == "LoRA":
-        return lora(flat(group["lora_up.weight"]), flat(group["lora_down.weight"]), scale("lora_down.weight"))
-    if kind == "LoHa":
-        return Adapter("hadamard", chain("hada_w1"), chain("hada_w2"), scale("hada_w1_b"))
-    if kind == "LoKr":
-        return Adapter("kronecker", chain("lokr_w1"), chain("lokr_w2"), scale("lokr_w2_b", "lokr_w1_b"))
-    return Adapter("product", (group["diff"],))
+    match _kind(group):
+        case "LoRA":
+            return lora(flat(group["lora_up.weight"]), flat(group["lora_down.weight"]), scale("lora_down.weight"))
+        case "LoHa":
+            return Adapter("hadamard", chain("hada_w1"), chain("hada_w2"), scale("hada_w1_b"))
+        case "LoKr":
+            return Adapter("kronecker", chain("lokr_w1"), chain("lokr_w2"), scale("lokr_w2_b", "lokr_w1_b"))
+        case "difference":
+            return Adapter("product", (group["diff"],))
+    return None
 
 
 def _configuration(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ conversion). Prefixes may follow one another.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from .klein import MLP_RATIO, layers
@@ -34,11 +34,8 @@ _PREFIXES = {
     "diffusion_model_": "ComfyUI", "transformer_": "diffusers", "pipe_dit_": "DiffSynth", "dit_": "DiffSynth",
     "unet_": "diffusers", "model_": "ComfyUI", "module_": "torch", "orig_mod_": "torch", "": "no prefix",
 }
-#: Names from FLUX.1, for parts, and for what diffusers has joined, as one of the names that are known.
+#: Names for parts of a layer, and for what diffusers has joined, as one of the names that are known.
 _SAME = [(re.compile(pattern), name) for pattern, name in (
-    (r"_processor_", "_"), (r"_net_0_proj$", "_linear_in"), (r"_net_2$", "_linear_out"),
-    (r"^time_text_embed_", "time_guidance_embed_"),
-    (r"^(single_transformer_blocks_\d+)_proj_out$", r"\1_attn_to_out"),
     (r"^transformer_(blocks_\d+)_attn_to_qkv$", r"double_\1_img_attn_qkv"),
     (r"^transformer_(blocks_\d+)_attn_to_added_qkv$", r"double_\1_txt_attn_qkv"),
     (r"^double_(blocks_\d+)_img_attn_(?:to_)?([qkv])(?:_proj)?$", r"transformer_\1_attn_to_\2"),
@@ -48,6 +45,10 @@ _READ_BY_COMFYUI = re.compile(r"\.(lora_([AB](\.default)?|up|down)\.weight|lora_
                               r"lora(_linear_layer)?\.(up|down)\.weight|lokr_\w+|hada_\w+|alpha|dora_scale|diff|w_norm)$")
 #: Layers that ComfyUI's loaders know only by ComfyUI's own names.
 _UNKNOWN_TO_COMFYUI = re.compile(r"time_guidance|_modulation")
+
+
+#: The most double- and single-stream blocks that a model of this family has: FLUX.1, and FLUX.2 dev.
+_BLOCKS = 19, 48
 
 
 class Target(NamedTuple):
@@ -98,48 +99,40 @@ def _flat(name: str) -> str:
     return name.replace(".", "_").strip("_")
 
 
-class Names:
-    """The layers of a model with as many blocks as ``names`` speak of, by every name that they go by."""
+def _layers() -> Iterator[tuple[str, bool, Target]]:
+    """Every name of a layer, whether it is diffusers', and what it means."""
+    for tensor, (sources, _) in layers(*_BLOCKS).items():
+        layer = tensor.removesuffix(".weight")
+        yield layer, False, Target(f"diffusion_model.{layer}", layer)
+        for i, source in enumerate(source.removesuffix(".weight") for source in sources):
+            part = (i, 1, len(sources)) if len(sources) > 1 else None
+            yield source, True, Target(f"transformer.{source}" if part else f"diffusion_model.{layer}", layer, part)
+    of = 3 + 2 * MLP_RATIO
+    for i in range(_BLOCKS[1]):
+        layer = f"single_blocks.{i}.linear1"
+        yield f"{layer}_qkv", False, Target(f"diffusion_model.{layer}_qkv", layer, (0, 3, of))
+        for j, source in enumerate(f"single_transformer_blocks.{i}.attn.to_{q}" for q in "qkv"):
+            yield source, True, Target(f"transformer.{source}", layer, (j, 1, of))
 
-    def __init__(self, names: Iterable[str]):
-        blocks = [0, 0]
-        for name in names:
-            for single, i in re.findall(r"(single_)?(?:transformer_|double_)?blocks[._](\d{1,2})[._]", name):
-                blocks[bool(single)] = max(blocks[bool(single)], int(i) + 1)
-        #: Flat name -> the dotted one, whether it is diffusers', and what it means.
-        self._known: dict[str, tuple[str, bool, Target]] = {}
-        for tensor, (sources, _) in layers(*blocks).items():
-            layer = tensor.removesuffix(".weight")
-            self._add(layer, False, Target(f"diffusion_model.{layer}", layer))
-            for i, source in enumerate(source.removesuffix(".weight") for source in sources):
-                part = (i, 1, len(sources)) if len(sources) > 1 else None
-                self._add(source, True, Target(f"transformer.{source}" if part else f"diffusion_model.{layer}", layer,
-                                               part))
-        of = 3 + 2 * MLP_RATIO
-        for i in range(blocks[1]):
-            layer = f"single_blocks.{i}.linear1"
-            self._add(f"{layer}_qkv", False, Target(f"diffusion_model.{layer}_qkv", layer, (0, 3, of)))
-            for j, source in enumerate(f"single_transformer_blocks.{i}.attn.to_{q}" for q in "qkv"):
-                self._add(source, True, Target(f"transformer.{source}", layer, (j, 1, of)))
 
-    def _add(self, dotted: str, diffusers: bool, target: Target) -> None:
-        self._known[_flat(dotted)] = dotted, diffusers, target
+_LAYERS = {_flat(name): (name, diffusers, target) for name, diffusers, target in _layers()}
 
-    def find(self, name: str) -> Name | None:
-        """What the name of a layer in a file means."""
-        rest, prefix = _flat(name), ""
-        while (found := self._known.get(_same(rest))) is None:
-            longer = next((prefix for prefix in _PREFIXES if prefix and rest.startswith(prefix)), None)
-            if longer is None:
-                return None
-            prefix, rest = longer, rest.removeprefix(longer).strip("_")
-        dotted, diffusers, target = found
-        known = (dotted, f"transformer.{dotted}", f"lycoris_{_flat(dotted)}", f"lora_transformer_{_flat(dotted)}") if (
-            diffusers) else (f"diffusion_model.{dotted}", f"lora_unet_{_flat(dotted)}")
-        whose = "diffusers'" if diffusers else "ComfyUI's"
-        swapped = diffusers and target.layer == FINAL_MODULATION
-        return Name(target, f"{_PREFIXES[prefix]}, {whose} names of layers", swapped,
-                    name in known and not (diffusers and _UNKNOWN_TO_COMFYUI.search(dotted)))
+
+def find(name: str) -> Name | None:
+    """What the name of a layer in a file means."""
+    rest, prefix = _flat(name), ""
+    while (found := _LAYERS.get(_same(rest))) is None:
+        longer = next((prefix for prefix in _PREFIXES if prefix and rest.startswith(prefix)), None)
+        if longer is None:
+            return None
+        prefix, rest = longer, rest.removeprefix(longer).strip("_")
+    dotted, diffusers, target = found
+    known = (dotted, f"transformer.{dotted}", f"lycoris_{_flat(dotted)}", f"lora_transformer_{_flat(dotted)}") if (
+        diffusers) else (f"diffusion_model.{dotted}", f"lora_unet_{_flat(dotted)}")
+    whose = "diffusers'" if diffusers else "ComfyUI's"
+    swapped = diffusers and target.layer == FINAL_MODULATION
+    return Name(target, f"{_PREFIXES[prefix]}, {whose} names of layers", swapped,
+                name in known and not (diffusers and _UNKNOWN_TO_COMFYUI.search(dotted)))
 
 
 def _same(name: str) -> str:

@@ -16,12 +16,20 @@ import comfy.lora
 import torch
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAdapterBase
 
+from ..loaders.lora import adapter
 from ..ops import side_paths as ops
-from ..ops.side_paths import Adapter, SidePath
+from ..ops.side_paths import SidePath
 
 #: (strength, value, strength of the weight itself, offset or None, function or None), as ``ModelPatcher`` stores them.
 #: An offset is (dimension, first row, number of rows).
 Patch = tuple[float, Any, float, tuple[int, int, int] | None, Any]
+
+#: What the weights of ComfyUI's adapters are, in order; what has no name is of convolutions, or changes the shape.
+_WEIGHTS: dict[type, tuple[str, ...]] = {
+    LoRAAdapter: ("lora_up.weight", "lora_down.weight", "alpha", "", "dora_scale", ""),
+    LoKrAdapter: ("lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "", "dora_scale"),
+    LoHaAdapter: ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "", "", "dora_scale"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,31 +49,20 @@ def translated(patch: Patch) -> ops.Patch | None:
     """What ``patch`` is in our terms; None for a kind that only ComfyUI knows."""
     match patch:
         case strength, value, 1.0, None | (0, _, _) as offset, None:
-            adapter, magnitude = _adapter(value)
-            return adapter and ops.Patch(adapter, strength, offset and offset[1:], magnitude)
+            group = _group(value)
+            change = adapter(group)
+            return change and ops.Patch(change, strength, offset and offset[1:], group.get("dora_scale"))
     return None
 
 
-def _adapter(value: Any) -> tuple[Adapter | None, torch.Tensor | None]:
-    """The adapter in the value of a patch, None if it is of another kind; and the magnitude of a DoRA."""
+def _group(value: Any) -> dict[str, Any]:
+    """The tensors, and alpha, in the value of a patch; without names for what only ComfyUI knows."""
     match value:
-        case LoRAAdapter(weights=(up, down, alpha, None, magnitude, None)):
-            return ops.lora(ops.flat(up), ops.flat(down), _scale(alpha, down)), magnitude
-        case LoKrAdapter(weights=(w1, w2, alpha, w1_a, w1_b, w2_a, w2_b, None, magnitude)):
-            one, other = (tuple(map(ops.flat, (a, b) if whole is None else (whole,)))
-                          for whole, a, b in ((w1, w1_a, w1_b), (w2, w2_a, w2_b)))
-            return Adapter("kronecker", one, other, _scale(alpha, w1_b if w2 is not None else w2_b)), magnitude
-        case LoHaAdapter(weights=(w1_a, w1_b, alpha, w2_a, w2_b, None, None, magnitude)):
-            one, other = (tuple(map(ops.flat, chain)) for chain in ((w1_a, w1_b), (w2_a, w2_b)))
-            return Adapter("hadamard", one, other, _scale(alpha, w1_b)), magnitude
         case ("diff", (torch.Tensor() as difference,)):
-            return Adapter("product", (difference,)), None
-    return None, None
-
-
-def _scale(alpha: float | None, factor: torch.Tensor | None) -> float:
-    """alpha / rank; ``factor`` has a row for every rank, None where nothing is decomposed."""
-    return 1.0 if alpha is None or factor is None else alpha / len(factor)
+            return {"diff": difference}
+        case WeightAdapterBase(weights=weights) if len(weights) == len(names := _WEIGHTS.get(type(value), ())):
+            return {name: part for name, part in zip(names, weights, strict=True) if part is not None}
+    return {}
 
 
 def fits(patch: Patch, shape: tuple[int, ...]) -> bool:

@@ -237,7 +237,7 @@ def test_convert_writes_what_comfyui_reads(tmp_path, capsys):
     (found,) = json.loads(capsys.readouterr().out.split("\n", 1)[1])
     assert not any("ComfyUI" in problem for problem in found["problems"])
     assert run("convert", MINIATURE / "blue_pot_lora.safetensors", out, "--to", "comfy-lora") == 2
-    assert "free name" in sentence(capsys)
+    assert "a path that is free" in sentence(capsys)
 
 
 def test_factors_can_be_trained():
