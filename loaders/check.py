@@ -57,7 +57,7 @@ def check_tensors(file: TensorFile, tensors: Mapping[str, torch.Tensor], shapes:
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
             raise ModelFileError(path, f"{name} of shape {shape}", f"{tuple(tensor.shape)}", "choose another file")
-        # Of a packed one scale and shift: any codes are sound.
+        # For a packed weight check scale and shift; every code is valid.
         for part in PackedLayout.get_plain_tensors(tensor)[1:] if is_packed(tensor) else (tensor,):
             if part.dtype not in FLOATS:
                 raise ModelFileError(path, f"{name} in BF16, FP16 or FP32", str(part.dtype).removeprefix("torch."),
@@ -71,7 +71,7 @@ def check_json(file: TensorFile, stated: Any, known: Mapping[str, Any], fixed: C
                where: str = "config.json") -> None:
     """Compare ``stated``, which stands in the JSON beside the tensors and may be anything, with what is ``known``.
 
-    Where the tensors decide, they are right and the JSON only earns a warning. The keys in ``fixed`` show in no tensor:
+    Where the tensors show the value they win, and the JSON gets a warning. The keys in ``fixed`` show in no tensor:
     another value there is another model, and raises ModelFileError.
     """
     for key, true in known.items() if isinstance(stated, dict) else ():

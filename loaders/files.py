@@ -70,8 +70,7 @@ class TensorFile:
     """Tensors by name, as stored, with the file's own metadata and the JSON files of its folder.
 
     ``prefix``: what the names of a part of a checkpoint have before them in the file, see :func:`~.names.nested`.
-    ``mapped``: the tensors are on disk until they are touched. ``warnings``: what is odd about the file, but does not
-    keep it from being read.
+    ``mapped``: the tensors are on disk until they are touched. ``warnings``: oddities that do not prevent reading.
     """
 
     path: Path
@@ -100,7 +99,7 @@ class TensorFile:
     def take_pickle(self) -> dict[str, Any]:
         """The entries of a pickle, in memory, to be dropped one by one; :attr:`tensors` is empty afterwards.
 
-        For formats whose every byte is rearranged: from a mapped file it would be in memory twice.
+        For formats that rearrange every byte; a mapped file would be in memory twice.
         """
         stored = read_pickle(self.path, mmap=False)[0] if self.mapped else self.tensors
         kept = {name: stored[name] for name in self.tensors}
@@ -118,12 +117,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):
         return {}
     refuse_stand_in(path)
-    try:
+    with refusing(path, "a JSON object", DOWNLOAD_AGAIN, ValueError, RecursionError, OSError):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise ModelFileError(path, "a JSON object", f"unreadable text ({type(error).__name__})") from error
-    if not isinstance(value, dict):
-        raise ModelFileError(path, "a JSON object", f"a {type(value).__name__}")
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__}")
     return value
 
 
@@ -140,7 +137,7 @@ def locate(folder: Path, name: str) -> Path:
     return next((folder / each for each in spellings if os.path.exists(folder / each)), folder / name)
 
 
-#: How files begin that lie in the place of another: what they are, and what to do.
+#: First bytes of files that stand in for the real one, what they are, and the remedy.
 _STAND_INS = {
     b"version https://git-lfs": ("a git-lfs pointer, not the file itself", "run git lfs pull in {folder}"),
     b"<!doctype html": ("a web page, not the file itself", DOWNLOAD_AGAIN),

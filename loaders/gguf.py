@@ -1,7 +1,7 @@
 """The GGUF container of ggml: a header, and tensors as rows of blocks.
 
 The header holds metadata, then name, shape, type and offset of every tensor; the tensor data follow, aligned. All of it
-is checked before a byte of a tensor is touched: nothing is read or allocated because a number in the header says so.
+is checked before a byte of a tensor is touched: no unchecked header field sizes a read or an allocation.
 (The ``gguf`` package, 0.19, lacks half of our types, and follows an array of any length past the end of the file.)
 
 Source: ``gguf.h`` and ``ggml-common.h`` of ggml; those of PrismML's fork of llama.cpp for PQ2_0 and PTQ1_0.

@@ -144,7 +144,8 @@ def save_lora(lora: Lora, path: Path) -> None:
     def verify(written: Path) -> str | None:
         # Torch compares no FP8.
         found = open_tensors(written).tensors
-        return difference(*({name: each[name].float() for name in tensors} for each in (tensors, found)))
+        expected, there = ({name: each[name].float() for name in tensors} for each in (tensors, found))
+        return difference(expected, there)
 
     save(lora.path, path, COMFY_LORA, SAFETENSORS_SUFFIXES,
          lambda written: save_file(tensors, written, lora.metadata), verify)

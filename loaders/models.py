@@ -1,8 +1,8 @@
 """A diffusion model, text encoder or VAE from a file or folder in any known format, and a diffusion model to one.
 
 Saving is lossless, and verified before it counts as done: what is written goes to a temporary name beside the target,
-is flushed to disk, loaded back and compared tensor by tensor; only then it takes its name. An existing file is never
-touched.
+is flushed to disk, loaded back and compared tensor by tensor; only then does it take its name. An existing file is
+never touched.
 """
 
 import json
@@ -102,10 +102,10 @@ def load_transformer(path: Path | str, progress: Progress = no_progress, mmap: b
     return Transformer(file.path, name, tensors, check_klein(file, tensors), file.metadata, _log(file), file.stamps)
 
 
-def load_dense_transformer(path: Path | str, mmap: bool = True) -> Transformer:
+def load_dense_transformer(path: Path | str) -> Transformer:
     """Load a dense FLUX.2 Klein, of which :func:`load_transformer` takes only one with Bonsai's own weights, as it
     does."""
-    file = _open(path, "transformer", no_progress, mmap)
+    file = _open(path, "transformer", no_progress, mmap=True)
     formats.refuse_other_than_tensors(file)
     tensors = normalise_names(file.path, file.tensors)
     return Transformer(file.path, "dense", tensors, check_klein(file, tensors), file.metadata, _log(file),

@@ -10,8 +10,7 @@ from . import files, formats
 from .errors import DOWNLOAD_FOLDER, ModelFileError, refusing
 from .files import Progress, Reader, TensorFile, no_progress, read_json
 
-#: The names of weight files in published folders. The first of them that a folder holds is the model, whatever else
-#: lies there; safetensors come first.
+#: The names of weight files in published folders. The first of these that exists is the model; other files are ignored.
 WELL_KNOWN = ("diffusion_pytorch_model.safetensors", "model.safetensors", "state_dict.pt", "qmodel.pt")
 
 

@@ -15,7 +15,7 @@ from .errors import ModelFileError
 from .files import TensorFile
 
 _IMAGE_CHANNELS, _PATCH = 3, 4
-#: Blocks, and resnets in a block: a hostile file of many of both would have the product of their numbers expected.
+#: Bounds the table of shapes: a hostile file could make it blocks x resnets long.
 _MOST = 99
 _COUNTER = "bn.num_batches_tracked"
 #: Parts of the names in Black Forest Labs' own layout, which ComfyUI saves, and diffusers' for them.

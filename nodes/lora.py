@@ -104,7 +104,7 @@ def _count_first(executor, patcher, *args, **kwargs):
 
 def install(patcher) -> None:
     """Keep the side paths of ``patcher`` and of its clones in step with ComfyUI."""
-    # Inside the load, so that ComfyUI takes back a model for whose adapters there is no memory.
+    # During the load, so that ComfyUI rolls back a model whose adapters do not fit.
     patcher.add_callback(CallbacksMP.ON_LOAD, lambda patcher, *_: attach(patcher, loading=True))
     # ComfyUI re-runs injections after every change of patches or hooks.
     patcher.set_injections(_KEY, [PatcherInjection(attach, lambda patcher: None)])

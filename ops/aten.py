@@ -16,8 +16,8 @@ from comfy_kitchen.tensor.base import dequantize_args
 from .packed import PackedLayout, is_packed, parts, rewrap
 
 _ATEN: Any = torch.ops.aten
-#: Operators that only move rows along dimension 0, and the position of their dimension argument. Inference mode shows
-#: some that autograd would have decomposed into others.
+#: Operators that only move rows along dimension 0, and the position of their dimension argument. In inference
+#: mode some arrive undecomposed.
 _ROW_OPERATORS = {_ATEN.cat.default: 1, _ATEN.slice.Tensor: 1, _ATEN.narrow.default: 1, _ATEN.split.Tensor: 2,
                   _ATEN.split_with_sizes.default: 2, _ATEN.chunk.default: 2}
 _IN_PLACE = ("add_", "sub_", "mul_", "div_", "addcmul_", "addcdiv_", "addmm_", "lerp_", "pow_", "neg_", "clamp_",
@@ -26,7 +26,7 @@ _IN_PLACE = ("add_", "sub_", "mul_", "div_", "addcmul_", "addcdiv_", "addmm_", "
 
 def _move_rows(operator: Callable, position: int, _first: Any, args: tuple, kwargs: dict) -> Any:
     """Apply ``operator`` to codes, scales and shifts each: they have the same rows. Weights that are not all packed
-    alike, and other dimensions than the first, are dequantised."""
+    alike, and other dimensions than the first, are dequantized."""
     first, *rest = args
     weights = first if isinstance(first, (list, tuple)) else [first]
     dim = args[position] if len(args) > position else kwargs.get("dim", 0)
@@ -38,7 +38,7 @@ def _move_rows(operator: Callable, position: int, _first: Any, args: tuple, kwar
     moved = [operator(list(column) if weights is first else column[0], *rest, **kwargs) for column in columns]
 
     def wrap(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None) -> QuantizedTensor:
-        # Torch wants a view of a tensor made outside of inference mode to be like it.
+        # A view must be an inference tensor exactly when its base is.
         with torch.inference_mode(weights[0].is_inference()):
             return rewrap(parts(weights[0])._replace(codes=codes, scale=scale, shift=shift), weights[0].dtype)
 

@@ -11,7 +11,7 @@ A weight of shape ``(N, K)`` (out features, in features) is held as
 ``shift``
     ``(N, K / group)`` in a floating dtype, or None for the symmetric form.
 
-Dequantisation, with ``c = codes[n, k]``, ``s = scale[n, k // group]`` and ``z = shift[n, k // group]``:
+Dequantization, with ``c = codes[n, k]``, ``s = scale[n, k // group]`` and ``z = shift[n, k // group]``:
 
 =============  ==================================  ======================================================
 form           W[n, k]                             written by

@@ -21,7 +21,7 @@ FORMATS: tuple[Format, ...] = (gemlite.FORMAT, gguf.FORMAT, mlx.FORMAT, comfy.FO
 
 
 def decode(file: TensorFile) -> tuple[str, Tensors]:
-    """Format name and canonical tensors of ``file``. Raises ModelFileError, too if it is none of :data:`FORMATS`."""
+    """Format name and canonical tensors of ``file``. Raises ModelFileError, also if it is none of :data:`FORMATS`."""
     for known in FORMATS:
         if known.matches(file):
             if known.only_tensors:

@@ -35,7 +35,7 @@ _BLOCK_ROWS = 512
 
 
 def matches(file: TensorFile) -> bool:
-    """The host's tags of quantised layers."""
+    """The host's tags of quantized layers."""
     return any(name.endswith(_TAG) for name in file.tensors)
 
 

@@ -26,7 +26,7 @@ from ..names import to_diffusers
 from .interface import About, Format, Tensors, Writer, decode_layers, encode_layers, from_affine, make_folder, to_affine
 
 _FORMS = {mode: form for form, mode in MODES.items()}
-#: What these fields may hold: group scales and zeros, with activations that are not quantised.
+#: What these fields may hold: group scales and zeros, with activations that are not quantized.
 _ALLOWED = {"W_nbits": (1, 2, 4), "W_group_mode": tuple(_FORMS), "scaled_activations": (0,), "channel_scale_mode": (0,),
             "data_contiguous": (0, 1), **dict.fromkeys(("input_dtype", "output_dtype", "acc_dtype", "meta_dtype"),
                                                        tuple(DTYPES.values()))}

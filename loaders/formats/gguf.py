@@ -9,9 +9,9 @@ PQ2_0   128            ``d * (code - 1)``                 PrismML's fork of llam
 PTQ1_0  128            ``d * (code - 1)``                 PrismML's fork of llama.cpp
 ======  =============  =================================  ========================================
 
-Q1_0, PQ2_0 and PTQ1_0 hold Bonsai's groups of 128 as they are, Q2_0 holds every scale twice, which become one again
-where both of every two are equal in the whole file. TQ1_0 and TQ2_0 share one
-scale among 256 weights, which Bonsai's weights do not; every other quantised type rounds.
+Q1_0, PQ2_0 and PTQ1_0 hold Bonsai's groups of 128 as they are. Q2_0 holds every scale twice; where the two are equal in
+the whole file, they become one again. TQ1_0 and TQ2_0 share one scale among 256 weights, which Bonsai's weights do not;
+every other quantized type rounds.
 
 PTQ1_0 stores ternary codes in base 3, in runs of 16, 8 and 2 bytes of 5, 5 and 4 codes, and ``d`` after them. In a run
 of W bytes code ``n * W + m`` is digit n of byte m, the first digit the most significant of five; a byte is the five

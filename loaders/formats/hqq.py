@@ -1,6 +1,6 @@
 """HQQ text encoders: a pickle (``qmodel.pt``) of ``{module path: dict}``.
 
-An unquantised module holds ``weight`` (FP16). A quantised linear holds ``W_q`` uint8 in HQQ's 4bit_u8 packing,
+An unquantized module holds ``weight`` (FP16). A quantized linear holds ``W_q`` uint8 in HQQ's 4bit_u8 packing,
 ``scale`` and ``zero`` FP16 ``(N * K / group, 1)``, and ``nbits``, ``group_size``, ``shape``, ``axis``, ``packing``;
 older files nest all but ``W_q`` under ``meta``. ``W = (code - zero) * scale``.
 

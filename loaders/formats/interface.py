@@ -60,7 +60,7 @@ class Format(NamedTuple):
 
 
 def host_loader(file: TensorFile) -> str:
-    """What to do with a quantisation that is the host's own to read."""
+    """What to do with a quantization that is the host's own to read."""
     name = "Load CLIP, type flux2," if is_qwen3(file.tensors) else "Load Diffusion Model"
     return f"load it with ComfyUI's own {name} instead"
 

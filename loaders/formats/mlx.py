@@ -4,7 +4,7 @@
 The diffusion model uses group 128 at 1 or 2 bits: ternary has bias ``-scale``; binary has scale ``2 s`` and bias
 ``-s``. The text encoder (MLX affine, 4 bits, group 64) also packs its embedding.
 
-Source: the MLX quantisation documentation, and files written with ``mlx.core.quantize`` (``tests/test_formats.py``).
+Source: the MLX quantization documentation, and files written with ``mlx.core.quantize`` (``tests/test_formats.py``).
 """
 
 from pathlib import Path
