@@ -47,7 +47,7 @@ def test_a_row_that_kills_its_worker_is_given_up_after_three(tmp_path):
             f"    if group[0]['prompt'] == {PROMPTS[0]!r}: os._exit(9)\n"
             "    return real(self, group)\n"
             "stages.Denoise.run = run; sys.exit(main())")
-    words = ["batch", write_prompts(tmp_path), "--out", tmp_path / "out", *COMMON, "--shards", "1/1"]
+    words = ["batch", write_prompts(tmp_path), "--out", tmp_path / "out", *COMMON, "--shards", "1/1", "--json"]
     for expected in (9, 9, 9, 1):
         done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
         assert done.returncode == expected, done.stderr
