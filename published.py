@@ -21,7 +21,7 @@ class File(NamedTuple):
     sha256: str | None = None
 
 
-class Repository(NamedTuple):
+class Release(NamedTuple):
     """One repository of the Hub. ``commit`` is None where the full one is not known."""
 
     id: str
@@ -35,22 +35,22 @@ _MLX_REST = File("text_encoder-mlx-4bit/model.safetensors", 2263022529), _VAE
 _GEMLITE_REST = File("text_encoder-hqq-4bit/qmodel.pt", 2822340711), _VAE
 
 #: By what ``bonsai-image download`` calls its variant and format.
-REPOSITORIES = {
-    ("ternary", "mlx"): Repository(
+RELEASES = {
+    ("ternary", "mlx"): Release(
         "prism-ml/bonsai-image-ternary-4B-mlx-2bit", "2c24c81b934a658ba5590cf39088ba929985b4a8",
         (File(_MLX, 1425271472, "b21737bdf02690b7d662907781c4dc8b8bf22a2c98b823b1ca3336f48371a84f"), *_MLX_REST)),
-    ("binary", "mlx"): Repository(
+    ("binary", "mlx"): Release(
         "prism-ml/bonsai-image-binary-4B-mlx-1bit", "d1b3ac11a7f1ba61d84b277339daeeed4a98e0e2",
         (File(_MLX, 965208136, "1792b31d857d95fcbe32df8e6d2fc96b30e800a195e295565d033deccea2dd75"), *_MLX_REST)),
-    ("ternary", "gemlite"): Repository(
+    ("ternary", "gemlite"): Release(
         "prism-ml/bonsai-image-ternary-4B-gemlite-2bit", "bf047aa80569f193d2c4960033af6ba2629988fa",
         (File("transformer-gemlite-int2/state_dict.pt", 1540457482,
               "a3a7df8a90374fea24afce3b36f00b4c728d0254717143d61f912a7b3070e7ac"), *_GEMLITE_REST)),
-    ("binary", "gemlite"): Repository(
+    ("binary", "gemlite"): Release(
         "prism-ml/bonsai-image-binary-4B-gemlite-1bit", "121529b06562ff8c5b75aa34c54c371d2655929b",
         (File("transformer-gemlite-int1/state_dict.pt", 1080394762,
               "d5b455b11958fc92ed8dd7558072252d6ca8d1acb4fcc69281fb61b771f7c8e0"), *_GEMLITE_REST)),
-    ("ternary", "unpacked"): Repository(
+    ("ternary", "unpacked"): Release(
         "prism-ml/bonsai-image-ternary-4B-unpacked", None,
         (File("transformer/diffusion_pytorch_model.safetensors", 7751109712,
               "fa5fd18239aadc41d3bec64810479fd3aed5182946f70e2d894f747cf4e35964"),)),
@@ -58,7 +58,7 @@ REPOSITORIES = {
 
 
 def _address(variant: str, number: int) -> str:
-    repository = REPOSITORIES[variant, "mlx"]
+    repository = RELEASES[variant, "mlx"]
     return f"https://huggingface.co/{repository.id}/resolve/main/{repository.files[number].path}"
 
 
@@ -72,6 +72,6 @@ SINGLE_FILES = {
 }
 
 
-def weight_files() -> list[tuple[Repository, File]]:
+def weight_files() -> list[tuple[Release, File]]:
     """Every published weight file, with each repository that holds it: some share the text encoder and the VAE."""
-    return [(repository, file) for repository in REPOSITORIES.values() for file in repository.files]
+    return [(repository, file) for repository in RELEASES.values() for file in repository.files]

@@ -21,7 +21,7 @@ from bonsai_image.loaders import Transformer
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.ops.backends.interface import int8_product, quantize
 from bonsai_image.ops.linear import PackedLinear
-from bonsai_image.ops.packed import Packed, dequantize, pack_codes, parts
+from bonsai_image.ops.packed import Packed, dequantize, pack_codes, unwrap
 from bonsai_image.standalone import models
 from bonsai_image.tests.support import random_model
 
@@ -110,7 +110,7 @@ def round_activations(module: torch.nn.Module, errors: list[float], product: Pro
         if isinstance(layer, PackedLinear):
             def forward(x, layer=layer, exact=layer.forward):
                 rows = x.flatten(0, -2)
-                rounded = product(rows, parts(layer.weight)) if factor == 1 else outlying(rows, layer, product, factor)
+                rounded = product(rows, unwrap(layer.weight)) if factor == 1 else outlying(rows, layer, product, factor)
                 expected = exact(x).flatten(0, -2)
                 errors.append(float((rounded - expected).norm() / expected.norm()))
                 return rounded.view(*x.shape[:-1], -1)
@@ -123,8 +123,8 @@ def outlying(x: torch.Tensor, layer: PackedLinear, product: Product, factor: int
     columns = x.abs().amax(0).topk(4).indices
     more = (factor - 1) * x[:, columns]
     larger = x.index_copy(1, columns, x[:, columns] + more)
-    weight = dequantize(parts(layer.weight), torch.float32)
-    return product(larger, parts(layer.weight)) - more @ weight[:, columns].t()
+    weight = dequantize(unwrap(layer.weight), torch.float32)
+    return product(larger, unwrap(layer.weight)) - more @ weight[:, columns].t()
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .. import published
-from ..ops.packed import is_packed, packed_nbytes, parts
+from ..ops.packed import is_packed, packed_nbytes, unwrap
 from .files import Progress
 from .repository import source
 
@@ -26,16 +26,16 @@ def variant(tensors: dict[str, torch.Tensor], check_codes: bool = False) -> str:
     packed = [tensor for tensor in tensors.values() if is_packed(tensor)]
     if not packed:
         return "dense"
-    (bits, form), _ = Counter((w.bits, w.form) for w in map(parts, packed)).most_common(1)[0]
+    (bits, form), _ = Counter((w.bits, w.form) for w in map(unwrap, packed)).most_common(1)[0]
     name = {(1, "symmetric"): "binary", (2, "symmetric"): "ternary"}.get((bits, form), f"{bits}-bit {form}")
     return f"{bits}-bit {form}" if name == "ternary" and check_codes and any(map(holds_code_3, packed)) else name
 
 
 def holds_code_3(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` is a packed weight, symmetric and of 2 bits, with a code that is not ternary."""
-    if not is_packed(tensor) or (parts(tensor).bits, parts(tensor).form) != (2, "symmetric"):
+    if not is_packed(tensor) or (unwrap(tensor).bits, unwrap(tensor).form) != (2, "symmetric"):
         return False
-    codes = parts(tensor).codes
+    codes = unwrap(tensor).codes
     return bool((codes & (codes >> 1) & 0x55).any())
 
 
@@ -55,7 +55,7 @@ def count(tensors: Mapping[str, torch.Tensor]) -> Counts:
     """Count ``tensors``."""
     packed = [tensor for tensor in tensors.values() if is_packed(tensor)]
     dense = [tensor for tensor in tensors.values() if not is_packed(tensor)]
-    packing = Counter((w.bits, w.group, w.form, _name(w.scale.dtype)) for w in map(parts, packed))
+    packing = Counter((w.bits, w.group, w.form, _name(w.scale.dtype)) for w in map(unwrap, packed))
     return Counts(len(packed), sum(tensor.numel() for tensor in packed), sum(map(packed_nbytes, packed)), len(dense),
                   sum(tensor.nbytes for tensor in dense), sorted({_name(tensor.dtype) for tensor in dense}),
                   dict(sorted(packing.items())))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..ops.packed import is_packed, parts
+from ..ops.packed import is_packed, unwrap
 from .check import Shapes, check_json, check_tensors, count_numbered, read_shapes
 from .errors import CHOOSE_MODEL, ModelFileError
 from .files import TensorFile
@@ -106,7 +106,7 @@ def is_comfyui(names: Mapping[str, object]) -> bool:
 
 def alike(weights: list[torch.Tensor]) -> bool:
     """Whether weights that ComfyUI joins into one are packed alike, or all dense."""
-    packings = {(parts(w).bits, parts(w).form, parts(w).group) if is_packed(w) else None for w in weights}
+    packings = {(unwrap(w).bits, unwrap(w).form, unwrap(w).group) if is_packed(w) else None for w in weights}
     return len(packings) == 1
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..ops.packed import is_packed, parts
+from ..ops.packed import is_packed, unwrap
 from .description import sha256, variant
 from .files import SAFETENSORS_SUFFIXES, no_progress, read_json, write_json
 from .formats import comfy, mlx
@@ -71,7 +71,7 @@ def _write_checkpoint(path: Path, whole: _Whole) -> None:
 
 def _write_mlx(path: Path, whole: _Whole) -> None:
     """A folder like PrismML's MLX repositories. Raises ValueError for a text encoder that is not affine in 4 bits."""
-    packed = [parts(tensor) for tensor in whole.text_encoder.tensors.values() if is_packed(tensor)]
+    packed = [unwrap(tensor) for tensor in whole.text_encoder.tensors.values() if is_packed(tensor)]
     if {each.bits for each in packed} != {4}:
         raise ValueError("a text encoder that is not packed in 4 bits")
     if "model.norm.weight" not in whole.text_encoder.tensors:
@@ -85,7 +85,7 @@ def _write_mlx(path: Path, whole: _Whole) -> None:
         for name, content in whole.tokenizer.items():
             (folder / name).write_bytes(content)
     save_file(mlx.encode(whole.text_encoder.tensors), encoder / "model.safetensors", {"format": "mlx"})
-    group = next(parts(tensor).group for tensor in whole.transformer.tensors.values() if is_packed(tensor))
+    group = next(unwrap(tensor).group for tensor in whole.transformer.tensors.values() if is_packed(tensor))
     packing = {"group_size": packed[0].group, "bits": packed[0].bits}
     write_json(encoder / "config.json", {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "attention_bias": False,

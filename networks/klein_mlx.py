@@ -14,7 +14,7 @@ import torch
 
 from ..loaders.klein import FIXED
 from ..ops.backends.mlx import arrays
-from ..ops.packed import is_packed, parts
+from ..ops.packed import is_packed, unwrap
 
 Weights = dict[str, arrays.PackedArrays | mx.array]
 
@@ -26,7 +26,7 @@ _FP16_MAX = 65504.0
 
 def load(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Weights:
     """The weights of one model in MLX, evaluated, for activations of ``dtype``."""
-    weights = [parts(tensor) if is_packed(tensor) else tensor for tensor in tensors.values()]
+    weights = [unwrap(tensor) if is_packed(tensor) else tensor for tensor in tensors.values()]
     return dict(zip(tensors, arrays.weight_arrays(weights, dtype), strict=True))
 
 

@@ -14,7 +14,7 @@ import folder_paths
 from ..loaders import ModelFileError
 from ..loaders.files import SAFETENSORS_SUFFIXES, locate
 from ..loaders.repository import repositories_in
-from ..published import PARTIAL, REPOSITORIES, SINGLE_FILES
+from ..published import PARTIAL, RELEASES, SINGLE_FILES
 
 #: Bytes of the longest header that is read. ComfyUI puts whole workflows into them.
 _LONGEST_HEADER = 1 << 24
@@ -128,7 +128,7 @@ def how_to_download(name: str) -> str:
     # Its default, as in ``standalone/download.py``.
     place = [] if Path(folder) == program.parents[2] / "models" / "diffusers" else ["--to", folder]
     command = shell_command(sys.executable, str(program), "download", "--variant", variant, *form, *place)
-    return (f"run {command} in a terminal, or put all of https://huggingface.co/{REPOSITORIES[variant, container].id} "
+    return (f"run {command} in a terminal, or put all of https://huggingface.co/{RELEASES[variant, container].id} "
             f"into {Path(folder) / name}, and press R")
 
 

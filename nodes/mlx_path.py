@@ -19,7 +19,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..networks import klein_mlx as mlx_klein
 from ..ops.backends import libraries
 from ..ops.backends.mlx import backend as mlx_backend
-from ..ops.packed import is_packed, parts
+from ..ops.packed import is_packed, unwrap
 from .mlx_step import refusal
 
 #: The key of the wrapper and the callbacks.
@@ -146,5 +146,5 @@ def _changed_layers(flux) -> Iterator[str]:
         changes = (*getattr(module, "weight_function", ()), *getattr(module, "bias_function", ()),
                    *(adapters.paths if adapters else ()), *module._forward_hooks, *module._forward_pre_hooks)
         weight = getattr(module, "weight", None)
-        if changes or "forward" in vars(module) or (is_packed(weight) and not mlx_backend.takes(parts(weight))):
+        if changes or "forward" in vars(module) or (is_packed(weight) and not mlx_backend.takes(unwrap(weight))):
             yield name

@@ -13,7 +13,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor, register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
-from .packed import PackedLayout, is_packed, parts, rewrap
+from .packed import PackedLayout, is_packed, rewrap, unwrap
 
 _ATEN: Any = torch.ops.aten
 #: Operators that only move rows along dimension 0, and the position of their dimension argument. In inference
@@ -31,7 +31,7 @@ def _move_rows(operator: Callable, position: int, _first: Any, args: tuple, kwar
     weights = first if isinstance(first, (list, tuple)) else [first]
     dim = args[position] if len(args) > position else kwargs.get("dim", 0)
     # At least one is packed, or torch would not have asked.
-    kinds = {(*parts(w)[3:], parts(w).group, w.shape[1], w.dtype) if is_packed(w) else None for w in weights}
+    kinds = {(*unwrap(w)[3:], unwrap(w).group, w.shape[1], w.dtype) if is_packed(w) else None for w in weights}
     if dim not in (0, -2) or len(kinds) > 1:
         return operator(*dequantize_args(args), **dequantize_args(kwargs))
     columns = zip(*map(PackedLayout.get_plain_tensors, weights), strict=True)
@@ -40,7 +40,7 @@ def _move_rows(operator: Callable, position: int, _first: Any, args: tuple, kwar
     def wrap(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None) -> QuantizedTensor:
         # A view must be an inference tensor exactly when its base is.
         with torch.inference_mode(weights[0].is_inference()):
-            return rewrap(parts(weights[0])._replace(codes=codes, scale=scale, shift=shift), weights[0].dtype)
+            return rewrap(unwrap(weights[0])._replace(codes=codes, scale=scale, shift=shift), weights[0].dtype)
 
     return wrap(*moved) if isinstance(moved[0], torch.Tensor) else [wrap(*piece) for piece in zip(*moved, strict=True)]
 

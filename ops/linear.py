@@ -14,7 +14,7 @@ from torch import nn
 
 from . import backends
 from .backends import EXACT, Setting
-from .packed import Form, Packed, dequantize, is_packed, parts, tag
+from .packed import Form, Packed, dequantize, is_packed, tag, unwrap
 from .tensor import packed_parameter
 
 
@@ -25,7 +25,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Computed in the dtype of ``x``, which the result has, by the backend that ``setting`` gives where packed.
     """
     if is_packed(weight):
-        return _packed_linear(x, *parts(weight), bias, *setting)
+        return _packed_linear(x, *unwrap(weight), bias, *setting)
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -33,7 +33,7 @@ def embedding(indices: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype | 
     """Rows ``(..., K)`` of a packed or dense table ``(N, K)``, in ``dtype`` (default: the table's)."""
     dtype = dtype or weight.dtype
     if is_packed(weight):
-        return dequantize(parts(weight).rows(indices.reshape(-1)), dtype).view(*indices.shape, -1)
+        return dequantize(unwrap(weight).rows(indices.reshape(-1)), dtype).view(*indices.shape, -1)
     return torch.nn.functional.embedding(indices, weight).to(dtype)
 
 
@@ -97,7 +97,7 @@ class PackedModule(nn.Module):
         """Shape, and how the weight is stored."""
         stored = "not loaded" if self.weight is None else str(self.weight.dtype).removeprefix("torch.")
         if is_packed(self.weight):
-            packed = parts(self.weight)
+            packed = unwrap(self.weight)
             stored = f"{packed.bits} bits, {packed.form}, groups of {packed.group}"
         return f"{self.weight_shape[0]}, {self.weight_shape[1]}, bias={'bias' in self._names}, {stored}"
 
@@ -118,12 +118,12 @@ class PackedModule(nn.Module):
     @property
     def weight_scale(self) -> torch.Tensor:
         """The scales of a packed weight."""
-        return parts(self.loaded_weight()).scale
+        return unwrap(self.loaded_weight()).scale
 
     @property
     def weight_shift(self) -> torch.Tensor | None:
         """The shifts of a packed weight."""
-        return parts(self.loaded_weight()).shift
+        return unwrap(self.loaded_weight()).shift
 
     @property
     def comfy_quant(self) -> torch.Tensor:

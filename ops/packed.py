@@ -116,7 +116,7 @@ class PackedLayout(QuantizedLayout):
     @classmethod
     def get_plain_tensors(cls, qtensor):
         """Codes, scale and, if there is one, shift."""
-        return tuple(tensor for tensor in parts(qtensor)[:3] if tensor is not None)
+        return tuple(tensor for tensor in unwrap(qtensor)[:3] if tensor is not None)
 
     @classmethod
     def state_dict_tensors(cls, qdata, params):
@@ -161,7 +161,7 @@ def is_packed(tensor: torch.Tensor | None) -> TypeGuard[QuantizedTensor]:
     return isinstance(tensor, QuantizedTensor) and tensor._layout_cls == LAYOUT_NAME
 
 
-def parts(weight: QuantizedTensor) -> Packed:
+def unwrap(weight: QuantizedTensor) -> Packed:
     """The parts of a packed weight, shared with it."""
     params = weight._params
     return Packed(weight._qdata, params.scale, params.shift, params.bits, params.form)
@@ -229,7 +229,7 @@ def packed_nbytes(weight: QuantizedTensor) -> int:
 
 def equal(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     """Whether two packed weights have identical codes, and scales and shifts of identical value in any dtype."""
-    if (parts(a).bits, parts(a).form, a.shape) != (parts(b).bits, parts(b).form, b.shape):
+    if (unwrap(a).bits, unwrap(a).form, a.shape) != (unwrap(b).bits, unwrap(b).form, b.shape):
         return False
     pairs = zip(PackedLayout.get_plain_tensors(a), PackedLayout.get_plain_tensors(b), strict=True)
     return all(torch.equal(x, y.to(x.dtype)) and torch.equal(x.to(y.dtype), y) for x, y in pairs)
@@ -237,6 +237,6 @@ def equal(a: QuantizedTensor, b: QuantizedTensor) -> bool:
 
 def tag(weight: QuantizedTensor, **extra) -> torch.Tensor:
     """The ``comfy_quant`` tensor (uint8 JSON) that describes one saved layer."""
-    packed = parts(weight)
+    packed = unwrap(weight)
     conf = {"format": FORMAT_NAME, "bits": packed.bits, "group_size": packed.group, "form": packed.form, **extra}
     return torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)

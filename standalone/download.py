@@ -13,7 +13,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..disk import advice, patiently, reason, write_whole
-from ..published import PARTIAL, RECORD, REPOSITORIES, Repository
+from ..published import PARTIAL, RECORD, RELEASES, Release
 
 
 class Refused(ValueError):
@@ -37,7 +37,7 @@ def _inside(name: str) -> str:
     return name
 
 
-def _refuse_changed(repository: Repository, commit: str, listed: dict) -> None:
+def _refuse_changed(repository: Release, commit: str, listed: dict) -> None:
     """Raise Refused where the hub lists a weight file with another size or hash than the one known at ``commit``.
 
     ``listed``: the hub's entries by name.
@@ -49,7 +49,7 @@ def _refuse_changed(repository: Repository, commit: str, listed: dict) -> None:
                              "bytes; nothing was downloaded.")
 
 
-def download(repository: Repository, revision: str | None, folder: Path) -> Path:
+def download(repository: Release, revision: str | None, folder: Path) -> Path:
     """Fetch ``repository`` at ``revision`` (None: the one known here) into a new folder of its name in ``folder``, and
     return that.
 
@@ -80,7 +80,7 @@ def download(repository: Repository, revision: str | None, folder: Path) -> Path
     return target
 
 
-def _fetch(repository: Repository, revision: str, partial: Path) -> None:
+def _fetch(repository: Release, revision: str, partial: Path) -> None:
     """Bring ``partial`` to hold exactly the files of the repository, and a record of where they came from."""
     info = HfApi().model_info(repository.id, revision=revision, files_metadata=True, token=False)
     listed = {_inside(entry.rfilename): entry for entry in info.siblings}
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--revision", help="branch, tag or commit; main is the newest (default: the one known here)")
     args = parser.parse_args(argv[1:])
     try:
-        print(download(REPOSITORIES[args.variant, args.format], args.revision, args.to))
+        print(download(RELEASES[args.variant, args.format], args.revision, args.to))
     except Refused as error:
         parser.exit(2, f"bonsai-image: {error}\n")
     return 0

@@ -13,7 +13,7 @@ from bonsai_image.ops.backends.cpu import backend as cpu_backend
 from bonsai_image.ops.backends.mlx import backend as mlx_backend
 from bonsai_image.ops.backends.triton import backend as triton_backend
 from bonsai_image.ops.devices import Gpu
-from bonsai_image.ops.packed import parts
+from bonsai_image.ops.packed import unwrap
 from bonsai_image.tests.support.reference import random_weight
 
 GEFORCE = Gpu("nvidia", "NVIDIA GeForce RTX 4090", (8, 9))
@@ -21,8 +21,8 @@ TURING = Gpu("nvidia", "NVIDIA GeForce RTX 2080", (7, 5))
 RADEON = Gpu("amd", "AMD Radeon RX 7900 XTX")
 ARC = Gpu("intel", "Intel Arc A770")
 CPU, CUDA, XPU, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("xpu", 0), torch.device("mps")
-TERNARY = parts(random_weight(2, "symmetric", 192, 256, 128))
-AFFINE = parts(random_weight(4, "affine", 192, 256, 64))
+TERNARY = unwrap(random_weight(2, "symmetric", 192, 256, 128))
+AFFINE = unwrap(random_weight(4, "affine", 192, 256, 64))
 IMAGE = (512, 1024, 1536, 4096, 4608)
 
 pytestmark = pytest.mark.usefixtures("fresh_backends")
@@ -92,7 +92,7 @@ def test_int8_only_where_asked_for_and_possible(machine):
     assert chosen(fast) == chosen(Setting("triton", "fast")) == "triton*"
     assert chosen(fast, rows=64) == "gemlite"
     assert chosen(fast, packed=AFFINE) == "triton"
-    assert chosen(fast, packed=parts(random_weight(2, "symmetric", 192, 192, 48))) == "triton"
+    assert chosen(fast, packed=unwrap(random_weight(2, "symmetric", 192, 192, 48))) == "triton"
     # A backend that is chosen by name and has no int8 kernel stays.
     assert chosen(Setting("gemlite", "fast")) == "gemlite" and chosen(Setting("torch", "fast")) == "torch"
 
@@ -112,7 +112,7 @@ def test_which_gpus_have_int8(machine, gpu, possible):
 def test_other_dtypes_and_groups_stay_with_torch(machine):
     machine()
     assert chosen(dtype=torch.float64) == "torch"
-    assert chosen(packed=parts(random_weight(1, "symmetric", 64, 24, 12))) == "torch"
+    assert chosen(packed=unwrap(random_weight(1, "symmetric", 64, 24, 12))) == "torch"
 
 
 # The choice for a device

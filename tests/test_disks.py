@@ -17,13 +17,13 @@ from bonsai_image.loaders import ModelFileError, load_transformer, models, save_
 from bonsai_image.loaders.description import publication
 from bonsai_image.loaders.files import locate, refuse_changed
 from bonsai_image.loaders.opening import fingerprint
-from bonsai_image.published import REPOSITORIES
+from bonsai_image.published import RELEASES
 from bonsai_image.standalone import download
 from bonsai_image.standalone.batch import rows
 from bonsai_image.tests.support.sound_files import FILES, load, refusal
 
 BINARY = Path(__file__).parent.parent / "miniature" / "binary.safetensors"
-RELEASE = REPOSITORIES["ternary", "mlx"]
+RELEASE = RELEASES["ternary", "mlx"]
 NAME = RELEASE.id.split("/")[1]
 
 
@@ -227,7 +227,7 @@ def test_a_file_that_changes_is_noticed(tmp_path):
 
 
 def test_a_shared_file_belongs_to_the_repository_it_lies_in(tmp_path):
-    ids = [REPOSITORIES[variant, "mlx"].id for variant in ("ternary", "binary")]
+    ids = [RELEASES[variant, "mlx"].id for variant in ("ternary", "binary")]
     for folder, expected in ((ids[0], ids[:1]), (ids[1], ids[1:]), ("renamed", ids)):
         path = tmp_path / folder.split("/")[-1] / "text_encoder-mlx-4bit" / "model.safetensors"
         path.parent.mkdir(parents=True)

@@ -11,7 +11,7 @@ import torch
 from bonsai_image.miniature import demo
 from bonsai_image.ops import backends
 from bonsai_image.ops.devices import default_dtype
-from bonsai_image.ops.packed import parts
+from bonsai_image.ops.packed import unwrap
 from bonsai_image.standalone import cli, comfyui, doctor
 from bonsai_image.tests.support.reference import random_weight
 
@@ -135,7 +135,8 @@ def test_backends_are_the_ones_that_are_used(program):
     cpu = doctor.diagnose(program)["devices"][0]
     assert cpu["device"] == "cpu"
     cpu_device, dtype = torch.device("cpu"), default_dtype(torch.device("cpu"))
-    named = backends.choose(backends.EXACT, cpu_device, 4608, parts(random_weight(2, "symmetric", 64, 256, 128)), dtype)
+    weight = unwrap(random_weight(2, "symmetric", 64, 256, 128))
+    named = backends.choose(backends.EXACT, cpu_device, 4608, weight, dtype)
     assert cpu["backends"]["exact"]["ternary"] == str(named)
 
 

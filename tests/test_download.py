@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from bonsai_image.published import REPOSITORIES
+from bonsai_image.published import RELEASES
 
 ROOT = Path(__file__).parent.parent
 NAME = "bonsai-image-ternary-4B-mlx-2bit"
@@ -117,7 +117,7 @@ from bonsai_image import published
 from bonsai_image.__main__ import main
 name, size, sha256 = sys.argv[-3:]
 files = (published.File(name, int(size), sha256 or None),)
-published.REPOSITORIES["ternary", "mlx"] = published.Repository("prism-ml/{NAME}", {COMMIT!r}, files)
+published.RELEASES["ternary", "mlx"] = published.Release("prism-ml/{NAME}", {COMMIT!r}, files)
 del sys.argv[-3:]
 sys.exit(main())
 """
@@ -155,7 +155,7 @@ def test_a_repository_arrives_whole_without_an_account(hub, tmp_path):
 def test_by_default_it_takes_the_published_revision(hub, tmp_path, sha256):
     done = run(hub, home=tmp_path, revision=None)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
-    assert f"has no revision {REPOSITORIES['ternary', 'mlx'].commit}; use --revision main" in done.stderr
+    assert f"has no revision {RELEASES['ternary', 'mlx'].commit}; use --revision main" in done.stderr
     done = run(hub, LARGE, "16000000", sha256, home=tmp_path, command=("-c", PUBLISHED), revision=None)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "models" / NAME / "bonsai-download.json").read_text())
@@ -230,7 +230,7 @@ def test_an_error_without_a_message_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(download.HfApi, "model_info", Mock(side_effect=TimeoutError))
     with pytest.raises(ValueError, match=r"stopped \(TimeoutError\); whole files are kept"):
-        download.download(REPOSITORIES["ternary", "mlx"], None, tmp_path)
+        download.download(RELEASES["ternary", "mlx"], None, tmp_path)
 
 
 def test_a_target_that_is_no_folder_is_said_before_the_network_is_used(hub, tmp_path):

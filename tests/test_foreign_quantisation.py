@@ -1,4 +1,4 @@
-"""Quantisations that ComfyUI reads itself, in the layouts of the files that Comfy-Org publishes: refused by name, with
+"""Quantizations that ComfyUI reads itself, in the layouts of the files that Comfy-Org publishes: refused by name, with
 ComfyUI's own loader as the remedy."""
 
 import json
@@ -27,7 +27,7 @@ LAYERS = {
 }
 
 
-def quantised(shapes, packed, form, prefix=""):
+def quantized(shapes, packed, form, prefix=""):
     """What such a file holds of a model of these shapes, ones."""
     dtype, per_column, beside = LAYERS[form]
     tensors = {}
@@ -51,7 +51,7 @@ def quantised(shapes, packed, form, prefix=""):
     (load_transformer, comfyui_shapes(_KLEIN), is_packable, "model.diffusion_model.", "Load Diffusion Model"),
 ], ids=["text encoder", "diffusion model", "checkpoint"])
 def test_comfyuis_own_loader_is_named(load, shapes, packed, prefix, loader, form, tmp_path):
-    save_file(quantised(shapes, packed, form, prefix), tmp_path / "model.safetensors")
+    save_file(quantized(shapes, packed, form, prefix), tmp_path / "model.safetensors")
     said = refusal(load, tmp_path / "model.safetensors")
     stored = LAYERS[form][0]
     assert f"load it with {loader}" in said or loader in said

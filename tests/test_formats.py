@@ -8,7 +8,7 @@ import torch
 
 from bonsai_image.loaders import load_text_encoder, load_transformer, names, save_transformer
 from bonsai_image.loaders.formats import gemlite, mlx
-from bonsai_image.ops.packed import equal, is_packed, packed_weight, parts
+from bonsai_image.ops.packed import equal, is_packed, packed_weight, unwrap
 from bonsai_image.tests.support import model_files
 from bonsai_image.tests.support.reference import dense64
 
@@ -34,7 +34,7 @@ def test_scales_keep_the_dtype_that_holds_them(small):
     """GemLite's float32 tables hold BF16 numbers, and are kept as such."""
     for kind in FORMATS:
         tensors = load_transformer(getattr(small, kind)).tensors
-        assert {parts(t).scale.dtype for t in tensors.values() if is_packed(t)} == {torch.bfloat16}, kind
+        assert {unwrap(t).scale.dtype for t in tensors.values() if is_packed(t)} == {torch.bfloat16}, kind
 
 
 def test_gemlite_writes_what_we_write(small):
@@ -129,7 +129,7 @@ def test_dense_weights_that_do_not_say_their_codes(small, tmp_path):
     """A group of zeros, and a negative scale: lossless in any format, but another code in a dense one."""
     model = load_transformer(small.mlx)
     name, weight = next((name, tensor) for name, tensor in model.tensors.items() if is_packed(tensor))
-    codes, scale = parts(weight).codes.clone(), parts(weight).scale.clone()
+    codes, scale = unwrap(weight).codes.clone(), unwrap(weight).scale.clone()
     if small.bits == 2:
         codes[0, :32] = 0b01010101
     scale[1, 0] *= -1
@@ -155,7 +155,7 @@ def test_mlx_text_encoder(tmp_path):
 
 
 def test_hqq_text_encoder(tmp_path):
-    """Equal to hqq's own dequantisation, bit for bit in the dtype hqq computes in."""
+    """Equal to hqq's own dequantization, bit for bit in the dtype hqq computes in."""
     model = model_files.write_hqq_text_encoder(tmp_path / "encoder")
     loaded = load_text_encoder(tmp_path / "encoder")
     assert loaded.format == "hqq"
@@ -163,7 +163,7 @@ def test_hqq_text_encoder(tmp_path):
     assert len(packed) == 7 * model_files.TEXT["num_hidden_layers"]
     for name, tensor in packed.items():
         theirs = model.get_submodule(name.removesuffix(".weight")).dequantize()
-        params = parts(tensor)
+        params = unwrap(tensor)
         codes = (dense64(tensor) / params.scale.double().repeat_interleave(64, 1)
                  + params.shift.double().repeat_interleave(64, 1)).round().half()
         half = (codes - params.shift.repeat_interleave(64, 1)) * params.scale.repeat_interleave(64, 1)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from bonsai_image.published import REPOSITORIES
+from bonsai_image.published import RELEASES
 from bonsai_image.tests.support import published_files
 
 CODE = """
@@ -33,7 +33,7 @@ WRITERS = {
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
 @pytest.mark.parametrize(("variant", "kind"), WRITERS, ids=[f"{variant}-{kind}" for variant, kind in WRITERS])
 def test_inspect_has_no_complaint(variant, kind, tmp_path):
-    repository = REPOSITORIES[variant, kind]
+    repository = RELEASES[variant, kind]
     path = WRITERS[variant, kind](tmp_path / repository.id)
     for file in repository.files:
         assert (path / file.path).stat().st_size == file.size, file.path

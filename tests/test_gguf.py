@@ -15,7 +15,7 @@ import torch
 from bonsai_image.loaders import gguf, load_transformer, save_transformer
 from bonsai_image.loaders.formats import gguf as formats_gguf
 from bonsai_image.loaders.names import to_comfyui, to_diffusers
-from bonsai_image.ops.packed import equal, is_packed, parts
+from bonsai_image.ops.packed import equal, is_packed, unwrap
 from bonsai_image.standalone.cli import main
 from bonsai_image.tests.support import model_files
 from bonsai_image.tests.support.ggml import Ggml
@@ -120,7 +120,7 @@ def ptq1_0(block: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize("small_model", [2], indirect=True)
 def test_layout_of_ptq1_0(small_model, tmp_path):
-    """28 bytes for 128 weights, the scale last. Every byte of base 3 that PrismML's quantiser writes comes back."""
+    """28 bytes for 128 weights, the scale last. Every byte of base 3 that PrismML's quantizer writes comes back."""
     save_transformer(small_model.loaded, tmp_path / "model.gguf", "gguf-ptq1_0")
     contents, expected = gguf.read_header(tmp_path / "model.gguf"), small_model.dense[QKV].numpy()
     data = np.fromfile(tmp_path / "model.gguf", np.uint8, offset=contents.start + contents.entries[QKV].offset)
@@ -170,7 +170,7 @@ def test_what_other_programs_read(name, key, said, tmp_path):
 
 @pytest.mark.parametrize("small_model", [1, 2], ids=["Q1_0", "Q2_0"], indirect=True)
 def test_ggml_reads_it(small_model, tmp_path):
-    """ggml finds every tensor and dequantises it to the values of the published weights."""
+    """ggml finds every tensor and dequantizes it to the values of the published weights."""
     save_transformer(small_model.loaded, tmp_path / "model.gguf", "gguf")
     read = Ggml.find_or_skip().read(tmp_path / "model.gguf")
     assert read.keys() == {stored(name) for name in small_model.dense}
@@ -191,7 +191,7 @@ def test_package_reads_it(models, tmp_path):
 def test_package_wrote_it(models, prefix, tmp_path, caplog):
     dense = models[1].dense
     model = load_transformer(community_file(tmp_path / "model.gguf", dense, prefix))
-    assert model.variant == "binary" and parts(model.tensors[QKV]).scale.dtype == torch.bfloat16
+    assert model.variant == "binary" and unwrap(model.tensors[QKV]).scale.dtype == torch.bfloat16
     assert "Q8_0" in caplog.text and "not the published BF16" in caplog.text
     for name, tensor in dense.items():
         expected = tensor
@@ -207,7 +207,7 @@ def test_diffusers_names(models, tmp_path):
     model = models[2].loaded
     tensors = to_diffusers(model.tensors)
     blocks = {}
-    for name, weight in ((name, parts(tensor)) for name, tensor in tensors.items() if is_packed(tensor)):
+    for name, weight in ((name, unwrap(tensor)) for name, tensor in tensors.items() if is_packed(tensor)):
         scale = weight.scale.half().repeat_interleave(2, dim=1)[..., None].view(torch.uint8)
         blocks[name] = torch.cat((scale, weight.codes.view(weight.n, -1, 16)), dim=-1)
     entries = gguf.layout({name: (gguf.Q2_0 if name in blocks else gguf.BF16, tuple(tensor.shape))
@@ -228,8 +228,8 @@ def test_scales_stay_exact(models, tmp_path):
     data[start : start + 2] = struct.pack("<e", 0.1)
     path.write_bytes(data)
     tensors = load_transformer(path).tensors
-    assert {parts(tensor).scale.dtype for tensor in tensors.values() if is_packed(tensor)} == {torch.float16}
-    params = parts(tensors[QKV])
+    assert {unwrap(tensor).scale.dtype for tensor in tensors.values() if is_packed(tensor)} == {torch.float16}
+    params = unwrap(tensors[QKV])
     assert params.group == 64 and params.scale[0, 0] == torch.tensor(0.1, dtype=torch.float16)
     save_transformer(load_transformer(path), tmp_path / "again.gguf", "gguf")
     assert gguf.read(tmp_path / "again.gguf")[0][QKV].equal(gguf.read(path)[0][QKV])
@@ -255,7 +255,7 @@ def test_command_line(models, tmp_path, capsys):
 def test_not_writable_exactly(models, tmp_path):
     """A scale outside FP16 is refused, not rounded."""
     model = models[1].loaded
-    scale = next(parts(tensor) for tensor in model.tensors.values() if is_packed(tensor)).scale
+    scale = next(unwrap(tensor) for tensor in model.tensors.values() if is_packed(tensor)).scale
     before = scale[0, 0].clone()
     scale[0, 0] = 2.0**-30
     try:

@@ -129,7 +129,7 @@ OBJECTS = {
     "none": lambda: None, "number": lambda: 7, "empty": dict, "integer-keys": lambda: {1: torch.ones(2)},
     "text": lambda: {KEY: "text"}, "nested": lambda: {KEY: {KEY: {KEY: torch.ones(2)}}},
     "sparse": lambda: {KEY: torch.eye(4).to_sparse()},
-    "quantised": lambda: {KEY: torch.quantize_per_tensor(torch.ones(4), 1.0, 0, torch.qint8)},
+    "quantized": lambda: {KEY: torch.quantize_per_tensor(torch.ones(4), 1.0, 0, torch.qint8)},
     "meta": lambda: {KEY: torch.empty(4, 4, device="meta")},
     "memory-bomb": lambda: {KEY: torch.ones(1).expand(10**6, 10**6)},
     "memory-bomb-in-hqq": lambda: {"model.layers.0.self_attn.q_norm": {"weight": torch.ones(1).expand(10**6, 10**6)},

@@ -11,7 +11,7 @@ import torch
 from bonsai_image.ops import Setting, backends
 from bonsai_image.ops.backends import torch_backend
 from bonsai_image.ops.linear import PackedEmbedding, PackedLinear, linear
-from bonsai_image.ops.packed import PackedLayout, packed_nbytes, parts
+from bonsai_image.ops.packed import PackedLayout, packed_nbytes, unwrap
 from bonsai_image.tests.support.reference import dense64, random_weight, relative
 
 CASES = [(1, "symmetric", 128), (2, "symmetric", 128), (2, "symmetric", 32), (1, "symmetric", 64), (4, "symmetric", 64),
@@ -89,7 +89,7 @@ def test_module_holds_nothing_until_loaded_and_then_no_copy():
     assert module.weight is None and not list(module.parameters())
     weight = random_weight(2, "symmetric", 24, 256, 128)
     module.load_state_dict({"weight": weight})
-    pairs = list(zip(parts(module.weight)[:2], parts(weight)[:2], strict=True))
+    pairs = list(zip(unwrap(module.weight)[:2], unwrap(weight)[:2], strict=True))
     assert all(held.data_ptr() == given.data_ptr() for held, given in pairs)
 
 
@@ -128,7 +128,7 @@ def test_dense_weights_work_too():
 
 
 @pytest.mark.parametrize(("bits", "form", "group"), CASES)
-def test_embedding_dequantises_the_rows_asked_for(bits, form, group):
+def test_embedding_dequantizes_the_rows_asked_for(bits, form, group):
     table = random_weight(bits, form, 50, 256, group)
     module = PackedEmbedding(50, 256)
     module.load_state_dict({"weight": table.to(dtype=torch.float64)})
@@ -182,7 +182,7 @@ def test_a_layer_that_ran_in_inference_mode_is_moved_outside_and_runs_again():
 
 
 def test_calling_the_module_runs_the_kernel(monkeypatch):
-    """Not the silent fallback of QuantizedTensor, which would dequantise the whole weight."""
+    """Not the silent fallback of QuantizedTensor, which would dequantize the whole weight."""
     calls = []
     original = torch_backend.multiply
     monkeypatch.setattr(backends, "BACKENDS", (torch_backend,))

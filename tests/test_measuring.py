@@ -7,11 +7,11 @@ import torch
 
 from bonsai_image.ops import backends
 from bonsai_image.ops.backends import Setting, cpu_backend, measuring, selfcheck, torch_backend
-from bonsai_image.ops.packed import parts
+from bonsai_image.ops.packed import unwrap
 from bonsai_image.tests.support.reference import random_weight
 
 CPU = torch.device("cpu")
-TERNARY = parts(random_weight(2, "symmetric", 192, 256, 128))
+TERNARY = unwrap(random_weight(2, "symmetric", 192, 256, 128))
 KIND = selfcheck.kind(TERNARY, torch.float32)
 
 pytestmark = pytest.mark.usefixtures("fresh_backends")

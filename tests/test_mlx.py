@@ -14,7 +14,7 @@ from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.miniature import demo
 from bonsai_image.ops import Setting, backends, linear
 from bonsai_image.ops.backends import choose
-from bonsai_image.ops.packed import is_packed, packed_nbytes, packed_weight, parts
+from bonsai_image.ops.packed import is_packed, packed_nbytes, packed_weight, unwrap
 from bonsai_image.standalone import models
 from bonsai_image.standalone.generate import Compute, complete_repository, generate
 from bonsai_image.standalone.models import MlxTransformer, transformer_module
@@ -37,7 +37,7 @@ TINY = KleinConfig(num_attention_heads=1, joint_attention_dim=64, in_channels=16
 @pytest.fixture(autouse=True)
 def mlx_is_used():
     """Without this, a defect that the self-check finds would let torch pass every test in MLX's stead."""
-    weight = parts(random_weight(2, "symmetric", 64, 256, 128))
+    weight = unwrap(random_weight(2, "symmetric", 64, 256, 128))
     assert choose(MLX, CPU, 4608, weight, torch.float32).backend.NAME == "mlx"
 
 
@@ -85,7 +85,7 @@ def test_linear_equals_the_reference(bits, form, group, shape):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_stay_in_their_dtype(dtype):
     weight, x = random_weight(2, "symmetric", 320, 512, 128), torch.randn(3, 512).to(dtype)
-    (packed,) = mlx_arrays.weight_arrays([parts(weight)], dtype)
+    (packed,) = mlx_arrays.weight_arrays([unwrap(weight)], dtype)
     (rows,) = mlx_arrays.to_mlx([x])
     # Scales in another dtype than the activations would silently give float32.
     assert mlx_arrays.product(rows, packed).dtype == rows.dtype == mlx_arrays.DTYPES[dtype]
@@ -94,8 +94,8 @@ def test_half_types_stay_in_their_dtype(dtype):
 
 def test_words_are_the_canonical_codes():
     weight = random_weight(2, "symmetric", 320, 512, 128)
-    (packed,) = mlx_arrays.weight_arrays([parts(weight)], torch.float32)
-    assert np.array_equal(np.array(packed.words).view(np.uint8), parts(weight).codes.numpy())
+    (packed,) = mlx_arrays.weight_arrays([unwrap(weight)], torch.float32)
+    assert np.array_equal(np.array(packed.words).view(np.uint8), unwrap(weight).codes.numpy())
 
 
 @pytest.fixture
@@ -180,8 +180,8 @@ def test_the_embedded_host_uses_it_where_every_layer_can():
     assert isinstance(transformer_module(loaded, CPU, torch.float32, MLX), MlxTransformer)
     name = "transformer_blocks.0.attn.to_q.weight"
     weight = loaded.tensors[name]
-    loaded.tensors[name] = packed_weight(parts(weight).codes, parts(weight).scale, 2, "zeropoint",
-                                         torch.ones_like(parts(weight).scale))
+    loaded.tensors[name] = packed_weight(unwrap(weight).codes, unwrap(weight).scale, 2, "zeropoint",
+                                         torch.ones_like(unwrap(weight).scale))
     mixed = transformer_module(loaded, CPU, torch.float32, MLX)
     assert not isinstance(mixed, MlxTransformer)
     arguments = inputs(TINY, 1, 2, 3)
@@ -202,7 +202,7 @@ def test_float16_overflow_is_clamped():
     loaded, arguments = model(TINY, 2), inputs(TINY, 1, 2, 2)
     name = "single_transformer_blocks.0.attn.to_out.weight"
     weight = loaded.tensors[name]
-    loaded.tensors[name] = packed_weight(parts(weight).codes, parts(weight).scale * 60000, 2)
+    loaded.tensors[name] = packed_weight(unwrap(weight).codes, unwrap(weight).scale * 60000, 2)
     arguments = {key: value.half() if value.is_floating_point() else value for key, value in arguments.items()}
     result = MlxTransformer(loaded, CPU, torch.float16)(**arguments)[0]
     assert result.dtype == torch.float16 and bool(result.isfinite().all())

@@ -63,7 +63,7 @@ def test_every_block_linear_stays_packed(small):
 
 @pytest.mark.parametrize("kind", ["mlx", "hqq", "dense"])
 def test_text_encoder_equals_transformers(tmp_path, kind):
-    """The hidden states FLUX.2 Klein taps, from the same (dequantised) weights in transformers' own module."""
+    """The hidden states FLUX.2 Klein taps, from the same (dequantized) weights in transformers' own module."""
     model = model_files.text_model()
     if kind == "mlx":
         model_files.write_mlx_text_encoder(model, tmp_path / "encoder")

@@ -7,7 +7,7 @@ import torch
 
 from bonsai_image.loaders import ModelFileError, klein, names
 from bonsai_image.loaders.klein import comfyui_shapes, diffusers_shapes
-from bonsai_image.ops.packed import equal, is_packed, packed_weight, parts
+from bonsai_image.ops.packed import equal, is_packed, packed_weight, unwrap
 from bonsai_image.tests.support.random_model import random_transformer
 from bonsai_image.tests.support.reference import dense64
 from bonsai_image.tests.support.sound_files import KLEIN
@@ -67,18 +67,18 @@ def test_shift_and_scale_of_the_final_modulation_change_places(diffusers):
 
 def test_q_k_and_v_are_joined_in_order_and_stay_packed(diffusers):
     joined = names.to_comfyui(diffusers)[QKV]
-    assert is_packed(joined) and parts(joined).bits == 2
+    assert is_packed(joined) and unwrap(joined).bits == 2
     assert torch.equal(dense64(joined), torch.cat([dense64(diffusers[name]) for name in (Q, K, V)]))
     split = names.to_diffusers(names.to_comfyui(diffusers))
     assert all(is_packed(split[name]) and equal(split[name], diffusers[name]) for name in (Q, K, V))
-    assert parts(split[K]).codes.untyped_storage().data_ptr() == parts(split[Q]).codes.untyped_storage().data_ptr()
+    assert unwrap(split[K]).codes.untyped_storage().data_ptr() == unwrap(split[Q]).codes.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("form", ["affine", "zeropoint"])
 def test_shifts_are_joined_and_split(form, diffusers):
     weight = packed_weight(CODES, SCALE, 4, form, SHIFT, torch.float32)
     joined = names.to_comfyui({**diffusers, Q: weight, K: weight, V: weight})
-    assert torch.equal(parts(joined[QKV]).shift, torch.cat([SHIFT] * 3))
+    assert torch.equal(unwrap(joined[QKV]).shift, torch.cat([SHIFT] * 3))
     assert equal(names.to_diffusers(joined)[V], weight)
 
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from bonsai_image.loaders import formats, load_transformer, targets
 from bonsai_image.loaders.formats.interface import Format, Writer
-from bonsai_image.ops.packed import is_packed, packed_weight, parts, unpack_codes
+from bonsai_image.ops.packed import is_packed, packed_weight, unpack_codes, unwrap
 from bonsai_image.tests.support.command_line import BINARY, run
 
 
@@ -39,7 +39,7 @@ def write(path, tensors, config, about):
         if not is_packed(tensor):
             arrays[name] = tensor.float().numpy()
             continue
-        packed = parts(tensor)
+        packed = unwrap(tensor)
         if (packed.bits, packed.form) != (2, "symmetric"):
             raise ValueError(f"{name}: toys are ternary, not {about.variant}")
         arrays |= {name: unpack_codes(packed.codes, 2).numpy(), f"{name}.scale": packed.scale.float().numpy()}

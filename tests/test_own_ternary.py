@@ -12,7 +12,7 @@ from bonsai_image.loaders import ModelFileError, klein, load_transformer, save_t
 from bonsai_image.loaders.formats.comfy import metadata
 from bonsai_image.loaders.formats.interface import About
 from bonsai_image.loaders.names import to_comfyui, to_diffusers
-from bonsai_image.ops.packed import equal, is_packed, parts
+from bonsai_image.ops.packed import equal, is_packed, unwrap
 from bonsai_image.tests.support import model_files
 from bonsai_image.tests.support.reference import dense64
 
@@ -33,7 +33,7 @@ def written(model, layout, root):
 
 
 def packed(tensors):
-    return {name: parts(tensor) for name, tensor in tensors.items() if is_packed(tensor)}
+    return {name: unwrap(tensor) for name, tensor in tensors.items() if is_packed(tensor)}
 
 
 @pytest.mark.parametrize(("bits", "group", "dtype", "layout"), [
@@ -66,7 +66,7 @@ def test_one_group_for_all_layers(tmp_path):
     for target, name in (("mlx", "mlx"), ("gguf", "model.gguf")):
         save_transformer(loaded, tmp_path / name, target)
         again = to_diffusers(load_transformer(tmp_path / name).tensors)
-        assert torch.equal(dense64(again[Q]), model.get_parameter(Q).double()) and parts(again[Q]).group == 64
+        assert torch.equal(dense64(again[Q]), model.get_parameter(Q).double()) and unwrap(again[Q]).group == 64
     assert json.loads((tmp_path / "mlx" / "quantization_config.json").read_text())["group_size"] == 64
     with pytest.raises(ModelFileError, match="GGUF has no 2-bit symmetric weights in groups of 64; choose another fo"):
         save_transformer(loaded, tmp_path / "pq.gguf", "gguf-pq2_0")

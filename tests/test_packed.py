@@ -20,9 +20,9 @@ from bonsai_image.ops.packed import (
     pack_codes,
     packed_nbytes,
     packed_weight,
-    parts,
     rewrap,
     unpack_codes,
+    unwrap,
 )
 from bonsai_image.tests.support.reference import dense64, random_weight
 
@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_refused(words, said):
 def test_shape_group_and_bytes():
     weight = random_weight(4, "affine", 6, 256, 64)
     assert is_packed(weight) and weight.shape == (6, 256) and weight.dtype == torch.bfloat16
-    packed = parts(weight)
+    packed = unwrap(weight)
     assert (packed.n, packed.k, packed.group) == (6, 256, 64)
     assert packed_nbytes(weight) == 6 * 128 + 2 * 6 * 4 * 2
 
@@ -96,10 +96,10 @@ def test_codes_that_do_not_fit_are_refused(values, bits, said):
 @settings(max_examples=30)
 @given(BITS, st.sampled_from(["symmetric", "affine", "zeropoint"]), st.sampled_from([8, 32, 128]),
        st.integers(0, 2**31 - 1))
-def test_dequantisation_follows_its_definition(bits, form, group, seed):
+def test_dequantization_follows_its_definition(bits, form, group, seed):
     weight = random_weight(bits, form, 5, 256, group, torch.float32, seed)
     exact = dense64(weight)
-    assert torch.equal(dequantize(parts(weight), torch.float64), exact)
+    assert torch.equal(dequantize(unwrap(weight), torch.float64), exact)
     assert torch.equal(weight.dequantize(), exact.float()) or form != "symmetric"
     assert float((weight.dequantize().double() - exact).abs().max()) <= 2**-22 * float(exact.abs().max())
 
@@ -108,18 +108,18 @@ def test_dequantisation_follows_its_definition(bits, form, group, seed):
 @pytest.mark.parametrize(("bits", "form"), [(4, "symmetric"), (4, "affine"), (4, "zeropoint")])
 def test_other_forms_are_computed_in_float32_and_rounded_once(bits, form, dtype):
     weight = random_weight(bits, form, 32, 256, 64, torch.float32)
-    assert torch.equal(dequantize(parts(weight), dtype), dequantize(parts(weight), torch.float32).to(dtype))
+    assert torch.equal(dequantize(unwrap(weight), dtype), dequantize(unwrap(weight), torch.float32).to(dtype))
 
 
 def test_equal_sees_every_difference():
     a, b = (random_weight(2, "affine", 4, 256, 128) for _ in range(2))
-    assert equal(a, b) and equal(a, rewrap(parts(b)._replace(scale=parts(b).scale.double()), torch.float16))
-    parts(b).codes[1, 5] ^= 1
+    assert equal(a, b) and equal(a, rewrap(unwrap(b)._replace(scale=unwrap(b).scale.double()), torch.float16))
+    unwrap(b).codes[1, 5] ^= 1
     assert not equal(a, b)
     b = random_weight(2, "affine", 4, 256, 128)
-    parts(b).shift[3, 1] += 1
+    unwrap(b).shift[3, 1] += 1
     assert not equal(a, b)
-    assert not equal(a, rewrap(parts(a)._replace(form="zeropoint"), a.dtype))
+    assert not equal(a, rewrap(unwrap(a)._replace(form="zeropoint"), a.dtype))
     assert not equal(a, a[:3])
 
 
@@ -170,7 +170,7 @@ def test_rows_of_a_weight_made_elsewhere_stay_packed(name):
 
 def test_slices_are_views():
     weight = held()
-    assert parts(weight[2:]).codes.data_ptr() == parts(weight).codes[2:].data_ptr()
+    assert unwrap(weight[2:]).codes.data_ptr() == unwrap(weight).codes[2:].data_ptr()
 
 
 @pytest.mark.parametrize("change", [
@@ -235,7 +235,7 @@ def test_weights_and_layers_survive_copies(bits, form, duplicate):
     bare, (linear, table) = duplicate(weight), duplicate(torch.nn.ModuleList([linear, table]))
     for made in (bare, linear.weight, table.weight):
         assert is_packed(made) and equal(made, weight) and made.dtype == weight.dtype
-        assert parts(made).codes.data_ptr() != parts(weight).codes.data_ptr()
+        assert unwrap(made).codes.data_ptr() != unwrap(weight).codes.data_ptr()
         assert isinstance(made, torch.nn.Parameter) == (made is not bare)
     with torch.inference_mode(False):
         linear.to("cpu").to(torch.float16)

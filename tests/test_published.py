@@ -20,9 +20,9 @@ NAME = "transformer-packed-mflux/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    repository = published.Repository("prism-ml/bonsai-x", "0123456789abcdef", (
+    repository = published.Release("prism-ml/bonsai-x", "0123456789abcdef", (
         published.File(NAME, len(CONTENT), hashlib.sha256(CONTENT).hexdigest()), published.File("vae/a.pt", 3)))
-    monkeypatch.setattr(published, "REPOSITORIES", {("ternary", "mlx"): repository})
+    monkeypatch.setattr(published, "RELEASES", {("ternary", "mlx"): repository})
     path = tmp_path / "models--prism-ml--bonsai-x" / "snapshots" / "abc" / NAME
     path.parent.mkdir(parents=True)
     path.write_bytes(CONTENT)
@@ -57,10 +57,10 @@ def test_a_file_of_ones_own(file, tmp_path):
 
 
 def test_what_is_known_is_whole():
-    sizes = {(file.path.split("/")[-2], file.size) for repository in published.REPOSITORIES.values()
+    sizes = {(file.path.split("/")[-2], file.size) for repository in published.RELEASES.values()
              for file in repository.files}
     assert len({size for _, size in sizes}) == len(sizes), "a size names one file"
-    for repository in published.REPOSITORIES.values():
+    for repository in published.RELEASES.values():
         assert repository.commit is None or re.fullmatch("[0-9a-f]{40}", repository.commit)
         assert all(file.sha256 is None or re.fullmatch("[0-9a-f]{64}", file.sha256) for file in repository.files)
 
@@ -69,7 +69,7 @@ def test_what_is_known_is_whole():
 def test_a_diffusion_model_is_by_default_that_of_the_release(variant, bits, tmp_path):
     shapes = mlx(diffusers_shapes(KleinConfig()), bits, 128, lambda name, _: is_packable(name))
     write_sparse(tmp_path / "model.safetensors", shapes)
-    assert (tmp_path / "model.safetensors").stat().st_size == published.REPOSITORIES[variant, "mlx"].files[0].size
+    assert (tmp_path / "model.safetensors").stat().st_size == published.RELEASES[variant, "mlx"].files[0].size
 
 
 def test_a_text_encoder_is_by_default_that_of_the_release():

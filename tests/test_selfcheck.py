@@ -7,14 +7,14 @@ from bonsai_image.ops import backends, linear
 from bonsai_image.ops.backends import AUTO, Choice, Setting, measuring, selfcheck, torch_backend
 from bonsai_image.ops.backends.libraries import Library
 from bonsai_image.ops.linear import PackedLinear
-from bonsai_image.ops.packed import parts
+from bonsai_image.ops.packed import unwrap
 from bonsai_image.standalone import doctor
 from bonsai_image.standalone.generate import Compute, complete_repository, generate
 from bonsai_image.tests.support.reference import dense64, random_weight, relative
 
 CPU = torch.device("cpu")
-TERNARY = parts(random_weight(2, "symmetric", 192, 256, 128))
-AFFINE = parts(random_weight(4, "affine", 192, 256, 64))
+TERNARY = unwrap(random_weight(2, "symmetric", 192, 256, 128))
+AFFINE = unwrap(random_weight(4, "affine", 192, 256, 64))
 
 pytestmark = pytest.mark.usefixtures("fresh_backends")
 

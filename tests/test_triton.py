@@ -15,7 +15,7 @@ def cases() -> list[dict]:
     return run_lab("triton_cases.py")
 
 
-@pytest.mark.parametrize(("prefix", "count"), [("dequantise-", 73), ("exact-", 13), ("quantize-", 9),
+@pytest.mark.parametrize(("prefix", "count"), [("dequantize-", 73), ("exact-", 13), ("quantize-", 9),
                                                ("levels-", 3), ("int8-", 42), ("operator-", 11)])
 def test_kernels_agree_with_torch(cases, prefix, count):
     chosen = [case for case in cases if case["name"].startswith(prefix)]

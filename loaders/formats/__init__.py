@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ...ops.packed import is_packed, parts
+from ...ops.packed import is_packed, unwrap
 from ..check import FLOATS, check_json
 from ..errors import ModelFileError, refusing
 from ..files import TensorFile
@@ -29,7 +29,7 @@ def decode(file: TensorFile) -> tuple[str, Tensors]:
             with refusing(file.path, f"a sound {known.name} file of Bonsai Image",
                           "download it again, or choose another one", ValueError):
                 tensors = known.decode(file)
-            for bits, group in {(parts(w).bits, parts(w).group) for w in tensors.values() if is_packed(w)}:
+            for bits, group in {(unwrap(w).bits, unwrap(w).group) for w in tensors.values() if is_packed(w)}:
                 beside = file.quantization, file.config.get("quantization"), file.config.get("quantization_config")
                 for stated in beside:
                     check_json(file, stated, {"bits": bits, "group_size": group}, where="the JSON beside them")

@@ -20,7 +20,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ...ops.packed import FORMAT_NAME, Form, packed_weight, parts, tag, unpack_codes
+from ...ops.packed import FORMAT_NAME, Form, packed_weight, tag, unpack_codes, unwrap
 from .. import names
 from ..errors import ModelFileError
 from ..files import SAFETENSORS_SUFFIXES, TensorFile
@@ -74,8 +74,8 @@ def _weight(file: TensorFile, layer: str, conf: dict, codes, scale, shift) -> Qu
             raise ValueError(f"base 3 for {bits}-bit {form} weights, or outside a single safetensors file")
         codes = from_base3(_read_once(file, layer, codes), scale.shape[1] * group)
     weight = packed_weight(codes, scale, bits, cast(Form, form), shift, dtype=scale.dtype)
-    if parts(weight).group != group:
-        raise ValueError(f"groups of {parts(weight).group}")
+    if unwrap(weight).group != group:
+        raise ValueError(f"groups of {unwrap(weight).group}")
     return weight
 
 
@@ -90,7 +90,7 @@ def _read_once(file: TensorFile, layer: str, codes: torch.Tensor) -> torch.Tenso
 def encode(tensors: Tensors, base3: bool = False) -> Tensors:
     """ComfyUI-named canonical tensors -> those of our file. Raises ValueError where base 3 does not apply."""
     def one(weight: QuantizedTensor) -> Tensors:
-        packed = parts(weight).contiguous()
+        packed = unwrap(weight).contiguous()
         if base3 and (packed.bits, packed.form) != (2, "symmetric"):
             raise ValueError(f"base 3 stores ternary weights, not {packed.bits}-bit {packed.form} ones")
         result = {"weight": to_base3(packed.codes) if base3 else packed.codes, "weight_scale": packed.scale,

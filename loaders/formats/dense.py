@@ -13,7 +13,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from safetensors.torch import save_file
 
-from ...ops.packed import dequantize, is_packed, pack_codes, packed_weight, parts
+from ...ops.packed import dequantize, is_packed, pack_codes, packed_weight, unwrap
 from .. import klein, names
 from ..check import FLOATS
 from ..errors import refusing
@@ -60,7 +60,7 @@ def expand(tensor: torch.Tensor) -> torch.Tensor:
     """
     if not is_packed(tensor):
         return tensor.contiguous()
-    packed = parts(tensor)
+    packed = unwrap(tensor)
     if packed.form != "symmetric" or packed.bits > 2:
         raise ValueError(f"{packed.bits}-bit {packed.form} weights cannot be expanded without rounding")
     return dequantize(packed, packed.scale.dtype)

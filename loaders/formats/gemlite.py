@@ -18,7 +18,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...ops.backends.gemlite_backend import DTYPES, METADATA, MODES, metadata_fields
-from ...ops.packed import packed_weight, parts
+from ...ops.packed import packed_weight, unwrap
 from ..check import check_scales
 from ..files import TensorFile, write_json
 from ..klein import KleinConfig
@@ -62,7 +62,7 @@ def _weight(_layer: str, w_q: torch.Tensor, scales: torch.Tensor, zeros: torch.T
     weight = (from_affine(from_w_q(w_q), scale, shift, bits) if form == "affine" else
               packed_weight(from_w_q(w_q), scale, bits, form, shift, dtype=scale.dtype))
     stated = (orig_shape.tolist(), meta["group_size"], meta["elements_per_sample"], meta["unpack_mask"])
-    if stated != (list(weight.shape), parts(weight).group, w_q.element_size() * 8 // bits, 2**bits - 1):
+    if stated != (list(weight.shape), unwrap(weight).group, w_q.element_size() * 8 // bits, 2**bits - 1):
         raise ValueError(f"W_q {tuple(w_q.shape)} and scales {tuple(scales.shape)}, where the metadata say "
                          f"{stated[0]} at {bits} bits in groups of {stated[1]}")
     return weight
@@ -88,7 +88,7 @@ def encode(tensors: Tensors) -> Tensors:
 
 
 def _encode(weight: QuantizedTensor) -> Tensors:
-    packed = parts(weight)
+    packed = unwrap(weight)
     scales, zeros = (packed.scale, packed.shift) if packed.shift is not None else to_affine(packed)
     mode = MODES["affine" if packed.form == "symmetric" else packed.form]
     return {

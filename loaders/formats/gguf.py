@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from ...ops.packed import Packed, is_packed, pack_codes, packed_weight, parts, unpack_codes
+from ...ops.packed import Packed, is_packed, pack_codes, packed_weight, unpack_codes, unwrap
 from .. import gguf, klein, names
 from ..errors import ModelFileError
 from ..files import TensorFile
@@ -117,7 +117,7 @@ def write(path: Path, tensors: Tensors, config: KleinConfig, about: About, terna
     tensors, (size, terms) = names.to_comfyui(tensors), config.published
     entries = gguf.layout({re.sub(r"_norm\.weight$", "_norm.scale", name): (_type(name, tensor, ternary), tensor.shape)
                            for name, tensor in tensors.items()})
-    data = (_pack(parts(tensor), entry.type) if entry.type.bits else tensor
+    data = (_pack(unwrap(tensor), entry.type) if entry.type.bits else tensor
             for tensor, entry in zip(tensors.values(), entries.values(), strict=True))
     gguf.write(path, entries, data, {
         # What ComfyUI-GGUF calls it; stable-diffusion.cpp tells FLUX.2 Klein by its tensors.
@@ -133,7 +133,7 @@ def _type(name: str, tensor: torch.Tensor, ternary: gguf.Type) -> gguf.Type:
     """The type that holds ``tensor`` exactly. Raises ValueError if none does."""
     if not is_packed(tensor):
         return next(kind for kind in (gguf.BF16, gguf.F16, gguf.F32) if kind.dtype == tensor.dtype)
-    packed = parts(tensor)
+    packed = unwrap(tensor)
     kind = {1: gguf.Q1_0, 2: ternary}.get(packed.bits)
     if kind is None or packed.form != "symmetric" or packed.group % kind.weights:
         raise ValueError(f"{name}: GGUF has no {packed.bits}-bit {packed.form} weights in groups of {packed.group}")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ...ops.packed import LEVELS, Packed, is_packed, packed_weight, parts
+from ...ops.packed import LEVELS, Packed, is_packed, packed_weight, unwrap
 from ..files import Reader, TensorFile, write_json
 from ..klein import KleinConfig
 from ..qwen3 import is_qwen3
@@ -128,5 +128,5 @@ def make_folder(path: Path, config: KleinConfig, tensors: Tensors | None = None,
     path.mkdir()
     write_json(path / "config.json", {"_class_name": "Flux2Transformer2DModel", **config.diffusers()})
     if tensors is not None:
-        packed = next(parts(tensor) for tensor in tensors.values() if is_packed(tensor))
+        packed = next(unwrap(tensor) for tensor in tensors.values() if is_packed(tensor))
         write_json(path / "quantization_config.json", {"bits": packed.bits, "group_size": packed.group, **more})

@@ -13,7 +13,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from safetensors.torch import save_file
 
-from ...ops.packed import parts
+from ...ops.packed import unwrap
 from .. import klein, qwen3
 from ..check import check_scales
 from ..files import TensorFile
@@ -71,7 +71,7 @@ def encode(tensors: Tensors) -> Tensors:
 
 
 def _encode(weight: QuantizedTensor) -> Tensors:
-    packed = parts(weight)
+    packed = unwrap(weight)
     scales, biases = to_affine(packed)
     return {"weight": to_words(packed.codes), "scales": scales.contiguous(), "biases": biases.contiguous()}
 

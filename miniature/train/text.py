@@ -12,7 +12,7 @@ from transformers import Qwen3Config as Qwen3Arguments
 
 from bonsai_image.loaders.qwen3 import TAPPED_LAYERS, Qwen3Config
 from bonsai_image.miniature.train.training import train
-from bonsai_image.ops.packed import dequantize, pack_codes, packed_weight, parts
+from bonsai_image.ops.packed import dequantize, pack_codes, packed_weight, unwrap
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 TEMPLATE = (
@@ -91,7 +91,7 @@ def train_text_encoder(folder: Path, tokenizer: Qwen2Tokenizer, captions: dict[s
     return reader.model.eval().requires_grad_(False)
 
 
-def quantised(model: Qwen3ForCausalLM) -> dict[str, torch.Tensor]:
+def quantized(model: Qwen3ForCausalLM) -> dict[str, torch.Tensor]:
     """Canonical tensors of the 4-bit encoder: MLX's affine form, groups of 64, scales and shifts in BF16.
 
     All that is written to the residual stream is divided by ``_RESIDUAL``, which every reader's norm undoes: so the
@@ -119,7 +119,7 @@ def encoder(tensors: dict[str, torch.Tensor]) -> Qwen3Model:
     dense = {}
     for name, tensor in tensors.items():
         if tensor.ndim == 2:
-            tensor = dequantize(parts(tensor), torch.float32)
+            tensor = dequantize(unwrap(tensor), torch.float32)
         dense[name.removeprefix("model.")] = tensor.float()
     model.load_state_dict(dense)
     return model.eval().requires_grad_(False)

@@ -175,7 +175,7 @@ def main() -> None:
     captions = training_captions()
     tokenizer = text.build_tokenizer(list(captions))
     language = text.train_text_encoder(args.work, tokenizer, captions, STAGES["text"])
-    packed_encoder = text.quantised(language)
+    packed_encoder = text.quantized(language)
     encoder = text.encoder(packed_encoder)
     data = prepare(args.work, vae, encoder, tokenizer)
 
@@ -184,7 +184,7 @@ def main() -> None:
     train_decoder(args.work, vae, dense, data, STAGES["decoder"])
     models = {"dense": transformer.canonical(dense, None)}
     for name, bits in (("binary", 1), ("ternary", 2)):
-        model = transformer.fake_quantise(copy.deepcopy(dense), bits)
+        model = transformer.fake_quantize(copy.deepcopy(dense), bits)
         transformer.train_transformer(args.work, name, model, data, STAGES[name], (0.01, 1e-3))
         models[name] = transformer.canonical(model, bits)
     added = lora.train_lora(args.work, model, vae, encoder, tokenizer, data["signal"], STAGES["lora"])

@@ -1,5 +1,5 @@
 """The miniature's diffusion model: FLUX.2 trained by flow matching at the noise levels that four steps visit, dense and
-with ternary or binary weights (quantisation-aware, straight-through)."""
+with ternary or binary weights (quantization-aware, straight-through)."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ _EDIT_EVERY = 4
 _REFERENCE_TIME = 10
 
 
-def quantise(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (N, K) and BF16 scales (N, K / 128) of a weight: the scale is the group's mean magnitude, a ternary level
     the nearest of -1, 0, 1, a binary one the sign."""
     grouped = weight.unflatten(1, (-1, GROUP))
@@ -36,14 +36,14 @@ def quantise(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 class FakeQuantised(torch.nn.Module):
-    """A parametrisation: the quantised weight forwards, the identity backwards."""
+    """A parametrisation: the quantized weight forwards, the identity backwards."""
 
     def __init__(self, bits: int):
         super().__init__()
         self.bits = bits
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        codes, scale = quantise(weight.detach(), self.bits)
+        codes, scale = quantize(weight.detach(), self.bits)
         levels = codes.float() * (2 if self.bits == 1 else 1) - 1
         exact = (levels.unflatten(1, (-1, GROUP)) * scale.float()[..., None]).flatten(1)
         return weight + (exact - weight.detach())
@@ -129,8 +129,8 @@ def train_transformer(folder: Path, name: str, model: Flux2Transformer2DModel, d
     train(folder, name, model, loss, steps, lr, _is_matrix)
 
 
-def fake_quantise(model: Flux2Transformer2DModel, bits: int) -> Flux2Transformer2DModel:
-    """Make every linear that Bonsai packs compute on its quantised weight."""
+def fake_quantize(model: Flux2Transformer2DModel, bits: int) -> Flux2Transformer2DModel:
+    """Make every linear that Bonsai packs compute on its quantized weight."""
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and is_packable(f"{name}.weight"):
             parametrize.register_parametrization(module, "weight", FakeQuantised(bits))
@@ -146,7 +146,7 @@ def canonical(model: Flux2Transformer2DModel, bits: int | None) -> dict[str, tor
         if bits is None or not is_packable(name):
             result[name] = module.weight.detach().bfloat16()
         else:
-            codes, scale = quantise(module.parametrizations.weight.original.detach(), bits)
+            codes, scale = quantize(module.parametrizations.weight.original.detach(), bits)
             result[name] = packed_weight(pack_codes(codes, bits), scale, bits)
     return result
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..packed import Packed, is_packed, parts
+from ..packed import Packed, is_packed, unwrap
 from . import gemlite_backend, libraries, measuring, selfcheck, torch_backend
 from .cpu import backend as cpu_backend
 from .interface import Backend, Digits
@@ -90,7 +90,7 @@ def choices(setting: Setting, device: torch.device, tensors: Iterable[torch.Tens
     """How many of ``tensors`` are packed in so many bits and groups of so many, and what multiplies an image's
     activations of ``dtype`` with them."""
     return Counter((weight.bits, weight.group, choose(setting, device, IMAGE_ROWS, weight, dtype))
-                   for weight in map(parts, filter(is_packed, tensors)))
+                   for weight in map(unwrap, filter(is_packed, tensors)))
 
 
 def only(name: str, setting: Setting, device: torch.device, tensors: Iterable[torch.Tensor],

@@ -111,7 +111,7 @@ def test_info_names_the_published_file(repository, monkeypatch):
     file = f"{TRANSFORMER}/diffusion_pytorch_model.safetensors"
     assert "published" not in models.describe(model)
     listed = published.File(file, (repository / file).stat().st_size, "0" * 64)
-    monkeypatch.setattr(published, "REPOSITORIES", {("ternary", "mlx"): published.Repository(
+    monkeypatch.setattr(published, "RELEASES", {("ternary", "mlx"): published.Release(
         "prism-ml/bonsai-x", "0123456789abcdef", (listed,))})
     told = "published: as long as the published file of prism-ml/bonsai-x, revision 0123456789"
     assert told in models.describe(model)

@@ -18,7 +18,7 @@ from bonsai_image.miniature import demo
 from bonsai_image.miniature.train.measure import describe, held_out_scenes, score
 from bonsai_image.miniature.train.scenes import COLOURS, Scene, draw
 from bonsai_image.nodes import models as host_models
-from bonsai_image.ops import Setting, is_packed, parts
+from bonsai_image.ops import Setting, is_packed, unwrap
 from bonsai_image.standalone import models
 from bonsai_image.tests.support.miniature_in_comfyui import CPU, REPOSITORY, SIDE, STEPS, Ends, sampled
 
@@ -88,7 +88,7 @@ def test_a_reference_latent_is_edited(ends, ternary):
 
 def test_a_lora_changes_one_thing(ends, ternary):
     """Every pot turns blue; leaves and background stay; strength 0 and the MODEL itself are as before."""
-    codes = {name: parts(tensor).codes.clone() for name, tensor in ternary.model.diffusion_model.named_parameters()
+    codes = {name: unwrap(tensor).codes.clone() for name, tensor in ternary.model.diffusion_model.named_parameters()
              if is_packed(tensor)}
     scenes = [Scene("bonsai", colour, background, leaves=leaves) for colour, background, leaves in (
         ("red", "white", "green"), ("yellow", "grey", "pink"), ("green", "cream", "orange"),
@@ -102,5 +102,5 @@ def test_a_lora_changes_one_thing(ends, ternary):
     for name in ("leaves", "background", "shape"):
         assert sum(a[name] == b[name] for a, b in zip(before, after, strict=True)) >= 5
     for name, tensor in ternary.model.diffusion_model.named_parameters():
-        assert name not in codes or torch.equal(parts(tensor).codes, codes[name])
+        assert name not in codes or torch.equal(unwrap(tensor).codes, codes[name])
     keep("lora.png", [plain, blue])

@@ -17,7 +17,7 @@ from bonsai_image.nodes import folders as node_folders
 from bonsai_image.nodes import models
 from bonsai_image.ops import backends
 from bonsai_image.ops.backends import selfcheck
-from bonsai_image.ops.packed import PackedLayout, equal, is_packed, packed_nbytes, parts
+from bonsai_image.ops.packed import PackedLayout, equal, is_packed, packed_nbytes, unwrap
 from bonsai_image.tests.support import random_model
 from bonsai_image.tests.support.reference import relative
 from bonsai_image.tests.support.sampling import host_forward
@@ -149,7 +149,7 @@ def test_info_says_what_was_asked_for_and_names_the_parts(transformer):
     text = models.describe(model := models.load_model(str(transformer), "bf16"))
     packed = [p for p in model.model.diffusion_model.parameters() if is_packed(p)]
     assert f"size: {sum(map(packed_nbytes, packed)) / 1e6:.1f} MB packed" in text
-    backend = backends.choose(backends.AUTO, model.load_device, 4608, parts(packed[0]), torch.bfloat16)
+    backend = backends.choose(backends.AUTO, model.load_device, 4608, unwrap(packed[0]), torch.bfloat16)
     for part in ("ternary", "mlx", "bfloat16", f"{len(packed)} linears of 2 bits in groups of 128, backend {backend}",
                  "bonsai-mini-ternary"):
         assert part in text

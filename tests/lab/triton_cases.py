@@ -6,7 +6,7 @@ import json
 import interpreter  # noqa: F401 (first: it sets TRITON_INTERPRET)
 import torch
 
-from bonsai_image.ops import Setting, linear, parts
+from bonsai_image.ops import Setting, linear, unwrap
 from bonsai_image.ops.backends import gemlite_backend, measuring, selfcheck
 from bonsai_image.ops.backends.interface import int8_product, quantize
 from bonsai_image.ops.backends.triton import backend as triton_backend
@@ -40,7 +40,7 @@ def relative(a, b):
     return (a.double() - b.double()).norm() / b.double().norm()
 
 
-def dequantise():
+def dequantize_cases():
     # 37 x 384: no whole number of programs of the kernel.
     for bits, form, group in ((1, "symmetric", 128), (2, "symmetric", 128), (2, "symmetric", 64), (4, "symmetric", 64),
                               (4, "affine", 64), (4, "zeropoint", 64), (2, "affine", 128), (1, "affine", 128)):
@@ -48,13 +48,13 @@ def dequantise():
             for name, dtype in DTYPES.items():
                 packed = weight(37, 384, bits, group, form, scale_dtype)
                 out = triton_kernels.expand(packed, torch.empty(37, 384, dtype=dtype))
-                report(f"dequantise-{bits}-{form}-{group}-{scale_name}-{name}",
+                report(f"dequantize-{bits}-{form}-{group}-{scale_name}-{name}",
                        different(out, dequantize(packed, dtype)), 0)
     # Twice a scale that FP16 holds only roughly: the scale is rounded first.
     packed = weight(37, 384, 2, 128, scale_dtype=torch.float32)
     packed.scale.mul_(1e-7)
     out = triton_kernels.expand(packed, torch.empty(37, 384, dtype=torch.float16))
-    report("dequantise-subnormal", different(out, dequantize(packed, torch.float16)), 0)
+    report("dequantize-subnormal", different(out, dequantize(packed, torch.float16)), 0)
 
 
 def exact():
@@ -149,13 +149,13 @@ def operator():
     # One call in one graph for any number of rows, on both sides of the choice.
     report("operator-graphs", graphs != [["bonsai_image.packed_linear.default"]], 0)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    args = (x.detach(), *parts(tensor), bias, "auto", "fast")
+    args = (x.detach(), *unwrap(tensor), bias, "auto", "fast")
     torch.library.opcheck(torch.ops.bonsai_image.packed_linear.default, args, test_utils=tests)
     report("operator-check", 0, 0)
 
 
 if __name__ == "__main__":
-    dequantise()
+    dequantize_cases()
     exact()
     int8()
     operator()

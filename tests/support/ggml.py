@@ -1,4 +1,4 @@
-"""ggml itself as the reference: its reader of GGUF files and its dequantisers, through ctypes."""
+"""ggml itself as the reference: its reader of GGUF files and its dequantizers, through ctypes."""
 
 import ctypes
 import importlib.util
@@ -53,7 +53,7 @@ class Ggml:
         return cls(Path(path))
 
     def read(self, path: Path) -> dict[str, np.ndarray]:
-        """Every tensor of a GGUF file by name, dequantised by ggml to float32, flat."""
+        """Every tensor of a GGUF file by name, dequantized by ggml to float32, flat."""
         context = self.library.gguf_init_from_file(str(path).encode(), _Parameters(no_alloc=True))
         assert context, "ggml refuses the file"
         data = path.read_bytes()[self.library.gguf_get_data_offset(context) :]

@@ -80,7 +80,7 @@ def write_gemlite(model: Flux2Transformer2DModel, folder: Path, bits: int) -> Pa
 
 
 def write_mlx(model: Flux2Transformer2DModel, folder: Path, bits: int) -> Path:
-    """An MLX folder, written by MLX, whose words MLX itself dequantises to the dense weights."""
+    """An MLX folder, written by MLX, whose words MLX itself dequantizes to the dense weights."""
     import mlx.core as mx
 
     folder.mkdir(parents=True)
@@ -117,7 +117,7 @@ def text_model(seed: int = 0) -> Qwen3Model:
 
 
 def write_mlx_text_encoder(model: Qwen3Model, folder: Path) -> Path:
-    """MLX affine 4-bit, group 64, quantised by MLX, the embedding too."""
+    """MLX affine 4-bit, group 64, quantized by MLX, the embedding too."""
     import mlx.core as mx
 
     folder.mkdir(parents=True)
@@ -136,7 +136,7 @@ def write_mlx_text_encoder(model: Qwen3Model, folder: Path) -> Path:
 
 
 def write_hqq_text_encoder(folder: Path, seed: int = 0):
-    """HQQ 4-bit, group 64, quantised and saved by hqq. Returns the quantised model."""
+    """HQQ 4-bit, group 64, quantized and saved by hqq. Returns the quantized model."""
     from hqq.core.quantize import BaseQuantizeConfig
     from hqq.models.hf.base import AutoHQQHFModel
     from transformers import Qwen3ForCausalLM

@@ -14,7 +14,7 @@ from bonsai_image.loaders.formats import comfy, dense, gemlite, mlx
 from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.loaders.qwen3 import Qwen3Config
-from bonsai_image.ops.packed import is_packed, parts, unpack_codes
+from bonsai_image.ops.packed import is_packed, unpack_codes, unwrap
 from bonsai_image.tests.support.random_model import random_text_encoder, random_transformer
 
 KLEIN = KleinConfig(num_attention_heads=1, joint_attention_dim=384, in_channels=32, out_channels=32, num_layers=1,
@@ -57,10 +57,10 @@ def hqq_entries(tensors: dict) -> dict:
         if not is_packed(tensor):
             result[name.removesuffix(".weight")] = {"weight": tensor.half()}
             continue
-        scale = parts(tensor).scale.half().view(-1, 1)
+        scale = unwrap(tensor).scale.half().view(-1, 1)
         result[name.removesuffix(".weight")] = {
-            "W_q": to_4bit_u8(parts(tensor).codes, 64), "scale": scale, "zero": torch.full_like(scale, 7.5), "nbits": 4,
-            "group_size": 64, "shape": torch.Size(tensor.shape), "axis": 1, "packing": "4bit_u8",
+            "W_q": to_4bit_u8(unwrap(tensor).codes, 64), "scale": scale, "zero": torch.full_like(scale, 7.5),
+            "nbits": 4, "group_size": 64, "shape": torch.Size(tensor.shape), "axis": 1, "packing": "4bit_u8",
             "compute_dtype": torch.float16, "quant_zero": False, "quant_scale": False, "view_as_float": False}
     return result
 
