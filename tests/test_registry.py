@@ -16,9 +16,9 @@ ROOT = Path(__file__).parent.parent
 COMFY = shutil.which("comfy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 pytestmark = pytest.mark.skipif(COMFY is None, reason="no comfy beside this Python (pip install comfy-cli)")
 #: Everything at the top of the archive; the rest of the repository stays out.
-WANTED = {"__init__.py", "__main__.py", "disk.py", "published.py", "loaders", "networks", "nodes", "ops", "standalone", "web",
-          "locales", "example_workflows", "subgraphs", "pyproject.toml", "requirements.txt", "README.md", "LICENSE",
-          "NOTICE", "CHANGELOG.md"}
+WANTED = {"__init__.py", "__main__.py", "disk.py", "published.py", "loaders", "networks", "nodes", "ops", "standalone",
+          "web", "locales", "example_workflows", "subgraphs", "pyproject.toml", "requirements.txt", "README.md",
+          "LICENSE", "NOTICE", "CHANGELOG.md"}
 
 
 def comfy(folder: Path, *words: str) -> str:

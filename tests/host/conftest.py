@@ -71,7 +71,7 @@ def unload():
 
 @pytest.fixture(scope="session", autouse=True)
 def exact_text_encoder():
-    """Two int8 digits, which may be the fastest for a text encoder, differ from dense FP32 by more than its rounding."""
+    """Two int8 digits, which a text encoder may choose as the fastest, round more than dense FP32."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models.backends, "AUTO", models.backends.EXACT)
         yield
