@@ -30,9 +30,20 @@ CPU, TEXT_TOKENS = torch.device("cpu"), 512
 MODES = ("dense", "expanded", "auto", "exact", "fast")
 
 
-def coordinates(height: int, width: int) -> torch.Tensor:
-    """Positions (time, row, column, token) of the tokens of an image."""
-    return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width), torch.arange(1))
+def coordinates(height: int, width: int, tokens: int) -> torch.Tensor:
+    """Positions (time, row, column, token) of an image's tokens or of a text's, of shape (1, tokens, 4)."""
+    return torch.cartesian_prod(torch.arange(1), *(torch.arange(size) for size in (height, width, tokens)))[None]
+
+
+def noise_and_text(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fixed noise of ``tokens`` x ``tokens`` and a fixed random text, in BF16."""
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(1, tokens**2, FULL.in_channels, generator=generator).bfloat16(),
+            torch.randn(1, TEXT_TOKENS, FULL.joint_attention_dim, generator=generator).bfloat16())
+
+
+def schedule(steps: int) -> torch.Tensor:
+    return torch.linspace(1, 0, steps + 1)
 
 
 def build(mode: str) -> torch.nn.Module:
@@ -52,13 +63,11 @@ def build(mode: str) -> torch.nn.Module:
 def denoise(mode: str, side: int, steps: int, out: Path) -> None:
     """Plain Euler steps from fixed noise and a fixed random text."""
     module, tokens = build(mode), side // 16
-    generator = torch.Generator().manual_seed(1)
-    latent = torch.randn(1, tokens**2, FULL.in_channels, generator=generator).bfloat16()
-    text = torch.randn(1, TEXT_TOKENS, FULL.joint_attention_dim, generator=generator).bfloat16()
-    places = {"img_ids": coordinates(tokens, tokens)[None], "txt_ids": torch.zeros(1, TEXT_TOKENS, 4)}
+    latent, text = noise_and_text(tokens)
+    places = {"img_ids": coordinates(tokens, tokens, 1), "txt_ids": coordinates(1, 1, TEXT_TOKENS)}
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    sigmas, seconds = torch.linspace(1, 0, steps + 1), []
-    for now, then in pairwise(sigmas):
+    seconds = []
+    for now, then in pairwise(schedule(steps)):
         start = time.perf_counter()
         flow = module(hidden_states=latent, encoder_hidden_states=text, timestep=now[None].bfloat16(), guidance=None,
                       **places, return_dict=False)[0]

@@ -1,10 +1,7 @@
 """stable-diffusion.cpp as the reference: the files written here, run by the engine that they are written for, give the
 latent that diffusers computes from the published weights."""
 
-import ctypes
 import itertools
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,41 +10,16 @@ from diffusers import Flux2KleinPipeline
 from bonsai_image.loaders import gguf, load_transformer, save_transformer
 from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.tests.support import model_files
+from bonsai_image.tests.support.engine import BUILD, FOLDER, Engine
 
-_SDCPP = os.environ.get("BONSAI_SDCPP")
-pytestmark = pytest.mark.skipif(not _SDCPP, reason="build stable-diffusion.cpp with tests/lab/stable_diffusion.sh and "
-                                "set BONSAI_SDCPP to its folder")
+pytestmark = pytest.mark.skipif(not FOLDER, reason=BUILD)
 
-_FLOATS = ctypes.POINTER(ctypes.c_float)
 #: What stable-diffusion.cpp takes for FLUX.2 Klein: 128 channels, heads of 128.
 CHANNELS, TEXT_WIDTH, TOKENS, SIDE = 128, 384, 16, 8
 SIGMAS = (1.0, 0.9, 0.75, 0.45, 0.0)
 #: Relative differences of the denoised part of the latent. In FP32 the two engines differ by rounding alone; on packed
 #: weights ggml rounds the activations to int8, 32 to a scale.
 FP32_ERROR, INT8_ERROR = 2e-6, 5e-3
-
-
-class Engine:
-    """One file loaded by stable-diffusion.cpp."""
-
-    def __init__(self, path: Path):
-        self.library = ctypes.CDLL(str(Path(_SDCPP) / "libflux.so"))
-        self.library.load.restype = ctypes.c_void_p
-        self.library.unload.argtypes = [ctypes.c_void_p]
-        self.library.forward.restype = ctypes.c_bool
-        self.library.forward.argtypes = [ctypes.c_void_p, ctypes.c_int, _FLOATS, *[ctypes.c_int64] * 3, _FLOATS,
-                                         *[ctypes.c_int64] * 2, ctypes.c_float, _FLOATS]
-        self.model = self.library.load(str(path).encode())
-        assert self.model, "stable-diffusion.cpp does not load the file"
-
-    def __call__(self, x: torch.Tensor, context: torch.Tensor, time: float) -> torch.Tensor:
-        x, context, out = x.contiguous(), context.contiguous(), torch.empty(x.shape)
-        data = [ctypes.cast(tensor.data_ptr(), _FLOATS) for tensor in (x, context, out)]
-        assert self.library.forward(self.model, 1, data[0], *x.shape, data[1], *context.shape, time, data[2])
-        return out
-
-    def close(self) -> None:
-        self.library.unload(self.model)
 
 
 def denoise(model, noise: torch.Tensor, context: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,13 @@
 """A GGUF file in ComfyUI: listed where it can be loaded, and the same MODEL as from any other format."""
 
+from pathlib import Path
+
 import folder_paths
 import torch
 
 from bonsai_image.loaders import load_transformer, save_transformer
 from bonsai_image.nodes import definitions as nodes
+from bonsai_image.published import SINGLE_FILES
 from bonsai_image.tests.support.sampling import host_forward
 
 
@@ -17,7 +20,7 @@ def test_listed_and_loaded(tmp_path, monkeypatch, binary_transformer, inputs):
         suffixes = folder_paths.folder_names_and_paths[kind][1]
         monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path)], suffixes))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    assert options(nodes.BonsaiModelLoader) == []
+    assert options(nodes.BonsaiModelLoader) == [Path(n).stem for n in SINGLE_FILES["diffusion_models"]]
 
     source = load_transformer(binary_transformer)
     save_transformer(source, tmp_path / "community" / "model.gguf", "gguf")

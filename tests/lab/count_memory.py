@@ -1,6 +1,7 @@
 """Peak device memory of a full-size model, counted on a pretended GPU without computing anything.
 
     python count_memory.py embedded [SIZE ...]        # COMFYUI_PATH=... python count_memory.py comfyui [SIZE ...]
+    COMFYUI_PATH=... python count_memory.py decoders [SIZE ...]      # diffusers' FLUX.2 VAE, a narrow one, and taef2
 
 Prints one line of JSON for each size and precision: megabytes (10**6 bytes) of each stage, weights included. Every
 storage counts from its birth to its death, rounded up as torch's allocator does. Not in it: workspaces of cuDNN and
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 
 HOST, SIZES = sys.argv[1], [int(size) for size in sys.argv[2:]] or [512, 1024]
 sys.argv = sys.argv[:1]
-if HOST == "comfyui":
+if HOST != "embedded":
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     from comfy.cli_args import args
 
@@ -141,9 +142,31 @@ def comfyui(_folder: Path) -> None:
                       flush=True)
 
 
+def decoders(_folder: Path) -> None:
+    from comfy.taesd.taesd import TAESD
+
+    pretended_gpu.install()
+    pretended_gpu.count_only()
+    for dtype in (torch.bfloat16, torch.float32):
+        for size in SIZES:
+            stages = {}
+            for name, build, latent in (
+                    ("full", lambda: AutoencoderKLFlux2(**VAE), (1, 32, size // 8, size // 8)),
+                    ("small", lambda: AutoencoderKLFlux2(**VAE, decoder_block_out_channels=(96, 192, 384, 384)),
+                     (1, 32, size // 8, size // 8)),
+                    ("taef2", lambda: TAESD(latent_channels=128), (1, 128, size // 16, size // 16))):
+                module = build().to(dtype).to(DEVICE)
+                record.clear()
+                with torch.inference_mode():
+                    module.decode(torch.empty(latent, dtype=dtype, device=DEVICE))
+                stages[name] = record.peak[DEVICE.index]
+                del module
+            print(json.dumps({"host": HOST, "dtype": str(dtype), "size": size, **megabytes(stages)}), flush=True)
+
+
 if __name__ == "__main__":
     import tempfile
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        {"embedded": embedded, "comfyui": comfyui}[HOST](Path(folder))
+        {"embedded": embedded, "comfyui": comfyui, "decoders": decoders}[HOST](Path(folder))

@@ -15,7 +15,7 @@ source=stable_diffusion_cpp_python-0.4.7/vendor/stable-diffusion.cpp
 rm -rf $source/ggml
 mv llama_cpp_python-0.3.36/vendor/llama.cpp/ggml $source/ggml
 cmake -G Ninja -S $source -B . -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DSD_BUILD_SHARED_LIBS=ON \
-    -DSD_BUILD_SHARED_GGML_LIB=ON -DSD_BUILD_EXAMPLES=OFF -DSD_WEBP=OFF -DSD_WEBM=OFF
+    -DSD_BUILD_SHARED_GGML_LIB=ON -DSD_BUILD_EXAMPLES=OFF -DSD_WEBP=OFF -DSD_WEBM=OFF -DGGML_LLAMAFILE=ON
 ninja ${NINJA_JOBS:+-j "$NINJA_JOBS"} stable-diffusion
 c++ -O2 -std=c++17 -fPIC -shared -DGGML_MAX_NAME=128 -I$source/src -I$source/include -I$source/thirdparty \
     -I$source/ggml/include "$lab/stable_diffusion.cpp" -o libflux.so -Lbin -lstable-diffusion -lggml -lggml-cpu \
