@@ -37,11 +37,12 @@ _TEXT_ENCODERS = {2560: "qwen3_4b", 4096: "qwen3_8b"}
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a MODEL came from, and how it computes. ``variant`` begins with the size, ``source`` is the release,
-    ``compute_dtype`` and ``setting`` the choice of the user."""
+    """Where a MODEL came from, and how it computes. ``size`` is 4B or 9B, ``source`` the release, ``compute_dtype``
+    and ``setting`` the choice of the user."""
 
     path: str
     format: str
+    size: str
     variant: str
     source: str
     compute_dtype: str
@@ -102,8 +103,7 @@ def load_model(path: str, compute_dtype: str = "auto", setting: backends.Setting
     advice.check_files(patcher, loaded.stamps)
     patcher.cached_patcher_init = (load_model, (path, compute_dtype, setting))
     size, _ = loaded.config.published
-    origin = Origin(path, loaded.format, f"{size}, {loaded.variant}", loaded.source, compute_dtype, setting,
-                    loaded.stamps)
+    origin = Origin(path, loaded.format, size, loaded.variant, loaded.source, compute_dtype, setting, loaded.stamps)
     patcher.set_attachments(ATTACHMENT, origin)
     if backends.only("mlx", setting, patcher.load_device, loaded.tensors.values(), _dtype(patcher)):
         with libraries.contained(libraries.MLX, "cannot run the whole transformer"):
@@ -205,7 +205,7 @@ def describe(patcher) -> str:
     if origin is None:
         lines, setting = ["Not loaded by a Bonsai node."], backends.AUTO
     else:
-        lines = [f"Bonsai Image {origin.variant}", f"source: {origin.source}",
+        lines = [f"Bonsai Image {origin.size}, {origin.variant}", f"source: {origin.source}",
                  f"file: {'/'.join(Path(origin.path).parts[-2:])}", f"format: {origin.format}",
                  *_published(Path(origin.path)),
                  f"asked for: compute_dtype {origin.compute_dtype}, backend {origin.setting.backend}, precision "
