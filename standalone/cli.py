@@ -148,10 +148,9 @@ def _sheet(args: argparse.Namespace) -> None:
 
 
 def _recover(args: argparse.Namespace) -> int:
-    from .generate import compute_of
     from .recover import command
 
-    return command.run(args, compute_of(args))
+    return command.run(args)
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import html
 import io
 import math
 import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def write(out: Path) -> tuple[Path, Path]:
         raise ModelFileError(out, "images with their manifest", "none", "give the folder that batch wrote to")
     sheet, page = out / "sheet.png", out / "index.html"
     stream = io.BytesIO()
-    contact(out, rows[:_MOST]).save(stream, format="PNG")
+    shown = rows[:_MOST]
+    columns = math.ceil(math.sqrt(len(shown)))  # about as wide as high
+    contact(_images(out, shown), -(-len(shown) // columns), columns).save(stream, format="PNG")
     write_whole(sheet, stream.getvalue())
     figures = "\n".join(map(_figure, rows))
     text = _PAGE.format(title=html.escape(out.absolute().name), count=len(rows), figures=figures)
@@ -67,18 +70,21 @@ def _figure(row: dict[str, Any]) -> str:
             f'height="{row["height"]}" alt="{prompt}"></a><figcaption>{prompt}<dl>{facts}</dl></figcaption></figure>')
 
 
-def contact(out: Path, rows: list[dict[str, Any]]) -> Image.Image:
-    """Thumbnails with prompt and seed, in a grid that is about as wide as high."""
-    columns = math.ceil(math.sqrt(len(rows)))
+def _images(out: Path, rows: list[dict[str, Any]]) -> Iterator[tuple[Image.Image, str]]:
+    for row in rows:
+        with Image.open(out / f"{row['name']}.png") as image:
+            yield image, f"{row['prompt']}, seed {row['seed']}"
+
+
+def contact(images: Iterable[tuple[Image.Image, str]], rows: int, columns: int) -> Image.Image:
+    """Thumbnails of ``images``, row by row, above their captions."""
     step, rise = _SIDE + _MARGIN, _SIDE + _CAPTION + _MARGIN
-    image = Image.new("RGB", (_MARGIN + columns * step, _MARGIN + math.ceil(len(rows) / columns) * rise), "white")
+    image = Image.new("RGB", (_MARGIN + columns * step, _MARGIN + rows * rise), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(11)
-    for i, row in enumerate(rows):
+    for i, (each, caption) in enumerate(images):
         left, top = _MARGIN + i % columns * step, _MARGIN + i // columns * rise
-        with Image.open(out / f"{row['name']}.png") as each:
-            each.thumbnail((_SIDE, _SIDE))
-            image.paste(each, (left, top))
-        caption = f"{row['prompt']}, seed {row['seed']}"
+        each.thumbnail((_SIDE, _SIDE))
+        image.paste(each, (left, top))
         lines = textwrap.wrap(caption, _LINE, max_lines=_LINES, placeholder=" ...")
         pen.multiline_text((left, top + _SIDE + 2), "\n".join(lines), "black", font, spacing=2)
     return image

@@ -8,37 +8,31 @@ import torch
 
 from ... import __version__
 from ...loaders import save_lora
-from ..generate import Compute, save_png
+from ..generate import compute_of, save_png
 from . import branch, cost, report, teacher
 from .run import Run
 from .student import Student
 
-#: The exit status after Ctrl-C.
-_STOPPED = 130
 
-
-def run(args: argparse.Namespace, compute: Compute) -> int:
+def run(args: argparse.Namespace) -> int:
     """Returns 0; 1 where no LoRA was better than none; 130 where a signal ended the run. Raises ModelFileError,
     ValueError and OSError."""
+    compute = compute_of(args)
     if compute.setting.backend == "mlx" or (compute.device.type, compute.setting.backend) == ("mps", "auto"):
         raise ValueError("recover trains in PyTorch, not in MLX; give --backend torch")
     try:
         this = Run(args, compute)
         cost.announce(this)
         teacher.draw(this)
-        status = 0 if args.shards else _learn(this)
+        return 0 if args.shards else _learn(this)
     except KeyboardInterrupt:
-        status = _STOPPED
-    if status == _STOPPED:
         print("Stopped; the same command continues.", file=sys.stderr)
-    return status
+        return 130
 
 
 def _learn(run: Run) -> int:
     student, out = Student(run), run.args.out
     state = student.train()
-    if state is None:
-        return _STOPPED
     update, after = state.found()
     figures = {"update": update, "before": state.errors[0][1], "after": after}
     if update:

@@ -1,6 +1,5 @@
 """What a run leaves for the eye: the curves, and prompts held out by packed, recovered and dense weights."""
 
-import textwrap
 from collections.abc import Sequence
 
 import torch
@@ -8,11 +7,12 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import models
+from ..batch.sheet import contact
 from ..generate import decode
 from .student import State, Student
 
-#: Pixels: a plot, and what is left free around it; an image of the contact sheet, its label and its caption.
-_WIDTH, _HEIGHT, _MARGIN, _SIDE, _LABEL, _CAPTION = 900, 300, 40, 200, 90, 60
+#: Pixels: a plot, and what is left free around it.
+_WIDTH, _HEIGHT, _MARGIN = 900, 300, 40
 _COLOURS = ("#1b6f4a", "#c2452d", "#2f5fb3", "#9a6b1f", "#6b3fa0", "#444444")
 #: Prompts of the contact sheet, at most.
 _SHOWN = 6
@@ -57,14 +57,8 @@ def sheet(student: Student, state: State) -> Image.Image:
     with student.recovered(state.best):
         ends["recovered"] = drawn()
     vae, processor = models.vae_module(run.repository.vae, *run.compute[:2]), VaeImageProcessor()
-    image = Image.new("RGB", (_LABEL + len(numbers) * _SIDE, 3 * _SIDE + _CAPTION), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
-    for row, (name, latents) in enumerate((ends | {"dense": dense[-1]}).items()):
-        pen.text((8, row * _SIDE + _SIDE // 2), name, "black", font)
-        for column, each in enumerate(decode(vae, processor, run.sampler.pictured(latents, vae))):
-            each.thumbnail((_SIDE - 8, _SIDE - 8))
-            image.paste(each, (_LABEL + column * _SIDE, row * _SIDE))
-    for column, number in enumerate(numbers):
-        lines = textwrap.wrap(run.store.rows[number].prompt, 28, max_lines=3, placeholder=" ...")
-        pen.multiline_text((_LABEL + column * _SIDE, 3 * _SIDE), "\n".join(lines), "black", font)
-    return image
+    prompts = [run.store.rows[number].prompt for number in numbers]
+    images = ((image, f"{name}: {prompt}") for name, latents in (ends | {"dense": dense[-1]}).items()
+              for image, prompt in zip(decode(vae, processor, run.sampler.pictured(latents, vae)), prompts,
+                                       strict=True))
+    return contact(images, 3, len(numbers))

@@ -74,11 +74,11 @@ class Student:
         """The model has the LoRA of these factors."""
         return lora.applied(lora.hooks(self.transformer, [(branch.lora(factors), 1.0)]))
 
-    def train(self) -> State | None:
-        """Train from the state on disk, or from nothing, to the end; None if a signal ended it before.
+    def train(self) -> State:
+        """Train from the state on disk, or from nothing, to the end.
 
         What an update draws follows from the seed and its number alone, so a continued run is the unbroken one. Raises
-        ModelFileError.
+        ModelFileError, and KeyboardInterrupt where a signal ended it before.
         """
         start = branch.new(self.transformer, self.run.packed.config, self.args.rank, self.args.seed)
         state = State({name: torch.nn.Parameter(each.to(self.device)) for name, each in start.items()}, start)
@@ -101,7 +101,9 @@ class Student:
                 if stopped or done == updates or time.monotonic() - saved > 60 * self.args.save_minutes:
                     _save(path, state, optimizer)
                     saved = time.monotonic()
-        return None if len(state.losses) < updates else state
+        if len(state.losses) < updates:
+            raise KeyboardInterrupt
+        return state
 
     def _update(self, number: int, state: State, optimizer: torch.optim.Optimizer) -> float:
         args, trained = self.args, self.run.trained
