@@ -23,6 +23,8 @@ from .opening import open_tensors
 
 #: What the format of :func:`save_lora` is called.
 COMFY_LORA = "comfy-lora"
+#: The metadata of a LoRA by ``recover``.
+RECOVERY = "bonsai.recovery"
 #: Models that share names of layers, by their dimensions.
 _MODELS = {
     "FLUX.2 Klein 4B": KleinConfig(),
@@ -64,6 +66,12 @@ class Lora:
     text_encoder: dict[str, torch.Tensor] = field(default_factory=dict)
     naming: Counter[str] = field(default_factory=Counter)
     ignored: int = 0
+
+    def said(self, key: str) -> dict[str, Any]:
+        """The JSON object that is the metadata of ``key``; empty without. Raises ModelFileError."""
+        with refusing(self.path, "metadata that can be read", DOWNLOAD_AGAIN, ValueError, RecursionError):
+            said = json.loads(self.metadata.get(key, "{}"))
+        return said if isinstance(said, dict) else {}
 
     def kinds(self) -> Counter[str]:
         """Layers by kind."""
@@ -110,7 +118,7 @@ def load_lora(path: Path | str) -> Lora:
         raise ModelFileError(file.path, "a LoRA", file.sample(),
                              "choose a LoRA for FLUX.2 Klein 4B")
     result = Lora(file.path, file.metadata)
-    said = _configuration(file.path, file.metadata)
+    said = _configuration(result)
     members: dict[str, list[tuple[str, str]]] = {}
     for key, tensor in file.tensors.items():
         if not isinstance(tensor, torch.Tensor) or not torch.isfinite(tensor.float()).all():
@@ -205,10 +213,8 @@ def adapter(group: Mapping[str, Any]) -> Adapter | None:
     return None
 
 
-def _configuration(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _configuration(lora: Lora) -> dict[str, Any]:
     """PEFT's configuration: in the metadata, where diffusers writes it, or beside the file, where PEFT does."""
-    if path.name == "adapter_model.safetensors":
-        return read_json(path.parent / "adapter_config.json")
-    with refusing(path, "metadata that can be read", DOWNLOAD_AGAIN, ValueError, RecursionError):
-        said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    return {key.removeprefix("transformer."): value for key, value in said.items()} if isinstance(said, dict) else {}
+    if lora.path.name == "adapter_model.safetensors":
+        return read_json(lora.path.parent / "adapter_config.json")
+    return {key.removeprefix("transformer."): value for key, value in lora.said("lora_adapter_metadata").items()}

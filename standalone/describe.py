@@ -1,6 +1,7 @@
 """The command ``inspect``: format, variant, counts and sizes of what a path holds, which published file it is, and what
 is wrong with it."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from ..loaders import find_repository, is_repository, load_lora
 from ..loaders.description import count, holds_code_3, publication, sha256, variant
 from ..loaders.errors import DOWNLOAD_AGAIN
 from ..loaders.klein import KleinConfig, comfyui_shapes
-from ..loaders.lora import COMFY_LORA
+from ..loaders.lora import COMFY_LORA, RECOVERY
 from ..loaders.lora_names import of_lora
 from ..loaders.models import LOADERS, Transformer, Vae
 from ..loaders.opening import open_tensors, tensor_files
@@ -39,7 +40,7 @@ def _lora(path: Path) -> dict[str, Any]:
     ignored = [f"ComfyUI's loaders ignore {lora.ignored} of its layers; convert it with --to {COMFY_LORA}"]
     return {"kind": "LoRA", "path": str(path), "kinds": dict(lora.kinds()), "naming": dict(lora.naming),
             "ranks": lora.ranks(), "layers": len(lora.groups), "layers_that_fit_4B": applied,
-            "made_for": lora.made_for(), "file_bytes": lora.path.stat().st_size,
+            "made_for": lora.made_for(), "recovery": lora.said(RECOVERY), "file_bytes": lora.path.stat().st_size,
             "problems": lora.without_effect(applied) + (ignored if lora.ignored else [])}
 
 
@@ -84,6 +85,7 @@ def report(part: dict[str, Any]) -> str:
         lines += [f"rank {', '.join(map(str, part['ranks']))}" if part["ranks"] else "no rank",
                   f"made for {part['made_for']}; {part['layers_that_fit_4B']} of {part['layers']} layers fit FLUX.2 "
                   "Klein 4B"]
+        lines += [f"recovery, {name}: {json.dumps(value)}" for name, value in part["recovery"].items()]
     if "file_bytes" in part:
         lines.append(f"{part['file_bytes']:,} bytes on disk")
     lines += [*part.get("published", ()), *(f"warning: {warning}" for warning in part.get("warnings", ()))]

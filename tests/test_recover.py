@@ -147,6 +147,18 @@ def no_klein(folder):
     return folder / "flux1.safetensors"
 
 
+def test_inspect_says_what_a_recovery_lora_is_for(undisturbed, tmp_path, capsys):
+    path = undisturbed / "lora.safetensors"
+    assert run("inspect", path) == 0
+    said = capsys.readouterr().out
+    assert 'recovery, variant: "binary"' in said and "recovery, rank: 8" in said and "recovery, after: [" in said
+    assert run("inspect", path, "--json") == 0 and json.loads(capsys.readouterr().out)[0]["recovery"] == about(path)
+    for metadata, status in (("[]", 0), ("{", 2)):
+        save_file(load_file(path), tmp_path / "odd.safetensors", {"bonsai.recovery": metadata})
+        assert run("inspect", tmp_path / "odd.safetensors") == status
+    assert "odd.safetensors: expected metadata that can be read" in sentence(capsys)
+
+
 @pytest.mark.parametrize(("teacher", "found"), [
     (no_klein, "found a FLUX.1 model"), (lambda _: BINARY, "more, such as"),
     (lambda _: MINIATURE / "ternary", "more, such as"), (lambda folder: folder / "none", "nothing there"),

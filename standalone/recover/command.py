@@ -8,6 +8,7 @@ import torch
 
 from ... import __version__
 from ...loaders import save_lora
+from ...loaders.lora import RECOVERY
 from ..generate import compute_of, save_png
 from . import branch, cost, report, teacher
 from .run import Run
@@ -38,7 +39,7 @@ def _learn(run: Run) -> int:
     if update:
         about = {"variant": run.packed.variant, "base": run.packed.source, "bonsai-image": __version__}
         best = {name: factor.to(torch.bfloat16) for name, factor in state.best.items()}
-        save_lora(branch.lora(best, {"bonsai.recovery": json.dumps(about | run.training | figures)}), out)
+        save_lora(branch.lora(best, {RECOVERY: json.dumps(about | run.training | figures)}), out)
         save_png(report.sheet(student, state), figures, out.with_name(f"{out.stem}-sheet.png"))
     save_png(report.curves(state), figures, out.with_suffix(".png"))
     if run.args.json:
