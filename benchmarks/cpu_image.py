@@ -26,7 +26,8 @@ from bonsai_image.ops.backends import Setting, choices
 from bonsai_image.ops.packed import is_packed
 from bonsai_image.standalone.models import transformer_module
 
-CPU, TEXT_TOKENS = torch.device("cpu"), 512
+CPU = torch.device("cpu")
+TEXT_TOKENS = 512
 MODES = ("dense", "expanded", "auto", "exact", "fast")
 
 
