@@ -68,8 +68,8 @@ def optional() -> Iterator[None]:
     """For what is only nice to have: passes over a file system that does not support it."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _LACKING:
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in _LACKING:
             raise
 
 

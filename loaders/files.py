@@ -118,7 +118,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     refuse_stand_in(path)
     with refusing(path, "a JSON object", DOWNLOAD_AGAIN, ValueError, RecursionError, OSError):
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__}")
     return value

@@ -170,7 +170,7 @@ def _complete(group: Group, layer: str, said: Mapping[str, Any], swapped: bool) 
     are the other way round.
     """
     if _kind(group) is None or ("alpha" in group and group["alpha"].numel() != 1) or not all(
-            tensor.is_floating_point() for name, tensor in group.items() if name != "alpha"):
+            tensor.is_floating_point() and tensor.ndim for name, tensor in group.items() if name != "alpha"):
         return False
     if (magnitude := group.get("dora_scale")) is not None and magnitude.ndim == 1:
         group["dora_scale"] = magnitude[:, None]
@@ -178,7 +178,7 @@ def _complete(group: Group, layer: str, said: Mapping[str, Any], swapped: bool) 
         patterns = said.get("alpha_pattern")
         alpha = next((alpha for end, alpha in (patterns.items() if isinstance(patterns, dict) else ())
                       if f".{layer}".endswith(f".{end}")), said.get("lora_alpha"))
-        if isinstance(alpha, int | float):
+        if isinstance(alpha, int | float) and math.isfinite(alpha):
             rank = len(group["lora_down.weight"])
             group["alpha"] = torch.tensor(float(alpha) * (math.sqrt(rank) if said.get("use_rslora") else 1))
     if swapped:

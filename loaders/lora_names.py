@@ -22,7 +22,7 @@ _TENSORS = {
     "diff": "diff|w_norm",
 }
 #: With the name that PEFT gives an adapter in the end.
-_PATTERNS = {name: re.compile(rf"(.+?)[._](?:{pattern})(?:\.(?!bias\b|weight\b)\w+)?(?:\.weight)?")
+_PATTERNS = {name: re.compile(rf"(.+?)[._](?:{pattern})(?:\.(?!bias\b|weight\b)[\w-]+)?(?:\.weight)?")
              for name, pattern in _TENSORS.items()}
 #: Tensors that are in nothing but an adapter.
 _SURE = [pattern for name, pattern in _PATTERNS.items() if name != "alpha"]

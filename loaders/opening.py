@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,7 +62,7 @@ def _shards(folder: Path) -> dict[str, set[str]]:
         inside = Path(name).name == name and name.endswith(files.SAFETENSORS_SUFFIXES)
         if not inside or not os.path.isfile(folder / name):
             raise ModelFileError(index, "the names of safetensors files beside it",
-                                 f"{reprlib.repr(name)}, which is not one", DOWNLOAD_FOLDER)
+                                 f"{name!r}, which is not one", DOWNLOAD_FOLDER)
     return shards
 
 

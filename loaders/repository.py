@@ -199,8 +199,9 @@ def find_repository(path: Path | str) -> Repository:
                                                        "choose one of these folders, or move the others away")
     if repository.transformer is None and not repository.problems:
         class_name = read_json(path / "model_index.json").get("_class_name", "none")
-        raise ModelFileError(path, "a folder with the diffusion model of Bonsai Image", str(class_name),
-                             DOWNLOAD_REPOSITORY)
+        broken = next((f"a link to nowhere, {each}" for each in path.rglob("*") if not os.path.exists(each)), "none")
+        raise ModelFileError(path, "a folder with the diffusion model of Bonsai Image",
+                             broken if class_name == _PIPELINE else str(class_name), DOWNLOAD_REPOSITORY)
     repository.require("transformer")
     return repository
 

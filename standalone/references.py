@@ -22,6 +22,8 @@ def open_image(path: Path) -> Image.Image:
     # Pillow's decoders raise whatever they come across.
     with refusing(path, "an image of at least 64 x 64 pixels and at most 8:1", "choose a PNG or JPEG file", Exception):
         with Image.open(path) as file:
+            if file.format in ("EPS", "WMF"):
+                raise ValueError(f"{file.format}, drawn by a program")  # Pillow would start Ghostscript
             image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):
             image = _grey(image)

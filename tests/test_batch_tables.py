@@ -1,12 +1,23 @@
 """Prompt tables as programs write them, and what is said of those that cannot be understood."""
 
+import io
 import json
 
 import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bonsai_image.loaders import ModelFileError
 from bonsai_image.standalone.batch import rows
+
+
+def twice() -> bytes:
+    """Parquet with two columns of one name."""
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["prompt", "prompt"]), stream)
+    return stream.getvalue()
+
 
 PLAIN = "prompt,seed,width,lora_strength\n\"a, b\",42,128,0.8\nc,7,,\n"
 MADE = [rows.Row("a, b", 42, 128, lora_strength=0.8), rows.Row("c", 7)]
@@ -40,6 +51,10 @@ SAME = {
     "blank lines": ("a.csv", "\n\r\n" + PLAIN.replace("\n", "\n\n") + ",,,\n \n"),
     "trailing separators": ("a.csv", PLAIN.replace("\n", ",,\n")),
     "spaces": ("a.csv", PLAIN.replace(",", ", ").replace("a,  b", "a, b")),
+    "a column of numbers without a name, read and written again": ("a.csv", "Unnamed: 0," + PLAIN.replace(
+        "\n", "\n0,", 2)), "line breaks in the header": ("a.csv", PLAIN.replace("prompt", '"Prompt\n"')),
+    "Parquet": ("a.parquet", FRAME.to_parquet(index=False)),
+    "Parquet of some rows": ("a.parquet", FRAME.set_index(pandas.Index([7, 3])).to_parquet()),
     "exponents": ("a.csv", PLAIN.replace("42", "4.2e1").replace("128", "1.28E+2")),
     "json with a mark": ("a.jsonl", "\ufeff" + FRAME.to_json(orient="records", lines=True).replace("\n", "\r\n")),
 }
@@ -76,6 +91,7 @@ def test_a_prompt_is_read_literally(name, content, prompts, tmp_path):
     ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": b}', "line 3, character 12"),
     ("a.json", '[\n {"prompt": "a"},\n {"prompt": b}]', "line 3 column 13"),
     ("a.jsonl", '["prompt", "a"]', "something"), ("a.jsonl", '{"seed": 1, "seed": 2}', "column seed twice"),
+    ("a.parquet", twice(), "column prompt twice"),
     ("a.json", "[" * 100_000, "readable prompt file"), ("a.xlsx", b"PK\3\4", "save it as CSV")], ids=str)
 def test_a_file_that_cannot_be_understood_is_named_with_the_place(name, content, words, tmp_path):
     with pytest.raises(ModelFileError) as caught:
@@ -87,12 +103,13 @@ def test_a_file_that_cannot_be_understood_is_named_with_the_place(name, content,
     ("seed", "1.5", "seed cannot be '1.5'"), ("seed", "1.000 ", "seed cannot be '1.000 '"),
     ("seed", '"1,024"', "seed cannot be '1,024'"), ("width", "1e999999999", "width cannot be"),
     ("seed", "inf", "seed cannot be"),
+    ("reference", "x" * 5000, "does not exist"), ("seed", "9" * 5000, "seed cannot be '999999999999...999"),
     ("seed", "1e30", "seed cannot be"), ("seed", "1e20", "a seed must be between"),
     ("width", "x", "width cannot be 'x'"),
     ("lora_strength", "inf", "lora_strength cannot be"), ("lora_strength", "1.000.5", "lora_strength cannot be"),
     ("seed", "1,extra", "'extra' stands in no column"), ("seed,", "1,extra", "'extra' stands in no column"),
     ("reference", "nothing.png", "does not exist"), ("seed", "1,", None), ("seed", "-0.0", None),
-    ("seed", "9223372036854775807.0", None)], ids=str)
+    ("seed", "9223372036854775807.0", None)], ids=lambda value: str(value)[:40])
 def test_a_cell_that_cannot_be_understood_fails_its_row_alone(header, cells, words, tmp_path):
     """Rows count as in a spreadsheet: the header and a blank one as well."""
     path = written(tmp_path, "a.csv", f"prompt,{header}\na\n\nb,{cells}\nc\n")

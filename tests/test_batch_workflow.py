@@ -59,6 +59,25 @@ def test_a_reference_has_the_size_that_comfyui_gives_it(tmp_path):
         settings(EXAMPLES / "8 Reference edit.json")
 
 
+@pytest.mark.parametrize("mark", [" [input]", " [output]", "[temp]"])
+def test_the_mark_of_comfyui_s_folder_is_no_part_of_a_name(mark, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    graph = saved("8 Reference edit")
+    next(node for node in graph["nodes"] if node["type"] == "LoadImage")["widgets_values"][0] = f"a.png{mark}"
+    assert settings(write(tmp_path / "a.json", graph))["reference"] == "a.png"
+
+
+def test_a_workflow_of_an_older_page_or_editor_is_understood(tmp_path):
+    """Nodes without an input had no list of them; Windows' editors write a byte order mark."""
+    graph = saved("1 Text to image")
+    for node in graph["nodes"]:
+        if not node["inputs"]:
+            del node["inputs"]
+    path = write(tmp_path / "a.json", graph)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert settings(path) == settings(EXAMPLES / "1 Text to image.json")
+
+
 def test_an_exported_workflow_is_understood(tmp_path):
     assert settings(write(tmp_path / "a.json", EXPORTED)) == {
         "prompt": "a bonsai", "seed": 7, "steps": 4, "width": 512, "height": 256, "lora": "l.safetensors",
@@ -71,6 +90,7 @@ def test_an_exported_workflow_is_understood(tmp_path):
     ({"6": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "dpmpp_2m"}}}, "the sampler euler"),
     ({"3": {"class_type": "CLIPTextEncode", "inputs": {"text": ["5", 0]}}}, "a link from RandomNoise"),
     ({"5": {"class_type": "RandomNoise", "inputs": {}}}, "a value for noise_seed"), ({"5": []}, "other JSON"),
+    ({"9": {"class_type": "LoadImage", "inputs": {"image": 5}}}, "one node ReferenceLatent"),
     ({"8": {"class_type": "EmptyFlux2LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 4}}},
      "one image")], ids=str)
 def test_another_workflow_is_refused_by_what_is_not_known(change, words, tmp_path):

@@ -104,7 +104,8 @@ def _inputs(config):
 
 
 @pytest.mark.parametrize(("said", "scale"), [
-    ({}, 1.0), ({"lora_alpha": 2}, 0.5), ({"lora_alpha": 2, "use_rslora": True}, 1.0),
+    ({}, 1.0), ({"lora_alpha": 2}, 0.5), ({"lora_alpha": float("nan")}, 1.0),
+    ({"lora_alpha": 2, "use_rslora": True}, 1.0),
     ({"lora_alpha": 2, "alpha_pattern": {"attn.to_q": 12}}, 3.0)], ids=str)
 @pytest.mark.parametrize("beside", [False, True], ids=["in the metadata", "in adapter_config.json"])
 def test_alpha_where_the_file_has_none(said, scale, beside, tmp_path):
@@ -185,6 +186,20 @@ def test_what_is_not_understood_is_named_and_kept(name, words, tmp_path):
     save_lora(found, tmp_path / "comfy.safetensors")
     again = load_lora(tmp_path / "comfy.safetensors")
     assert name in again.unknown | again.text_encoder and again.metadata == {"trainer": "x"}
+
+
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight", "dora_scale"])
+def test_a_number_in_the_place_of_a_matrix_is_named(part, tmp_path):
+    name = f"diffusion_model.img_in.{part}"
+    save_file(layers(SMALL) | {name: torch.tensor(1.0)}, tmp_path / "lora.safetensors")
+    assert name in load_lora(tmp_path / "lora.safetensors").unknown
+
+
+@pytest.mark.parametrize("adapter", ["default", "my-lora", "0"])
+def test_an_adapter_may_have_any_name(adapter, tmp_path):
+    save_file({name.replace(".weight", f".{adapter}.weight"): tensor for name, tensor in layers(SMALL).items()},
+              tmp_path / "lora.safetensors")
+    assert not load_lora(tmp_path / "lora.safetensors").unknown
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -120,6 +120,7 @@ UNUSABLE = {
     "float beyond 1": (encoded(Image.new("F", (64, 64), 812.0), "tiff"), "812.0"),
     "not a number": (encoded(Image.new("F", (64, 64), float("nan")), "tiff"), "nan"),
     "32 bits": (encoded(Image.new("I", (64, 64), 70000), "tiff"), "70000"),
+    "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n", "EPS"),
     "no bytes": (b"", "cannot identify image"),
 }
 

@@ -49,6 +49,20 @@ def found(path: Path) -> dict[str, str | None]:
             for part in ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")}
 
 
+def test_links_of_a_cache_whose_blobs_are_gone_are_named(mlx):
+    file = mlx / TRANSFORMER / FILES["mlx"][1]
+    file.unlink()
+    file.symlink_to("blobs/0123")
+    with pytest.raises(ModelFileError, match=rf"found a link to nowhere, .*{file.name}; download"):
+        find_repository(mlx)
+
+
+def test_a_byte_order_mark_of_an_editor_is_no_damage(mlx):
+    for file in mlx.rglob("*.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert found(mlx) == PARTS and load_transformer(mlx / TRANSFORMER).config
+
+
 PARTS = {"transformer": TRANSFORMER, "text_encoder": ENCODER, "vae": "vae", "tokenizer": "tokenizer", "scheduler": None}
 
 

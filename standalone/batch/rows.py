@@ -6,6 +6,9 @@ A prompt file (see :mod:`.table`) has the columns of :class:`Row`.
 import hashlib
 import itertools
 import json
+import os
+import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -42,6 +45,8 @@ class Row:
 
 #: What a prompt file may have, with their types.
 COLUMNS = {field.name: field.type for field in fields(Row)}
+#: What pandas calls an index without a name, in Parquet and where it reads its own CSV.
+_INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+")
 #: Suffixes of what a model's folder holds beside its tensors.
 _BESIDE = {".json", ".txt", ".jinja", ".model"}
 
@@ -72,7 +77,7 @@ def _record(path: Path, cells: Any) -> tuple[dict[str, Any], list[Any]]:
     """Cells by column, and those without one. The first column may lack its name: pandas writes its index there."""
     if not isinstance(cells, tuple):
         raise ModelFileError(path, f"a table of {', '.join(COLUMNS)}", "something else", "name the columns")
-    named = [("_".join(str(name).lower().split()), cell) for name, cell in cells]
+    named = [("_".join(str(name).lower().split()), cell) for name, cell in cells if not _INDEX.fullmatch(str(name))]
     names = [name for name, _ in named if name]
     for name in names:
         if name not in COLUMNS or names.count(name) > 1:
@@ -89,7 +94,7 @@ def make(record: dict[str, Any], defaults: Row, folder: Path) -> Row:
         try:
             given[name] = table.value(COLUMNS[name], cell)
         except (ValueError, ArithmeticError):
-            raise ValueError(f"{name} cannot be {cell!r}") from None
+            raise ValueError(f"{name} cannot be {reprlib.repr(cell)}") from None
     row = replace(defaults, **{name: value for name, value in given.items() if value is not None})
     if not row.prompt.strip():
         raise ValueError("the prompt is empty")
@@ -97,7 +102,7 @@ def make(record: dict[str, Any], defaults: Row, folder: Path) -> Row:
     for name in ("reference", "lora"):
         if getattr(row, name):
             path = locate(folder.absolute(), getattr(row, name))
-            if not path.is_file():
+            if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
                 raise ValueError(f"{name} {path} does not exist")
             row = replace(row, **{name: str(path)})
     if row.reference:

@@ -60,7 +60,7 @@ def _csv(path: Path) -> Iterator[Numbered]:
     text = _decoded(path)
     if stated := re.match('"?sep=(.)"?(\r\n|\r|\n)', text, re.IGNORECASE):
         text = text[stated.end():]
-    header = next((line for _, line in _lines(text)), "")
+    header = re.match(r'\s*(?:"[^"]*"|[^"\r\n])*', text)[0]  # a quoted name may hold line breaks
     # With one column there is nothing to separate: commas belong to the prompt.
     separator = stated[1] if stated else next((each for each in "\t;,|" if each in header), "\x1f")
     number, names = 0, None
@@ -78,8 +78,11 @@ def _csv(path: Path) -> Iterator[Numbered]:
 def _parquet(path: Path) -> Iterator[Numbered]:
     import pyarrow.parquet as pq
 
-    records = (record for batch in pq.ParquetFile(path).iter_batches() for record in batch.to_pylist())
-    return ((number, tuple(record.items())) for number, record in enumerate(records, 1))
+    numbers = itertools.count(1)
+    for batch in pq.ParquetFile(path).iter_batches():
+        # Not as dicts, which would keep one of two columns of the same name.
+        for cells in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            yield next(numbers), tuple(zip(batch.schema.names, cells, strict=True))
 
 
 READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {

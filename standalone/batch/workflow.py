@@ -70,7 +70,7 @@ def _refusal(path: Path, expected: str, found: str) -> ModelFileError:
 def _graph(path: Path) -> Graph:
     """Nodes by number in the API's form: class_type, and inputs that are values or ``[number, output]``."""
     with refusing(path, "a workflow of ComfyUI", "save it again in ComfyUI", OSError, ValueError, RecursionError):
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
         try:
             return _from_saved(path, data) if "nodes" in data else {
                 number: {"class_type": node["class_type"], "inputs": dict(node["inputs"])}
@@ -91,7 +91,7 @@ def _from_saved(path: Path, data: dict[str, Any]) -> Graph:
         if node["type"] == "CLIPTextEncode" and (found := _DYNAMIC.search(str(inputs.get("text")))):
             raise ModelFileError(path, "a prompt as it is sent", f"{found[0]!r} in node CLIPTextEncode (number "
                                  f"{node['id']}), which only ComfyUI's page expands", "export the workflow for the API")
-        linked = {each["name"]: links[each["link"]] for each in node["inputs"] if each.get("link") is not None}
+        linked = {each["name"]: links[each["link"]] for each in node.get("inputs", ()) if each.get("link") is not None}
         graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs | linked}
     return graph
 
@@ -117,7 +117,7 @@ class _Reader:
         if not isinstance(value, list):
             if value is None:
                 raise _refusal(self._path, f"a value for {name} of {kind}", "none")
-            return value
+            return re.sub(r"\s?\[(input|output|temp)\]$", "", str(value)) if name == "image" else value  # its folder
         source = self._graph.get(str(value[0]), {"class_type": "nothing"})
         if source["class_type"] == "PrimitiveInt":
             return source["inputs"]["value"]
