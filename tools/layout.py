@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 #: Pixels on the canvas: height of a title bar, of a row of sockets, of a widget; space around nodes and groups, and
 #: between the columns of a group.
-_TITLE, _ROW, _WIDGET, _MARGIN, _GAP, _BESIDE = 30, 20, 28, 20, 22, 40
+_TITLE, _ROW, _WIDGET, _MARGIN, _GAP, _BESIDE = 30, 20, 28, 20, 22, 30
 #: Version of the frontend whose format this is.
 _FRONTEND = "1.47.10"
 #: The ids under which the nodes of a subgraph see what comes in and what goes out.

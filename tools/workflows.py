@@ -2,14 +2,24 @@
 
 Written to ``example_workflows`` and ``subgraphs`` with ComfyUI's own Python by
 ``UPDATE_WORKFLOWS=1 COMFYUI_PATH=... python -m pytest tests/host/test_workflows.py``;
-their pictures by ``UPDATE_PICTURES=1 COMFYUI_PATH=... python -m pytest tests/host/test_browser.py``.
+their pictures by ``UPDATE_PICTURES=1 COMFYUI_PATH=... python -m pytest tests/host/test_browser_pictures.py``.
 """
 
+from bonsai_image.published import SINGLE_FILES
 from bonsai_image.tools.layout import BYPASSED, Column, Group, Node
 
 TERNARY = "bonsai-image-ternary-4B-mlx-2bit"
 BINARY = "bonsai-image-binary-4B-mlx-1bit"
 _HUB = "https://huggingface.co/prism-ml"
+#: ComfyUI's own names for what is in FLUX.2 Klein 4B, and where its templates download it.
+_COMFY = "https://huggingface.co/Comfy-Org"
+KLEIN_FILES = {
+    "text_encoders": {
+        "qwen_3_4b.safetensors": f"{_COMFY}/flux2-klein/resolve/main/split_files/text_encoders/qwen_3_4b.safetensors"},
+    "vae": {"flux2-vae.safetensors": f"{_COMFY}/flux2-dev/resolve/main/split_files/vae/flux2-vae.safetensors"},
+}
+#: What the loaders of single files load: folder -> name -> address.
+FILES = {folder: files | KLEIN_FILES.get(folder, {}) for folder, files in SINGLE_FILES.items()}
 PROMPT = "A tiny bonsai tree in a blue ceramic pot on a wooden windowsill, soft morning light, photograph"
 
 
@@ -26,8 +36,8 @@ def where_it_goes(repository: str) -> str:
     return (f"Download the **whole** repository [prism-ml/{repository}]({_HUB}/{repository}), with the Python that "
             "runs ComfyUI:\n\n```\npython ComfyUI/custom_nodes/bonsai-image/__main__.py download --variant "
             f"{variant}\n```\nor by hand, into the folder\n\n```\nmodels/diffusers/{repository}\n```\nThen press **R** "
-            "and choose it above. *Run* without it says the whole command. (For three single files with a button to "
-            "download them, see the template *2 Binary, three files*.)\n\n")
+            "and choose it above. *Run* without it says the whole command.\n\nThe frontend has no button for a folder, "
+            "only for single files: the templates *2 Binary, three files* and *9 With Klein files* have it.\n\n")
 
 
 _SIZES = ("The model is made for **4 steps** at **1024 x 1024**; other sizes should be multiples of 16 "
@@ -101,35 +111,54 @@ def image(vae: tuple[str, int] = ("loader", 2), described: Node | None = None, w
 
 def text_to_image() -> list[Column]:
     smaller = (f"Short of memory? [prism-ml/{BINARY}]({_HUB}/{BINARY}) is the smaller model; put it into its own "
-               "folder beside the first.\n\n")
+               "folder beside the first. A smaller decoder comes from *Load VAE*: **full_encoder_small_decoder** of "
+               "[FLUX.2-small-decoder](https://huggingface.co/black-forest-labs/FLUX.2-small-decoder) in "
+               "**models/vae**, or **taef2** in **models/vae_approx**.\n\n")
     return [Column(0, [model(where_it_goes(TERNARY) + smaller + _SIZES, 410)]),
             Column(230, [prompt(PROMPT), size()]), sampling(), image()]
 
 
-def binary_from_files() -> list[Column]:
-    # The VAE first: what leaves it passes above all else.
-    parts = {
-        "vae": ("VAELoader", "vae", "bonsai-image-vae.safetensors", "vae/diffusion_pytorch_model.safetensors", []),
-        "model": ("BonsaiModelLoader", "diffusion_models", f"{BINARY}.safetensors",
-                  "transformer-packed-mflux/diffusion_pytorch_model.safetensors", ["auto", "auto", "auto"]),
-        "encoder": ("BonsaiTextEncoderLoader", "text_encoders", "bonsai-image-qwen3-4B-mlx-4bit.safetensors",
-                    "text_encoder-mlx-4bit/model.safetensors", ["default"]),
-    }
-    url = f"{_HUB}/{BINARY}/resolve/main"
-    loaders = [Node(key, kind, 430, [name, *more], height=None if more else 80,
-                    models=[{"name": name, "url": f"{url}/{file}", "directory": folder}])
-               for key, (kind, folder, name, file, more) in parts.items()]
-    lines = "\n\n".join(f"[{file}]({url}/{file}) as\n```\nmodels/{folder}/{name}\n```"
-                        for _, folder, name, file, _ in parts.values())
-    text = ("The binary model from three single files. Download each, **rename it** as written below, and press "
-            f"**R**.\n\n{lines}\n\nThe whole repository [prism-ml/{BINARY}]({_HUB}/{BINARY}) as a folder works too, "
-            "with *Load Bonsai Checkpoint*.\n\nOne bit per weight is the smallest there is, and 768 x 768 has just "
-            "over half the pixels of 1024 x 1024.\n")
-    described = note("Before the first run", text, 350)
+def part(key: str, kind: str, folder: str, name: str, *more: str) -> Node:
+    """A loader of one file. The frontend offers that for download where the list of the loader lacks its name."""
+    # As high as in Nodes 2.0, where that is more.
+    height = {"VAELoader": 80, "BonsaiTextEncoderLoader": 116}.get(kind)
+    return Node(key, kind, 430, [name, *more], height=height,
+                models=[{"name": name, "url": FILES[folder][name], "directory": folder}])
+
+
+def from_files(before: str, after: str, parts: list[Node], pixels: int) -> list[Column]:
+    """``parts``: the loaders of the VAE, the MODEL and the CLIP. What leaves the VAE's passes above all else."""
+    files = [entry for node in parts for entry in node.models]
+    lines = "\n\n".join(f"[{file['url'].split('/main/')[1]}]({file['url']}) as\n```\n"
+                        f"models/{file['directory']}/{file['name']}\n```" for file in files)
+    described = note("Before the first run", f"{before}\n\n{lines}\n\n{after}", 480)
     described.width = 430
-    return [Column(0, [Group("1. Model", [[*loaders, described]])]),
-            Column(330, [prompt(PROMPT, ("encoder", 0)), size(768)]),
+    return [Column(0, [Group("1. Model", [[*parts, described]])]),
+            Column(330, [prompt(PROMPT, ("encoder", 0)), size(pixels)]),
             sampling(source=("model", 0)), image(("vae", 0))]
+
+
+def binary_from_files() -> list[Column]:
+    return from_files(
+        "The binary model from three single files. Download each, **rename it** as written below, and press **R**.",
+        f"The whole repository [prism-ml/{BINARY}]({_HUB}/{BINARY}) as a folder works too, with *Load Bonsai "
+        "Checkpoint*.\n\nOne bit per weight is the smallest there is, and 768 x 768 has just over half the pixels of "
+        "1024 x 1024.\n",
+        [part("vae", "VAELoader", "vae", "bonsai-image-vae.safetensors"),
+         part("model", "BonsaiModelLoader", "diffusion_models", f"{BINARY}.safetensors", "auto", "auto", "auto"),
+         part("encoder", "BonsaiTextEncoderLoader", "text_encoders", "bonsai-image-qwen3-4B-mlx-4bit.safetensors",
+              "default")], 768)
+
+
+def with_klein_files() -> list[Column]:
+    return from_files(
+        "You have the text encoder and the VAE of FLUX.2 Klein 4B already? Then you need **one file of 1.4 GB**. "
+        "Download what is missing, rename the first as written below, and press **R**.",
+        "The text encoder may be any that *Load CLIP* reads as **flux2**: in BF16, 8 GB, or in FP8, half of that. That "
+        "of the template *2 Binary, three files* has 2.3 GB.\n",
+        [part("vae", "VAELoader", "vae", "flux2-vae.safetensors"),
+         part("model", "BonsaiModelLoader", "diffusion_models", f"{TERNARY}.safetensors", "auto", "auto", "auto"),
+         part("encoder", "CLIPLoader", "text_encoders", "qwen_3_4b.safetensors", "flux2", "default")], 1024)
 
 
 def reference_edit() -> list[Column]:
@@ -179,7 +208,7 @@ def lora() -> list[Column]:
                                                   ("second", ("lora", 0), 0.6, "Second LoRA"))]
     return [Column(0, [model(where_it_goes(TERNARY), 290, text)]),
             Column(180, [Group("LoRA", [[node] for node in loras]), prompt(PROMPT, width=520), size()]),
-            sampling(source=("second", 0)), image(width=340)]
+            sampling(source=("second", 0)), image(width=300)]
 
 
 def few_steps() -> list[Column]:
@@ -252,7 +281,8 @@ def lora_training() -> list[Column]:
 #: By the names of their files, which the gallery of templates shows and most systems sort.
 WORKFLOWS = {"1 Text to image": text_to_image, "2 Binary, three files": binary_from_files, "3 LoRA": lora,
              "4 Few steps": few_steps, "5 Image to image": image_to_image, "6 Batch variations": batch_variations,
-             "7 LoRA training": lora_training, "8 Reference edit": reference_edit}
+             "7 LoRA training": lora_training, "8 Reference edit": reference_edit,
+             "9 With Klein files": with_klein_files}
 
 #: The subgraph that stands for all of text to image, and what of it shows on the one node.
 BLUEPRINT = "Bonsai Text to Image"

@@ -46,7 +46,8 @@ async def run(page: Page, *nodes: tuple[str, dict]) -> None:
 def test_messages_are_read_where_they_are_looked_for(server, modern, tmp_path):
     async def scenario():
         async with frontend(server.url, tmp_path / "profile", modern) as page:
-            await run(page, ("BonsaiModelLoader", {"model_name": FILES["diffusion_models"]}), ("BonsaiModelInfo", {}))
+            await run(page, ("BonsaiModelLoader", {"model_name": FILES["diffusion_models"][1]}),
+                      ("BonsaiModelInfo", {}))
             said = await page.until(TEXT)
             assert len(said.splitlines()) > 8 and "asked for: " in said and " MB packed" in said
             width, height = await page.evaluate("[...app.graph.nodes[1].size]")

@@ -5,8 +5,10 @@ With UPDATE_WORKFLOWS=1 they are written anew by tools/workflows.py; otherwise n
 
 import asyncio
 import copy
+import importlib.resources
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -33,9 +35,10 @@ def schemas(tmp_path_factory, comfyui) -> dict[str, type]:
     root = tmp_path_factory.mktemp("models")
     (root / "diffusers" / DOWNLOADED / "transformer").mkdir(parents=True)
     (root / "diffusers" / DOWNLOADED / "transformer" / "weights.safetensors").touch()
-    for kind, name in FILES.items():
+    for kind, names in FILES.items():
         (root / kind).mkdir()
-        (root / kind / name).touch()
+        for name in names:
+            (root / kind / name).touch()
     with pytest.MonkeyPatch.context() as patch:
         for kind in ("diffusers", *FILES):
             extensions = folder_paths.folder_names_and_paths[kind][1]
@@ -152,16 +155,16 @@ def test_workflow_agrees_with_the_schemas(path, schemas):
     assert picture.stat().st_size < 300_000, "the thumbnail is loaded with the list of templates"
 
 
-#: Pixels of the canvas at 1680 x 1050; part of it that the frontend fills with the nodes of a template that it opens;
-#: scale below which it draws no text.
-CANVAS, FILLED, READABLE = (1680, 1010), 0.75, 8 / 14
+#: Pixels of the canvas at 1680 x 1050; part of it that *Fit view* fills with the nodes and a margin; scale below which
+#: the frontend draws no text.
+CANVAS, FILLED, MARGIN, READABLE = (1680, 1050), 0.75, 60, 8 / 14
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_template_opens_readable_at_1680_pixels(path):
+def test_a_template_is_readable_at_1680_pixels(path):
     nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
-    sides = (max(node["pos"][axis] + node["size"][axis] for node in nodes) - min(node["pos"][axis] for node in nodes)
-             for axis in (0, 1))
+    sides = (MARGIN + max(node["pos"][axis] + node["size"][axis] for node in nodes)
+             - min(node["pos"][axis] for node in nodes) for axis in (0, 1))
     assert FILLED * min(pixels / side for pixels, side in zip(CANVAS, sides, strict=True)) > READABLE
 
 
@@ -171,24 +174,57 @@ def test_notes_say_which_file_goes_where(path):
     notes = "\n".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES)
     checkpoints = [node for node in workflow["nodes"] if node["type"] == "BonsaiCheckpointLoader"]
     files = [entry for node in workflow["nodes"] for entry in node["properties"].get("models", [])]
-    assert checkpoints or files
+    assert checkpoints or len(files) == 3
     for loader in checkpoints:
         assert f"huggingface.co/prism-ml/{loader['widgets_values'][0]})" in notes
         assert f"models/diffusers/{loader['widgets_values'][0]}\n" in notes
+        assert "download --variant" in notes and "no button for a folder" in notes
     for entry in files:
-        assert entry["url"].startswith("https://huggingface.co/prism-ml/") and entry["url"].endswith(".safetensors")
         assert f"({entry['url']}) as\n```\nmodels/{entry['directory']}/{entry['name']}\n" in notes
 
 
+#: Of the loaders of single files: their folder, and the input that names the file.
+SINGLE = {"BonsaiModelLoader": ("diffusion_models", "model_name"), "VAELoader": ("vae", "vae_name"),
+          "BonsaiTextEncoderLoader": ("text_encoders", "text_encoder_name"),
+          "CLIPLoader": ("text_encoders", "clip_name")}
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_loader_of_single_files_says_where_to_get_them(path):
-    """The frontend offers them for download: the name must be the one chosen, the folder the loader's."""
-    folders = {"BonsaiModelLoader": "diffusion_models", "BonsaiTextEncoderLoader": "text_encoders", "VAELoader": "vae"}
+def test_what_the_frontend_offers_for_download_is_what_the_node_loads(path, schemas, tmp_path, monkeypatch):
+    """It offers the entry whose name is the value of a list that lacks it, and stores it under that name."""
     for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
-        if node["type"] in folders:
-            (entry,) = node["properties"]["models"]
-            assert (entry["name"], entry["directory"]) == (node["widgets_values"][0], folders[node["type"]])
-            assert entry["name"] == FILES[entry["directory"]]
+        if node["type"] not in SINGLE:
+            assert "models" not in node["properties"], "never offered"
+            continue
+        folder, widget = SINGLE[node["type"]]
+        (entry,) = node["properties"]["models"]
+        assert (entry["name"], entry["directory"]) == (node["widgets_values"][0], folder)
+        assert entry["url"] == tool.FILES[folder][entry["name"]]
+
+        root = tmp_path / str(node["id"])
+        root.mkdir()
+        extensions = folder_paths.folder_names_and_paths[folder][1]
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, folder, ([str(root)], extensions))
+        monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+        schema = schemas[node["type"]]
+        assert entry["name"] not in choices(schema.INPUT_TYPES()["required"][widget])
+        if node["type"].startswith("Bonsai"):
+            said = re.escape(f"Download {entry['url']} as {entry['name']} into {root}, and press R")
+            with pytest.raises(ValueError, match=rf"\A{said}"):
+                schema.execute(entry["name"])
+        (root / entry["name"]).touch()
+        monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+        assert entry["name"] in choices(schema.INPUT_TYPES()["required"][widget])
+        assert folder_paths.get_full_path(folder, entry["name"]) == str(root / entry["name"])
+
+
+def test_the_files_of_klein_are_those_of_comfyui_s_template():
+    package = importlib.resources.files("comfyui_workflow_templates_json")
+    text = (package / "templates" / "image_flux2_klein_text_to_image.json").read_text(encoding="utf-8")
+    for folder, files in tool.KLEIN_FILES.items():
+        for file, url in files.items():
+            entry = {"name": file, "url": url, "directory": folder}
+            assert all(f'"{key}": {json.dumps(value)}' in text for key, value in entry.items())
 
 
 def node_of(workflow: dict, kind: str) -> dict:

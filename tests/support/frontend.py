@@ -128,7 +128,8 @@ def server_of_a_user(comfyui: Path, repository: Path, binary_transformer: Path, 
              "vae": repository / "vae" / "diffusion_pytorch_model.safetensors"}
     for kind, part in parts.items():
         (running.base / "models" / kind).mkdir(exist_ok=True)
-        (running.base / "models" / kind / FILES[kind]).symlink_to(part)
+        for name in FILES[kind]:
+            (running.base / "models" / kind / name).symlink_to(part)
     images = running.base / "input" / TRAINING
     images.mkdir(parents=True)
     shutil.copy(comfyui / "input" / "example.png", images.parent)

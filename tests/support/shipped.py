@@ -15,10 +15,5 @@ BLUEPRINT = ROOT / "subgraphs" / f"{tool.BLUEPRINT}.json"
 DOWNLOADED = "bonsai-image-ternary-4B-mlx-2bit"
 #: The folder of images with captions that the notes tell a user to make.
 TRAINING = "training"
-#: What else the notes tell a user to get: files by the host's folder kind.
-FILES = {
-    "diffusion_models": "bonsai-image-binary-4B-mlx-1bit.safetensors",
-    "text_encoders": "bonsai-image-qwen3-4B-mlx-4bit.safetensors",
-    "vae": "bonsai-image-vae.safetensors",
-    "loras": "flux2_klein_4b_lora.safetensors",
-}
+#: What else the notes tell a user to get: names of files by the host's folder kind.
+FILES = {kind: list(files) for kind, files in tool.FILES.items()} | {"loras": ["flux2_klein_4b_lora.safetensors"]}
