@@ -13,6 +13,7 @@ from bonsai_image.tests.support.batch_runs import (
     COMMON,
     PROMPTS,
     assert_whole,
+    batch,
     disturbed,
     driver,
     finished,
@@ -23,10 +24,10 @@ from bonsai_image.tests.support.batch_runs import (
 
 def test_ray_makes_the_images_of_a_single_process_though_workers_are_killed(tmp_path):
     prompts = write_prompts(tmp_path)
-    finished(driver(prompts, tmp_path / "a", "--shards", "1/1", "--seeds", 30))
-    killed = disturbed(prompts, tmp_path / "b", 60, kills=2, driver_kills=0)
+    assert batch(prompts, tmp_path / "a", "--seeds", 12) == 0
+    killed = disturbed(prompts, tmp_path / "b", 24, kills=2, driver_kills=0)
     assert killed["workers"] == 2
-    assert_whole(tmp_path / "b", tmp_path / "a", 60)
+    assert_whole(tmp_path / "b", tmp_path / "a", 24)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ...ops.packed import FORMAT_NAME, Form, packed_weight, tag, unpack_codes, unwrap
+from ...ops.packed import FORMAT_NAME, Form, pack_codes, packed_weight, tag, unpack_codes, unwrap
 from .. import names
 from ..errors import ModelFileError
 from ..files import SAFETENSORS_SUFFIXES, TensorFile
@@ -121,7 +121,7 @@ def from_base3(packed: torch.Tensor, k: int) -> torch.Tensor:
 
     Raises ValueError on a byte above 242, on padding digits that are not zero, and on a wrong width.
     """
-    n, width = packed.shape
+    width = packed.shape[1]
     if width != -(-k // _BASE3_DIGITS) or k % 4:
         raise ValueError(f"{width} base-3 bytes a row do not hold {k} codes")
     if packed.numel() and int(packed.max()) >= 3**_BASE3_DIGITS:
@@ -129,20 +129,10 @@ def from_base3(packed: torch.Tensor, k: int) -> torch.Tensor:
     used = k - (width - 1) * _BASE3_DIGITS
     if packed.numel() and int(packed[:, -1].max()) >= 3**used:
         raise ValueError("padding digits are not zero")
-    # One byte gives five 2-bit codes, 10 bits. Two are looked up at once, as a 16-bit word; two words are 40 bits, five
-    # canonical bytes, read off an int64.
-    values = torch.arange(3**_BASE3_DIGITS)
-    ten_bits = torch.zeros(256, dtype=torch.int32)
-    ten_bits[: len(values)] = sum(((values // 3**i) % 3) << (2 * i) for i in range(_BASE3_DIGITS)).int()
-    table = (ten_bits[None, :] | (ten_bits[:, None] << 10)).view(-1, 1).to(packed.device)
-    codes = packed.new_empty(n, k // 4)
-    for start in range(0, n, _BLOCK_ROWS):
-        rows = torch.nn.functional.pad(packed[start : start + _BLOCK_ROWS], (0, -width % 4))
-        words = torch.nn.functional.embedding(rows.view(torch.uint16).int(), table).view(len(rows), -1, 2).long()
-        quads = words[..., 0] | (words[..., 1] << 20)
-        codes[start : start + len(rows)] = (
-            quads.view(torch.uint8).view(len(rows), -1, 8)[..., :5].reshape(len(rows), -1)[:, : k // 4])
-    return codes
+    table = (torch.arange(3**_BASE3_DIGITS)[:, None] // 3 ** torch.arange(_BASE3_DIGITS) % 3).byte().to(packed.device)
+    # A lookup as an embedding: measured twice as fast as indexing.
+    return torch.cat([pack_codes(torch.nn.functional.embedding(rows.int(), table).flatten(1)[:, :k], 2)
+                      for rows in packed.split(_BLOCK_ROWS)])
 
 
 def write(path: Path, tensors: Tensors, config: KleinConfig, about: About, base3: bool = False) -> None:

@@ -12,22 +12,17 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ... import __version__
-from ...disk import write_whole
+from ...disk import alone, write_whole
 from ..devices import device_name
 from . import libraries, selfcheck
 from .interface import Backend, Digits
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 #: The environment variable with the path of the file.
 FILE = "BONSAI_IMAGE_TIMES"
@@ -73,7 +68,8 @@ def _times(ways: tuple[Way, ...], device: torch.device, kind: selfcheck.Kind) ->
     dtypes = f"{kind.dtype}, scales {kind.scale_dtype}".replace("torch.", "")
     what = f"{kind.bits} bits, {kind.form}, groups of {kind.group}, {dtypes}: {', '.join(map(str, ways))}"
     path = Path(os.environ[FILE]) if os.environ.get(FILE) else None
-    with _alone(path):
+    # One process measures, the others wait for what it finds: the workers of a run must make the same images.
+    with alone(path.with_suffix(".lock")) if path else contextlib.nullcontext():
         kept = _read(path)
         machine = kept[here] if isinstance(kept.get(here), dict) else {}
         with contextlib.suppress(LookupError, TypeError, ValueError):
@@ -96,19 +92,6 @@ def _read(path: Path | None) -> dict[str, Any]:
         if path is not None and isinstance(kept := json.loads(path.read_bytes()), dict):
             return kept
     return {}
-
-
-@contextlib.contextmanager
-def _alone(path: Path | None) -> Iterator[None]:
-    """One process measures, the others wait for what it finds: the workers of a run must make the same images."""
-    with contextlib.ExitStack() as stack:
-        if path is not None:
-            with contextlib.suppress(OSError):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(path.with_suffix(".lock").open("w"))
-                if fcntl is not None:
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @torch.inference_mode()

@@ -17,10 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock
 from PIL import Image
 
-from ...disk import patiently, reason, write_whole
+from ...disk import alone, patiently, reason, write_whole
 from ...loaders.errors import ModelFileError, refusing
 
 #: What the text chunk of a PNG says: only what is the same in every run, for its bytes must be, too.
@@ -45,23 +44,13 @@ class Manifest:
         self._new: list[dict[str, Any]] = []
         self._read: set[Path] = set()
         self._recorded: set[str] = set()
-        self._lock = FileLock(self._folder / ".lock")
+        self._lock = self._folder / ".lock"
         self._written = time.monotonic()
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Holds the lock, where the file system has locks."""
-        with contextlib.suppress(OSError, NotImplementedError):
-            self._lock.acquire()
-        try:
-            yield
-        finally:
-            self._lock.release()
 
     def done(self, names: set[str]) -> set[str]:
         """Which of ``names`` have their image. Rows whose image is gone are removed; images without a row get one."""
         recorded = self._recorded = set[str]()
-        with self._alone():
+        with alone(self._lock):
             for path, table in _tables(self._folder):
                 stale = [name in recorded or (name in names and not self._image(name).exists())
                          for name in table["name"].to_pylist()]
@@ -92,7 +81,7 @@ class Manifest:
         self._written = time.monotonic()
         if self._new:
             try:
-                with self._alone():
+                with alone(self._lock):
                     for path, table in _tables(self._folder, self._read):
                         self._read.add(path)
                         self._recorded.update(table["name"].to_pylist())
