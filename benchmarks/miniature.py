@@ -1,7 +1,7 @@
 """How often the trained miniature draws what the prompt says: dense, ternary and binary, the fast paths against the
 exact one, and the packed weights with the LoRAs that bring them nearer to the dense ones.
 
-    python benchmarks/miniature.py [--prompts 300] [--only-lora] [--lora ternary=FILE]
+    python benchmarks/miniature.py [--prompts 300] [--only-lora] [--lora ternary=FILE ...]
 
 Held-out prompts (``miniature/train/scenes.py``), four steps, CFG 1; what a picture shows is measured by a program
 (``miniature/train/measure.py``). PSNR is against the exact path: the same packed weights in FP32. On the CPU by
@@ -63,7 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--only-lora", action="store_true", help="only the second table, exact in FP32")
-    parser.add_argument("--lora", action="append", default=[], metavar="VARIANT=FILE", help="not the shipped one")
+    parser.add_argument("--lora", action="append", default=[], metavar="VARIANT=FILE",
+                        help="not the shipped ones; can be given several times")
     args = parser.parse_args()
     repository = find_repository(demo.MINIATURE / "ternary")
     encoder = models.text_encoder_module(load_text_encoder(repository.text_encoder), CPU, torch.float32)
@@ -91,13 +92,15 @@ def main() -> None:
               + "".join(f" {100 * right[name]:.1f} % |" for name in COLUMNS)
               + f" {100 * right['all'] / reference:.1f} % | {nearness} |", flush=True)
     print("\n| FP32 | all | PSNR to dense |\n|---|---|---|")
-    for variant, file in (demo.RECOVERY | dict(text.split("=", 1) for text in args.lora)).items():
+    loras = [text.split("=", 1) for text in args.lora] or [*demo.RECOVERY.items()]
+    drawn = {variant: exact[variant] for variant, _ in loras}
+    for variant, file in loras:
         module = transformer(variant, torch.float32, 0)
         with lora.applied(lora.hooks(module, [(load_lora(demo.MINIATURE / file), 1.0)])):
-            drawn = {variant: exact[variant], f"{variant} + LoRA": pictures(pipeline, module, embeddings)}
-        for name, images in drawn.items():
-            right = score(scenes, images)["all"]
-            print(f"| {name} | {100 * right:.1f} % | {psnr(images, exact['dense'])} |", flush=True)
+            drawn[f"{variant} + {file}"] = pictures(pipeline, module, embeddings)
+    for name, images in drawn.items():
+        right = score(scenes, images)["all"]
+        print(f"| {name} | {100 * right:.1f} % | {psnr(images, exact['dense'])} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Train the LoRAs that bring the packed miniature nearer to the dense one, by ``bonsai-image recover``:
 
     python -m bonsai_image.miniature.train.recovery [--work miniature-work] [--variants ternary binary] [--seed 0]
+        [--updates 300]
 
 Each is trained at :data:`RANK` on the captions of the training scenes. ``--shrink`` writes the directions that change
-the layers' results most, as many as fit into :data:`BYTES`, in FP8: what the repository keeps.
+the layers' results most, as many as fit into :data:`BYTES`, in FP8: what the repository keeps, of both after 300
+updates of seed 0. What fits of the better binary LoRA of 800 updates is worse (docs/recovery.md).
 """
 
 import argparse
@@ -21,7 +23,7 @@ from bonsai_image.miniature.train.scenes import random_scene
 from bonsai_image.ops import Setting
 from bonsai_image.standalone import cli, generate, models
 
-RANK, SCENES, UPDATES = 32, 4000, 300
+RANK, SCENES, UPDATES = 32, 4000, {"ternary": 300, "binary": 800}
 #: Of one file, and of the entry of a tensor in its header; prompts that the shares of a layer's inputs are taken from.
 BYTES, _ENTRY, _SAMPLE = 124_000, 130, 16
 _FP8 = torch.float8_e4m3fn
@@ -33,7 +35,7 @@ def captions() -> list[str]:
     return [random_scene(source).caption() for _ in range(SCENES)]
 
 
-def train(variant: str, seed: int, work: Path) -> Path:
+def train(variant: str, seed: int, updates: int, work: Path) -> Path:
     """The LoRA of one variant, in BF16."""
     out, prompts = work / f"{variant}-{seed}.safetensors", work / "prompts.txt"
     prompts.write_text("\n".join(captions()), encoding="utf-8")
@@ -42,8 +44,8 @@ def train(variant: str, seed: int, work: Path) -> Path:
                        "--teacher", str(demo.MINIATURE / "dense"), "--prompts", str(prompts), "--out", str(out),
                        "--work", str(work / "latents"), "--width", str(demo.SIDE), "--height", str(demo.SIDE),
                        "--dtype", "fp32", "--device", "cpu", "--backend", "torch", "--rank", str(RANK),
-                       "--updates", str(UPDATES), "--batch", "32", "--per-device-batch", "32", "--held-out", "100",
-                       "--learning-rate", "1e-2", "--save-minutes", "2", "--seed", str(seed)])
+                       "--updates", str(updates), "--batch", "32", "--per-device-batch", "32",
+                       "--held-out", "100", "--learning-rate", "1e-2", "--save-minutes", "2", "--seed", str(seed)])
     if status:
         raise SystemExit(status)
     return out
@@ -112,12 +114,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("miniature-work"))
     parser.add_argument("--variants", nargs="+", choices=demo.RECOVERY, default=list(demo.RECOVERY))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--updates", type=int, help=f"default: {UPDATES}")
     parser.add_argument("--shrink", type=Path, metavar="FOLDER", help="write what the repository keeps to this folder")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for variant in args.variants:
         out = args.work / f"{variant}-{args.seed}.safetensors"
-        out = out if out.exists() else train(variant, args.seed, args.work)
+        out = out if out.exists() else train(variant, args.seed, args.updates or UPDATES[variant], args.work)
         if args.shrink:
             kept = args.shrink / demo.RECOVERY[variant]
             kept.unlink(missing_ok=True)
