@@ -39,7 +39,7 @@ class Server:
     def __init__(self, comfyui: Path, base: Path, repository: Path, folder: str = "bonsai-image",
                  options: tuple[str, ...] = (), environment: tuple[tuple[str, str], ...] = ()):
         self.base = base
-        (base / "custom_nodes").mkdir(parents=True)
+        (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
         (base / "models" / "diffusers").mkdir(parents=True)
         (base / "custom_nodes" / folder).symlink_to(ROOT, target_is_directory=True)
         (base / "models" / "diffusers" / repository.name).symlink_to(repository, target_is_directory=True)
