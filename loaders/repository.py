@@ -182,20 +182,23 @@ def find_repository(path: Path | str) -> Repository:
         raise ModelFileError(path, "a finished download", "an interrupted one",
                              "run the same bonsai-image download command again")
     repository = Repository(path)
-    found: dict[str, list[Path]] = {part: [] for part in _PARTS}
+    found: dict[str, list[Path]] = {}
     for folder in _folders(snapshot(path)):
         try:
-            _sort(folder, repository, found)
+            for role, place in _roles(folder):
+                found.setdefault(role, []).append(place)
         except ModelFileError as error:
             part = next((part for part in _PARTS if folder.name.startswith(part)), "")
             repository.problems.setdefault(part, error)
-    for part, folders in found.items():
+    for role, folders in found.items():
         known = [folder for folder in folders if folder.name in _FOLDERS] or folders
-        if len(known) == 1:
-            setattr(repository, part, known[0])
-        elif known:
+        if role not in _PARTS:
+            setattr(repository, role, folders[0])
+        elif len(known) == 1:
+            setattr(repository, role, known[0])
+        else:
             names = " and ".join(folder.name for folder in known)
-            repository.problems[part] = ModelFileError(path, f"one {part.replace('_', ' ')}", names,
+            repository.problems[role] = ModelFileError(path, f"one {role.replace('_', ' ')}", names,
                                                        "choose one of these folders, or move the others away")
     if repository.transformer is None and not repository.problems:
         class_name = read_json(path / "model_index.json").get("_class_name", "none")
@@ -211,12 +214,12 @@ def _is_tokenizer(files: set[str]) -> bool:
     return any(files.issuperset(needed) for needed in _VOCABULARIES)
 
 
-def _sort(folder: Path, repository: Repository, found: dict[str, list[Path]]) -> None:
-    """Add ``folder`` to what it is: scheduler, tokenizer, or one of the parts in ``found``. Raises ModelFileError."""
+def _roles(folder: Path) -> Iterator[tuple[str, Path]]:
+    """What ``folder`` is, as fields of a :class:`Repository`: scheduler, tokenizer, parts. Raises ModelFileError."""
     if (folder / "scheduler_config.json").is_file():
-        repository.scheduler = repository.scheduler or folder
+        yield "scheduler", folder
     for candidate in (folder, folder / "tokenizer"):
         if _is_tokenizer({name for name in TOKENIZER_FILES if (candidate / name).is_file()}):
-            repository.tokenizer = repository.tokenizer or candidate
+            yield "tokenizer", candidate
     for part in parts_of(open_tensors(folder).tensors) if files_in(folder) else ():
-        found[part].append(folder)
+        yield part, folder
