@@ -237,6 +237,7 @@ def _reason(error: Exception) -> str:
 def check_stored(path: Path, name: str, tensor: torch.Tensor) -> None:
     """Raise ModelFileError for a tensor that no model holds: empty, sparse, or larger than what is on file."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    if not plain or not tensor.numel() or tensor.nbytes > tensor.untyped_storage().nbytes():
+    empty = not tensor.numel() and not name.endswith("scaled_fp8")  # ComfyUI's mark, which may be empty
+    if not plain or empty or tensor.nbytes > tensor.untyped_storage().nbytes():
         raise ModelFileError(path, f"every number of {name} in the file",
                              f"an empty, sparse or partly stored tensor of shape {tuple(tensor.shape)}")

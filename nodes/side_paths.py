@@ -7,6 +7,7 @@ time it is needed, and it is multiplied beside the weight.
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,15 @@ from typing import Any
 
 import comfy.lora
 import torch
-from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAdapterBase
+from comfy.weight_adapter import (
+    BOFTAdapter,
+    GLoRAAdapter,
+    LoHaAdapter,
+    LoKrAdapter,
+    LoRAAdapter,
+    OFTAdapter,
+    WeightAdapterBase,
+)
 
 from ..loaders.lora import adapter
 from ..ops import side_paths as ops
@@ -67,7 +76,12 @@ def _group(value: Any) -> dict[str, Any]:
 
 def fits(patch: Patch, shape: tuple[int, ...]) -> bool:
     """Whether ``patch`` can change a weight of ``shape``, as far as its kind is known."""
-    known = translated(patch)
+    known, rows = translated(patch), patch[3][2] if patch[3] else shape[0]
+    match patch[1]:
+        case OFTAdapter(weights=(blocks, *_)) | BOFTAdapter(weights=(blocks, *_)):
+            return math.prod(blocks.shape[-3:-1]) == rows
+        case GLoRAAdapter(weights=(_, _, b1, b2, *_)):
+            return {rows, *shape[1:]} <= {*b1.shape, *b2.shape}
     return known is None or known.fits(shape)
 
 

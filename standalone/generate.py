@@ -109,7 +109,7 @@ def _stage(figures: Figures, device: torch.device, progress: bool, name: str) ->
 
 def check_settings(width: int, height: int, steps: int, seed: int, *prompts: str) -> None:
     """Raises ValueError on a size that is not a multiple of 16, on fewer than one step, on a seed out of range, on a
-    prompt with an embedding."""
+    prompt with an embedding or what is no text."""
     if min(width, height) < 16 or width % 16 or height % 16:
         raise ValueError(f"width and height must be positive multiples of 16, got {width} x {height}")
     if steps < 1:
@@ -117,6 +117,8 @@ def check_settings(width: int, height: int, steps: int, seed: int, *prompts: str
     if not 0 <= seed < 2**63:
         raise ValueError(f"a seed must be between 0 and 2**63 - 1, got {seed}")
     for prompt in prompts:
+        if re.search("[\ud800-\udfff]", prompt):  # bytes of a command line that are not in its encoding
+            raise ValueError(f"the prompt {prompt[:80]!r} is not valid text; give it in UTF-8")
         if found := re.search(r"(?:^|\s)(embedding:\S*)", prompt):
             raise ValueError(f"{found[1]} is a file that only ComfyUI reads; remove it from the prompt")
 

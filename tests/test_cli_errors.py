@@ -124,3 +124,9 @@ def test_folder_of_several_files_names_the_choice(repository, tmp_path, capsys):
     for words in (("inspect", tmp_path), ("convert", tmp_path, tmp_path / "c.safetensors", "--to", "comfy")):
         assert run(*words) == 2
         assert "2 files; choose one of the files" in sentence(capsys)
+
+
+def test_a_prompt_that_is_no_text(tmp_path, capsys):
+    assert run("generate", "--checkpoint", MINIATURE / "ternary", "--prompt", "a\udcff", "--out",
+               tmp_path / "a.png") == 2
+    assert r"the prompt 'a\udcff' is not valid text" in sentence(capsys)

@@ -41,7 +41,7 @@ def quantized(shapes, packed, form, prefix=""):
         if form not in (None, "scaled"):
             tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps({"format": form}).encode()),
                                                            dtype=torch.uint8)
-    return tensors | ({"scaled_fp8": torch.zeros(2, dtype=FP8)} if form == "scaled" else {})
+    return tensors | ({"scaled_fp8": torch.zeros(2 * bool(prefix), dtype=FP8)} if form == "scaled" else {})
 
 
 @pytest.mark.parametrize("form", LAYERS)

@@ -81,7 +81,7 @@ def wide(tensors):
     return maker
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "lokr", "loha", "diff"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr", "loha", "glora", "oft", "boft", "diff"])
 def test_a_lora_of_another_size_is_one_sentence_and_no_work(transformer, tensors, kind, caplog):
     model = models.load_model(str(transformer), "fp32")
     with caplog.at_level(logging.WARNING):
