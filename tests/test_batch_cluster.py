@@ -1,6 +1,7 @@
 """``bonsai-image batch`` on a cluster of three raylets that has nothing of ours installed, with authentication on."""
 
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from ray.util import get_node_ip_address
 
 from bonsai_image.standalone.batch import pipeline, stages
@@ -40,6 +42,15 @@ def test_workers_get_the_code_and_nothing_else(folder, tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", "import bonsai_image.loaders.errors as e; print(e.__file__)"],
                           cwd=found.parent, capture_output=True, text=True)
     assert Path(done.stdout.strip()) == found / "loaders" / "errors.py"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1", "no-such-machine.invalid:6379",
+                                     "127.0.0.1:99999"])
+def test_an_address_where_nobody_listens_is_said_at_once(address, monkeypatch):
+    """Ray would try it for minutes."""
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("asked Ray"))
+    with pytest.raises(ValueError, match=rf"^no Ray at {re.escape(address)}: .*auth_token"):
+        pipeline.start(address, pipeline.Pools(1, 1, 0, 1))
 
 
 class Cluster:

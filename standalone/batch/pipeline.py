@@ -7,7 +7,9 @@ lost with its machine, and makes a stage wait for a slower one behind it.
 import itertools
 import logging
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -102,10 +104,12 @@ def start(address: str | None, pools: Pools) -> int:
     local = {} if address else {"num_cpus": cpus, "num_gpus": pools.gpus, "include_dashboard": False,
                                 "object_store_memory": 2 * pools.store_bytes()}
     try:
+        if at := re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address or ""):
+            socket.create_connection((at[1], int(at[2])), 10).close()  # where nobody listens, Ray tries for minutes
         with tempfile.TemporaryDirectory() as folder:
             ray.init(address or "local", log_to_driver=False, logging_level="error",
                      runtime_env={"py_modules": [_code(Path(folder))]}, **local)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ValueError(f"no Ray at {address or 'this machine'}: {error}{_TOKEN if address else ''}") from error
     return int(ray.cluster_resources().get("GPU", 0))
 
