@@ -25,6 +25,8 @@ collect_ignore = [] if os.environ.get("COMFYUI_PATH") else ["host"]
 def pytest_configure(config):
     # One for all processes that the tests start, so that they multiply alike.
     os.environ.setdefault(measuring.FILE, str(Path(tempfile.gettempdir()) / f"bonsai-image-{os.getpid()}.json"))
+    # pytest-xdist would hand out files with few tests last, which here are the slow ones: one worker would wait.
+    config.option.loadscopereorder = False
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist: it and what it starts keep to one core
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
