@@ -1,6 +1,6 @@
 """A step of full size beside stable-diffusion.cpp on this machine's CPU, from the same weights.
 
-    BONSAI_SDCPP=FOLDER python benchmarks/sdcpp.py [--side 512] [--steps 3] [--ways auto fast q8_0 q4_0 q2_0]
+    BONSAI_SDCPP=FOLDER python benchmarks/sdcpp.py [--side 512] [--steps 2] [--ways auto fast q8_0 q4_0 q2_0]
 
 ``FOLDER`` is what ``tests/lab/stable_diffusion.sh FOLDER`` builds, with the CPU's own instructions and llamafile's
 kernels. Random ternary weights of FLUX.2 Klein 4B: ours compute on them as they are, ``q2_0`` is the same file in GGUF,
@@ -67,7 +67,7 @@ def denoise_by_ggml(path: Path, side: int, steps: int, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2, help="of 2, all times are BF16 numbers")
     parser.add_argument("--ways", nargs="+", choices=(*MODES, *GGML), default=("dense", "auto", "fast", *GGML))
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

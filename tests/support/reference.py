@@ -6,16 +6,20 @@ import torch
 def dense64(weight) -> torch.Tensor:
     """The dense float64 weight of a packed one, element by element from the definition in ops/packed.py."""
     params = weight._params
-    _, k = params.orig_shape
-    bits = params.bits
-    element = torch.arange(k)
-    byte = weight._qdata[:, element * bits // 8].long()
+    # Some rows at a time: an embedding of 151,936 rows would take 16 GB.
+    parts = [part.split(4096) for part in (weight._qdata, params.scale, params.scale if params.shift is None else
+                                           params.shift)]
+    return torch.cat([_rows(params, *part) for part in zip(*parts, strict=True)])
+
+
+def _rows(params, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    element, bits = torch.arange(params.orig_shape[1]), params.bits
+    byte = codes[:, element * bits // 8].long()
     code = ((byte >> (element * bits % 8)) % 2**bits).double()
-    group = element // (k // params.scale.shape[1])
-    scale = params.scale.double()[:, group]
+    group = element // (len(element) // scale.shape[1])
+    scale, shift = scale.double()[:, group], shift.double()[:, group]
     if params.form == "symmetric":
         return scale * {1: 2 * code - 1, 2: code - 1, 4: code - 8}[bits]
-    shift = params.shift.double()[:, group]
     return scale * code + shift if params.form == "affine" else scale * (code - shift)
 
 
