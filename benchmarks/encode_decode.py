@@ -5,8 +5,9 @@
 Random weights of full size. ``dense``, ``exact`` and ``auto`` encode 512 tokens with the 27 layers of Qwen3-4B that
 FLUX.2 Klein reads, in BF16: dense, with weights of 4 bits, and with what ``auto`` finds the fastest. ``full`` and
 ``small`` decode with diffusers' FLUX.2 VAE and with one whose decoder is narrower, in BF16 and FP32, and ``taef2`` with
-ComfyUI's tiny one (COMFYUI_PATH, in the Python that runs it). Each in a process of its own: the median of seconds, and peak RSS above the loaded
-model. How far BF16 is from FP32 in an image is measured with the trained VAE of the miniature.
+ComfyUI's tiny one (COMFYUI_PATH, in the Python that runs it). Each in a process of its own: the median of seconds, and
+peak RSS above the loaded model. How far BF16 is from FP32 in an image is measured with the trained VAE of the
+miniature.
 """
 
 import argparse
