@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -77,29 +78,41 @@ def denoise(mode: str, side: int, steps: int, out: Path) -> None:
     torch.save({"latent": latent.float(), "seconds": statistics.median(seconds), "peak": peak_bytes()}, out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None, modes: Sequence[str], chosen: Sequence[str], steps: int) -> argparse.Namespace:
+    """The options of a comparison of ``modes``; ``out`` only in the process of one mode, which writes there."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--modes", nargs="+", choices=modes, default=chosen)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.out:
-        denoise(args.modes[0], args.side, args.steps, args.out)
-        return
+    return parser.parse_args()
+
+
+def compare(script: str, args: argparse.Namespace, prepare: Callable[[str, Path], None] = lambda _mode, _out: None
+            ) -> None:
+    """Print a line for each mode, by ``script`` in a process of its own, once ``prepare`` has made what it needs."""
     print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.side} x {args.side}, "
-          f"{args.steps} steps\n{'mode':>9}{'s/step':>9}{'of first':>9}{'peak GB':>9}{'latent error':>14}")
+          f"{args.steps} steps\n{'mode':>9}{'s/step':>9}{'of first':>9}{'peak GB':>9}{'latent error':>14}", flush=True)
     first = None
-    with tempfile.TemporaryDirectory() as folder:
-        for mode in args.modes:
-            out = Path(folder) / mode
-            subprocess.run([sys.executable, __file__, "--modes", mode, "--side", str(args.side), "--steps",
+    for mode in args.modes:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / f"{mode}.pt"
+            prepare(mode, out)
+            subprocess.run([sys.executable, script, "--modes", mode, "--side", str(args.side), "--steps",
                             str(args.steps), "--out", str(out)], check=True)
             found = torch.load(out, weights_only=True)
-            first = first or found
-            error = (found["latent"] - first["latent"]).norm() / first["latent"].norm()
-            print(f"{mode:>9}{found['seconds']:>9.2f}{found['seconds'] / first['seconds']:>9.2f}"
-                  f"{found['peak'] / 1e9:>9.2f}{float(error):>14.4f}", flush=True)
+        first = first or found
+        error = (found["latent"] - first["latent"]).norm() / first["latent"].norm()
+        print(f"{mode:>9}{found['seconds']:>9.2f}{found['seconds'] / first['seconds']:>9.2f}"
+              f"{found['peak'] / 1e9:>9.2f}{float(error):>14.4f}", flush=True)
+
+
+def main() -> None:
+    args = arguments(__doc__, MODES, MODES, 4)
+    if args.out:
+        denoise(args.modes[0], args.side, args.steps, args.out)
+    else:
+        compare(__file__, args)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,24 @@
 """A step of full size beside stable-diffusion.cpp on this machine's CPU, from the same weights.
 
-    BONSAI_SDCPP=FOLDER python benchmarks/sdcpp.py [--side 512] [--steps 2] [--ways auto fast q8_0 q4_0 q2_0]
+    BONSAI_SDCPP=FOLDER python benchmarks/sdcpp.py [--side 512] [--steps 2] [--modes auto fast q8_0 q4_0 q2_0]
 
 ``FOLDER`` is what ``tests/lab/stable_diffusion.sh FOLDER`` builds, with the CPU's own instructions and llamafile's
 kernels. Random ternary weights of FLUX.2 Klein 4B: ours compute on them as they are, ``q2_0`` is the same file in GGUF,
 and ``q8_0`` and ``q4_0`` are the same weights rounded to ggml's types, which is what people run. ``dense`` is diffusers
 in BF16, of which the last column is the error of the final latent: that all compute the same model shows in it.
 
-Each way in a process of its own; seconds are the median step, GB the peak RSS after loading.
+Each mode in a process of its own; seconds are the median step, GB the peak RSS after loading.
 """
 
-import argparse
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from cpu_image import MODES, TEXT_TOKENS, denoise, noise_and_text, schedule
+from cpu_image import MODES, arguments, compare, denoise, noise_and_text, schedule
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
-from linear import cpu_name
 from load import FULL, peak_bytes, random_model
 
 from bonsai_image.loaders import gguf, names, save_transformer
@@ -35,13 +30,15 @@ GGML = ("q8_0", "q4_0", "q2_0")
 Q4_0 = gguf.Type(2, "Q4_0", 32, 18)
 
 
-def write_gguf(path: Path, way: str) -> None:
-    """The random model as ``save_transformer`` writes it, or rounded to a type of ggml by the ``gguf`` package."""
-    model = random_model(FULL, 2, Path("random"))
-    if way == "q2_0":
+def write_gguf(mode: str, out: Path) -> None:
+    """The random model beside ``out`` for a mode of ggml: as ``save_transformer`` writes it, or rounded by ``gguf``."""
+    if mode not in GGML:
+        return
+    model, path = random_model(FULL, 2, Path("random")), out.with_suffix(".gguf")
+    if mode == "q2_0":
         save_transformer(model, path, "gguf")
         return
-    kind, number = ((gguf.Q8_0, GGMLQuantizationType.Q8_0) if way == "q8_0" else (Q4_0, GGMLQuantizationType.Q4_0))
+    kind, number = ((gguf.Q8_0, GGMLQuantizationType.Q8_0) if mode == "q8_0" else (Q4_0, GGMLQuantizationType.Q4_0))
     tensors = {name.replace("_norm.weight", "_norm.scale"): tensor
                for name, tensor in names.to_comfyui(model.tensors).items()}
     entries = gguf.layout({name: (kind if is_packed(tensor) else gguf.BF16, tuple(tensor.shape))
@@ -65,36 +62,14 @@ def denoise_by_ggml(path: Path, side: int, steps: int, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=2, help="of 2, all times are BF16 numbers")
-    parser.add_argument("--ways", nargs="+", choices=(*MODES, *GGML), default=("dense", "auto", "fast", *GGML))
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.out:
-        way = args.ways[0]
-        if way in GGML:
-            denoise_by_ggml(args.out.with_suffix(".gguf"), args.side, args.steps, args.out)
-        else:
-            denoise(way, args.side, args.steps, args.out)
-        return
-    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.side} x {args.side}, "
-          f"{TEXT_TOKENS} tokens of text, {args.steps} steps\n"
-          f"{'way':>9}{'s/step':>9}{'of first':>9}{'peak GB':>9}{'latent error':>14}")
-    first = None
-    with tempfile.TemporaryDirectory() as folder:
-        for way in args.ways:
-            out = Path(folder) / f"{way}.pt"
-            if way in GGML:
-                write_gguf(out.with_suffix(".gguf"), way)
-            subprocess.run([sys.executable, __file__, "--ways", way, "--side", str(args.side), "--steps",
-                            str(args.steps), "--out", str(out)], check=True)
-            out.with_suffix(".gguf").unlink(missing_ok=True)
-            found = torch.load(out, weights_only=True)
-            first = first or found
-            error = (found["latent"] - first["latent"]).norm() / first["latent"].norm()
-            print(f"{way:>9}{found['seconds']:>9.2f}{found['seconds'] / first['seconds']:>9.2f}"
-                  f"{found['peak'] / 1e9:>9.2f}{float(error):>14.4f}", flush=True)
+    # Of 2 steps, all times are BF16 numbers.
+    args = arguments(__doc__, (*MODES, *GGML), ("dense", "auto", "fast", "q8_0", "q4_0"), 2)
+    if not args.out:
+        compare(__file__, args, write_gguf)
+    elif (mode := args.modes[0]) in GGML:
+        denoise_by_ggml(args.out.with_suffix(".gguf"), args.side, args.steps, args.out)
+    else:
+        denoise(mode, args.side, args.steps, args.out)
 
 
 if __name__ == "__main__":
