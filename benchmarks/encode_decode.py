@@ -88,7 +88,7 @@ def difference() -> tuple[float, float]:
     """The largest and the mean difference of a pixel (0 to 255) between the miniature's VAE in BF16 and in FP32, on
     noise."""
     latent = torch.randn(4, 32, 32, 32, generator=torch.Generator().manual_seed(0))
-    images = [vae_module(VAE, CPU, dtype).decode(latent.to(dtype), return_dict=False)[0].float().clamp(-1, 1)
+    images = [vae_module(VAE, CPU, dtype).to(dtype).decode(latent.to(dtype), return_dict=False)[0].float().clamp(-1, 1)
               for dtype in (torch.float32, torch.bfloat16)]
     difference = (images[0] - images[1]).abs() * 127.5
     return float(difference.max()), float(difference.mean())

@@ -115,6 +115,11 @@ def test_out_of_memory_is_not_reported_as_a_damaged_vae(repository, monkeypatch)
         vae_module(repository / "vae", CPU, torch.float32)
 
 
+def test_on_a_cpu_the_vae_computes_in_fp32(repository):
+    assert {parameter.dtype for parameter in vae_module(repository / "vae", CPU, torch.bfloat16).parameters()} == {
+        torch.float32}
+
+
 def test_a_vae_of_other_sizes_needs_its_config(repository, tmp_path):
     vae = shutil.copytree(repository / "vae", tmp_path / "vae")
     (vae / "config.json").unlink()
