@@ -1,4 +1,8 @@
-"""Files to canonical state dicts, and back. ``formats`` has one file per format of weights."""
+"""Files to canonical state dicts, and back. ``formats`` has one file per format of weights.
+
+The names below are for programs that use this as a library (``docs/library.md``); the hosts beside it import from the
+modules as well, whose names without an underscore they may use.
+"""
 
 from .errors import ModelFileError
 from .formats import container_suffixes, targets

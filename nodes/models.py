@@ -72,7 +72,7 @@ _OPTIONS = {
 def dtype_to_impose(part: str, name: str, device: torch.device) -> torch.dtype | None:
     """The dtype to impose on ComfyUI: ``name`` (``auto`` or one of :data:`DTYPES`), then ComfyUI's options.
 
-    None leaves it the choice, which it makes well, and by the same options, everywhere but on a CPU.
+    None: ComfyUI chooses, by the same options, which is right everywhere but on a CPU.
     """
     if name != "auto":
         return DTYPES[name]

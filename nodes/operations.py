@@ -33,7 +33,7 @@ class HostLayer(PackedModule, comfy.ops.CastWeightBiasOp):
         others = [function for function in functions if not hasattr(function, "is_lowvram_patch")]
         resident = weight.device == device and (bias is None or bias.device == device)
         if resident and not others and not self.bias_function:
-            # Not even asked: on a CPU, ComfyUI decodes the packed weight of a layer that it once had on a GPU.
+            # Skip cast_bias_weight: on a CPU it would dequantize a layer that was once on a GPU.
             yield weight, bias
             return
         # One forward runs at a time, and the functions are called before cast_bias_weight returns.
