@@ -19,7 +19,7 @@ from bonsai_image.loaders import find_repository, load_lora, load_text_encoder
 from bonsai_image.miniature import demo
 from bonsai_image.miniature.train.measure import held_out_scenes, score
 from bonsai_image.ops import backends
-from bonsai_image.ops.backends import Setting, measuring
+from bonsai_image.ops.backends import Setting, selfcheck
 from bonsai_image.ops.backends.interface import Digits
 from bonsai_image.standalone import lora, models
 
@@ -35,7 +35,7 @@ COLUMNS = ("colour", "shape", "position", "size", "count", "background", "leaves
 
 def transformer(variant: str, dtype: torch.dtype, digits: Digits) -> torch.nn.Module:
     """Its packed layers multiply with so many digits whatever is the fastest, where the cpu backend takes them."""
-    measuring.fastest = lambda ways, *_: next((way for way in ways if way.digits == digits), ways[0])
+    selfcheck.fastest = lambda ways, *_: next((way for way in ways if way.digits == digits), ways[0])
     backends.PRECISIONS["auto"] = (digits, 0)
     return models.transformer_module(demo.load(variant), CPU, dtype, Setting())
 

@@ -211,7 +211,7 @@ class BonsaiModelInfo(io.ComfyNode):
 
 class BonsaiExtension(ComfyExtension):
     async def on_load(self) -> None:
-        os.environ.setdefault(backends.measuring.FILE,
+        os.environ.setdefault(backends.selfcheck.FILE,
                               str(Path(folder_paths.get_user_directory()) / "bonsai_image_times.json"))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit status (see :func:`run`)."""
     args = _parser().parse_args(argv)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    os.environ.setdefault(backends.measuring.FILE, os.path.join(cache, "bonsai-image", "times.json"))
+    os.environ.setdefault(backends.selfcheck.FILE, os.path.join(cache, "bonsai-image", "times.json"))
     return run(_COMMANDS[args.command], args)
 
 

@@ -16,7 +16,7 @@ from ..loaders.description import publication
 from ..loaders.opening import files_in, folders_in, tensor_files
 from ..loaders.repository import repositories_in
 from ..ops import backends
-from ..ops.backends import Setting, libraries, measuring, selfcheck
+from ..ops.backends import Setting, libraries, selfcheck
 from ..ops.devices import cpu_has_fast_bfloat16, default_dtype, device_name
 from ..ops.packed import Form, Packed, dequantize
 from . import comfyui
@@ -97,7 +97,7 @@ def _times(device: torch.device) -> dict[str, dict[str, float]]:
         x, weight = selfcheck.example(selfcheck.kind(packed, dtype), _ROWS, n, k, device)
         calls = {"dense": functools.partial(torch.nn.functional.linear, x, dequantize(weight, dtype))}
         calls |= {str(way): functools.partial(way.backend.multiply, x, weight, way.digits) for way in ways}
-        found[f"{n} x {k}"] = times = measuring.milliseconds(calls, device)
+        found[f"{n} x {k}"] = times = selfcheck.milliseconds(calls, device)
         step.update({way: count * each for way, each in times.items()})
     return found | {"step": dict(step)}
 

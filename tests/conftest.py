@@ -14,7 +14,7 @@ import torch
 
 from bonsai_image.loaders.names import to_comfyui
 from bonsai_image.ops import backends
-from bonsai_image.ops.backends import measuring, selfcheck
+from bonsai_image.ops.backends import selfcheck
 from bonsai_image.tests.support import model_files, sound_files
 from bonsai_image.tests.support.random_model import write_repository
 
@@ -24,7 +24,7 @@ collect_ignore = [] if os.environ.get("COMFYUI_PATH") else ["host"]
 
 def pytest_configure(config):
     # One for all processes that the tests start, so that they multiply alike.
-    os.environ.setdefault(measuring.FILE, str(Path(tempfile.gettempdir()) / f"bonsai-image-{os.getpid()}.json"))
+    os.environ.setdefault(selfcheck.FILE, str(Path(tempfile.gettempdir()) / f"bonsai-image-{os.getpid()}.json"))
     # pytest-xdist would hand out files with few tests last, which here are the slow ones: one worker would wait.
     config.option.loadscopereorder = False
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist: it and what it starts keep to one core
@@ -42,7 +42,7 @@ def fresh_backends(monkeypatch):
     """Verdicts on backends are forgotten before and after: each test asks and checks anew."""
     def forget():
         for forget_all in (backends._problem.cache_clear, backends._log.cache_clear, selfcheck._VERDICTS.clear,
-                           measuring._times.cache_clear):
+                           selfcheck._times.cache_clear):
             forget_all()
 
     forget()

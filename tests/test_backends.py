@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bonsai_image.ops import backends, linear
-from bonsai_image.ops.backends import AUTO, Setting, gemlite_backend, libraries, measuring, selfcheck
+from bonsai_image.ops.backends import AUTO, Setting, gemlite_backend, libraries, selfcheck
 from bonsai_image.ops.backends.cpu import backend as cpu_backend
 from bonsai_image.ops.backends.mlx import backend as mlx_backend
 from bonsai_image.ops.backends.triton import backend as triton_backend
@@ -44,7 +44,7 @@ def machine(monkeypatch, fresh_backends):
                             if library.name == "mlx" else libraries.missing(library))
         monkeypatch.setattr(cpu_backend, "instruction", lambda: "avx2")
         monkeypatch.setattr(selfcheck, "problem", lambda *_: None)
-        monkeypatch.setattr(measuring, "fastest", lambda ways, *_: ways[0])
+        monkeypatch.setattr(selfcheck, "fastest", lambda ways, *_: ways[0])
         fresh_backends()
 
     return make

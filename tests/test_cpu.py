@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bonsai_image.ops import backends
-from bonsai_image.ops.backends import Setting, measuring
+from bonsai_image.ops.backends import Setting, selfcheck
 from bonsai_image.ops.backends.cpu import backend as cpu_backend
 from bonsai_image.ops.backends.interface import int8_product
 from bonsai_image.ops.packed import Packed, dequantize
@@ -326,11 +326,11 @@ def test_the_cpu_backend_is_chosen_and_logged_once(fresh, caplog, monkeypatch):
     """With the error of each precision, in BF16 and FP32, whichever way is the fastest."""
     caplog.set_level("INFO")
     for first in (0, -1):
-        monkeypatch.setattr(measuring, "fastest", lambda ways, *_, first=first: ways[first - (len(ways) > 1)])
+        monkeypatch.setattr(selfcheck, "fastest", lambda ways, *_, first=first: ways[first - (len(ways) > 1)])
         assert error("auto", torch.bfloat16) < 0.003 and error("exact", torch.bfloat16) < 0.003
         assert error("auto", torch.float32) < 3e-4 and error("exact", torch.float32) < 1e-6
         assert error("fast", torch.float32) < 0.008
-    monkeypatch.setattr(measuring, "fastest", lambda ways, *_: ways[0])
+    monkeypatch.setattr(selfcheck, "fastest", lambda ways, *_: ways[0])
     assert 0.003 < error("fast", torch.bfloat16) < 0.008 or not INT8
     assert caplog.text.count(f"compiled for {KINDS[0]}") == 1
 

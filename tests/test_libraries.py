@@ -18,8 +18,8 @@ from bonsai_image.ops.backends import (
     cpu_backend,
     gemlite_backend,
     libraries,
-    measuring,
     mlx_backend,
+    selfcheck,
     triton_backend,
 )
 from bonsai_image.ops.devices import Gpu
@@ -57,7 +57,7 @@ def stand_in(monkeypatch, tmp_path, fresh_backends):
         return backend
 
     pytest.importorskip("triton")  # GemLite is asked for after it
-    monkeypatch.setattr(measuring, "fastest", lambda ways, *_: ways[0])
+    monkeypatch.setattr(selfcheck, "fastest", lambda ways, *_: ways[0])
     yield install
     cpu_backend.instruction.cache_clear()
     for module in [module for module in sys.modules if (tmp_path / module.partition(".")[0]).is_dir()]:
@@ -175,7 +175,7 @@ class HostInterrupt(BaseException):
 def product(monkeypatch, failure):
     backend = Failing(failure)
     monkeypatch.setattr(backends, "BACKENDS", (backend, *backends.BACKENDS))
-    monkeypatch.setattr(measuring, "fastest", lambda ways, *_: ways[0])
+    monkeypatch.setattr(selfcheck, "fastest", lambda ways, *_: ways[0])
     weight, x = random_weight(2, "symmetric", 64, 512, 128), torch.randn(3, 512)
     return backend, lambda setting=EXACT: linear(x, weight, None, setting)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bonsai_image.ops import backends, linear
-from bonsai_image.ops.backends import AUTO, Choice, Setting, measuring, selfcheck, torch_backend
+from bonsai_image.ops.backends import AUTO, Choice, Setting, selfcheck, torch_backend
 from bonsai_image.ops.backends.libraries import Library
 from bonsai_image.ops.linear import PackedLinear
 from bonsai_image.ops.packed import unwrap
@@ -73,7 +73,7 @@ class Toy:
 def register(monkeypatch):
     def add(toy: Toy) -> Toy:
         monkeypatch.setattr(backends, "BACKENDS", (toy, *backends.BACKENDS))
-        monkeypatch.setattr(measuring, "fastest", lambda ways, *_: ways[0])
+        monkeypatch.setattr(selfcheck, "fastest", lambda ways, *_: ways[0])
         return toy
 
     return add

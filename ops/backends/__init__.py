@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..packed import Packed, is_packed, unwrap
-from . import gemlite_backend, libraries, measuring, selfcheck, torch_backend
+from . import gemlite_backend, libraries, selfcheck, torch_backend
 from .cpu import backend as cpu_backend
 from .interface import Backend, Digits
 from .mlx import backend as mlx_backend
@@ -107,7 +107,7 @@ def choose(setting: Setting, device: torch.device, rows: int, packed: Packed, dt
     if setting.precision == "exact" and dtype.itemsize > 2:
         digits = (0,)
     able, reasons = ways(digits, setting.backend, device, rows, packed, dtype)
-    way = measuring.fastest(able, device, rows, selfcheck.kind(packed, dtype))
+    way = selfcheck.fastest(able, device, rows, selfcheck.kind(packed, dtype))
     for reason, level in reasons.items():
         _log(level, reason, Choice(*way), device)
     exact = setting.precision == "fast" and way.digits != "adaptive"
@@ -115,10 +115,10 @@ def choose(setting: Setting, device: torch.device, rows: int, packed: Packed, dt
 
 
 def ways(allowed: tuple[Digits, ...], name: str, device: torch.device, rows: int, packed: Packed,
-         dtype: torch.dtype) -> tuple[tuple[measuring.Way, ...], dict[str, int]]:
+         dtype: torch.dtype) -> tuple[tuple[selfcheck.Way, ...], dict[str, int]]:
     """What can multiply so and does it right, best first; only the backend ``name`` where it is one of them. And why
     others cannot, with the level at which to log it."""
-    kind, reasons, found = selfcheck.kind(packed, dtype), dict[str, int](), list[measuring.Way]()
+    kind, reasons, found = selfcheck.kind(packed, dtype), dict[str, int](), list[selfcheck.Way]()
     for named in (True, False):
         for digits, backend in itertools.product(allowed, BACKENDS):
             if named and name != backend.NAME:
@@ -132,7 +132,7 @@ def ways(allowed: tuple[Digits, ...], name: str, device: torch.device, rows: int
             elif not (problem := _problem(backend, device, digits)) and backend is not torch_backend:
                 problem, level = selfcheck.problem(backend, device, kind, digits), logging.WARNING
             if problem is None:
-                found.append(measuring.Way(backend, digits))
+                found.append(selfcheck.Way(backend, digits))
             elif problem and (digits != 2 or level == logging.WARNING):  # nobody asked for two digits
                 reasons[problem.replace("torch.", "")] = level
         if found:

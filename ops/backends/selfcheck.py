@@ -1,22 +1,46 @@
-"""What a backend must get right before it is used: one small product, the same for all of them.
+"""What is found out on this machine before a backend is used: whether it is right, and how fast it is.
 
-The check runs when a backend is about to multiply a kind of weight for the first time in a process. A backend that
-fails it, or later fails in a product, is not used for that kind again; the next one takes over.
+The check is one small product, the same for all backends, when one is about to multiply a kind of weight for the first
+time in a process. A backend that fails it, or later fails in a product, is not used for that kind again; the next one
+takes over.
+
+The times are measured once and kept in a file of JSON, device -> kind of product -> way -> milliseconds. Hosts name it
+in the environment variable :data:`FILE`, which the processes that they start inherit. Deleted, it is measured again;
+without one, or where it cannot be written, the times are kept for the process.
 """
 
+import contextlib
+import functools
+import itertools
+import json
+import os
 import threading
-from typing import NamedTuple
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from ... import __version__
+from ...disk import alone, write_whole
+from ..devices import device_name
 from ..packed import Form, Packed, dequantize
 from . import libraries
 from .interface import Backend, Digits, int8_product
 
-_LOCK = threading.Lock()
+#: The environment variable with the path of the file.
+FILE = "BONSAI_IMAGE_TIMES"
 
-#: Few and many: backends have a kernel for each.
-_ROWS = (5, 80)
+#: Rows of the products that are checked, few and many (backends have a kernel for each), of the two that are timed,
+#: and up to how many the first of these stands for.
+_CHECKED_ROWS, _TIMED_ROWS, _FEW = (5, 80), (32, 512), 64
+#: (N, K) of the weight that is timed, by type of device: some milliseconds each.
+_SHAPES = {"cpu": (768, 3072)}
+_SHAPE = (3072, 3072)
+_REPEATS = 2
+
+_LOCK = threading.Lock()
 
 
 class Kind(NamedTuple):
@@ -90,7 +114,7 @@ def worst_error(backend: Backend, device: torch.device, kind: Kind, digits: Digi
     if kind.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
         tolerance *= 4
     worst = 0.0
-    for rows in _ROWS:
+    for rows in _CHECKED_ROWS:
         x, packed = example(kind, rows, 256, 8 * kind.group, torch.device("cpu"))
         there = packed._replace(codes=packed.codes.to(device), scale=packed.scale.to(device),
                                 shift=None if packed.shift is None else packed.shift.to(device))
@@ -100,3 +124,81 @@ def worst_error(backend: Backend, device: torch.device, kind: Kind, digits: Digi
         error = (backend.multiply(x.to(device), there, digits).cpu().double() - expected).norm() / expected.norm()
         worst = max(worst, float(error.nan_to_num(torch.inf)) / tolerance)
     return worst
+
+
+class Way(NamedTuple):
+    """A backend, and the int8 digits that it multiplies."""
+
+    backend: Backend
+    digits: Digits
+
+    def __str__(self) -> str:
+        return f"{self.backend.NAME} {self.digits}"
+
+
+def fastest(ways: tuple[Way, ...], device: torch.device, rows: int, kind: Kind) -> Way:
+    """The fastest of ``ways``, all of which have passed their self-check, for ``rows`` activations on ``device``.
+
+    MLX computes the whole transformer where it is first, so on its device the order stands.
+    """
+    if len(ways) == 1 or device.type == "mps":
+        return ways[0]
+    with _LOCK:
+        times = _times(ways, device, kind)[0 if rows <= _FEW else 1]
+    return min(ways, key=lambda way: times[str(way)])
+
+
+@functools.cache
+def _times(ways: tuple[Way, ...], device: torch.device, kind: Kind) -> list[dict[str, float]]:
+    """Way -> milliseconds, for each of :data:`_TIMED_ROWS`."""
+    driver = getattr(torch._C, "_cuda_getDriverVersion", int)() if device.type == "cuda" else 0
+    here = (f"{device_name(device)}, driver {driver}, torch {torch.__version__}, triton {libraries.version('triton')}, "
+            f"bonsai-image {__version__}")
+    dtypes = f"{kind.dtype}, scales {kind.scale_dtype}".replace("torch.", "")
+    what = f"{kind.bits} bits, {kind.form}, groups of {kind.group}, {dtypes}: {', '.join(map(str, ways))}"
+    path = Path(os.environ[FILE]) if os.environ.get(FILE) else None
+    # One process measures, the others wait for what it finds: the workers of a run must make the same images.
+    with alone(path.with_suffix(".lock")) if path else contextlib.nullcontext():
+        kept = _read(path)
+        machine = kept[here] if isinstance(kept.get(here), dict) else {}
+        with contextlib.suppress(LookupError, TypeError, ValueError):
+            few, many = machine[what]
+            return [{str(way): float(times[str(way)]) for way in ways} for times in (few, many)]
+        measured = []
+        for rows in _TIMED_ROWS:
+            product = example(kind, rows, *_SHAPES.get(device.type, _SHAPE), device)
+            measured.append(milliseconds({str(way): functools.partial(way.backend.multiply, *product, way.digits)
+                                          for way in ways}, device))
+        if path is not None:
+            with contextlib.suppress(OSError):
+                write_whole(path, json.dumps(kept | {here: machine | {what: measured}}, indent=1).encode())
+    return measured
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    """What is kept; nothing where there is no file, or another one than ours."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if path is not None and isinstance(kept := json.loads(path.read_bytes()), dict):
+            return kept
+    return {}
+
+
+@torch.inference_mode()
+@torch.autocast("cpu", enabled=False)
+def milliseconds(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """The best of some calls of each in turn, after one to warm up. What fails takes forever; running out of memory is
+    raised."""
+    best = dict.fromkeys(calls, float("inf"))
+    for repeat, (name, call) in itertools.product(range(1 + _REPEATS), calls.items()):
+        try:
+            start = time.perf_counter()
+            call()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+        except libraries.FAILURES as failure:
+            if libraries.out_of_memory(failure):
+                raise
+        else:
+            if repeat:
+                best[name] = min(best[name], round((time.perf_counter() - start) * 1e3, 4))
+    return best

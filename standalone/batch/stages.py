@@ -24,7 +24,7 @@ from PIL import Image
 from ...disk import reason, write_whole
 from ...loaders import ModelFileError, Repository, load_lora, load_transformer
 from ...loaders.files import refuse_changed
-from ...ops.backends import measuring
+from ...ops.backends import selfcheck
 from .. import generate, lora, models
 from ..references import open_image
 from .manifest import SETTINGS
@@ -66,7 +66,7 @@ class Stage:
     def __init__(self, work: Work):
         torch.set_num_threads(work.threads)
         # Where no host has named a file, on a cluster, all workers choose by this one.
-        os.environ.setdefault(measuring.FILE, str(work.out / ".times.json"))
+        os.environ.setdefault(selfcheck.FILE, str(work.out / ".times.json"))
         self.work, self.compute, self.repository = work, work.compute, work.repository
 
     def run(self, rows: list[Record]) -> list[torch.Tensor | None]:

@@ -5,7 +5,7 @@ import pytest
 
 from bonsai_image.nodes import models
 from bonsai_image.nodes.models import describe
-from bonsai_image.ops.backends import Setting, measuring
+from bonsai_image.ops.backends import Setting, selfcheck
 from bonsai_image.ops.backends.cpu import backend
 from bonsai_image.tests.support.adapters import Maker, with_lora
 from bonsai_image.tests.support.reference import relative
@@ -19,7 +19,7 @@ FAST = Setting("auto", "fast")
 def products(monkeypatch):
     """The int8 digits of each product of the cpu backend, where the first way allowed is the fastest."""
     seen, original = [], backend.multiply
-    monkeypatch.setattr(measuring, "fastest", lambda ways, *_: ways[0])
+    monkeypatch.setattr(selfcheck, "fastest", lambda ways, *_: ways[0])
     monkeypatch.setattr(backend, "multiply", lambda *args: seen.append(args[2]) or original(*args))
     return seen
 
@@ -46,7 +46,7 @@ def test_the_text_encoder_of_4_bits(repository, products, monkeypatch):
     products.clear()
     exact = clip.encode_from_tokens(tokens)
     assert products and not any(products)
-    monkeypatch.setattr(measuring, "fastest", lambda ways, *_: ways[-1])
+    monkeypatch.setattr(selfcheck, "fastest", lambda ways, *_: ways[-1])
     products.clear()
     assert relative(clip.encode_from_tokens(tokens), exact) < 0.02 and set(products) == {2}
 

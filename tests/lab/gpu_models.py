@@ -18,10 +18,10 @@ import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 
 from bonsai_image.nodes import models  # noqa: E402
-from bonsai_image.ops.backends import measuring  # noqa: E402
+from bonsai_image.ops.backends import selfcheck  # noqa: E402
 
 # The first of what can multiply, on the CPU as on the pretended GPU: what measures as the fastest may have other bits.
-measuring.fastest = lambda ways, *_: ways[0]
+selfcheck.fastest = lambda ways, *_: ways[0]
 
 LAYERS = ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "img_in")
 TEXT_LAYERS = ("layers.3.mlp.gate_proj", "layers.9.self_attn.q_proj")

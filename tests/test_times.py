@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bonsai_image.ops import backends
-from bonsai_image.ops.backends import Setting, cpu_backend, measuring, selfcheck, torch_backend
+from bonsai_image.ops.backends import Setting, cpu_backend, selfcheck, torch_backend
 from bonsai_image.ops.packed import unwrap
 from bonsai_image.tests.support.reference import random_weight
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("fresh_backends")
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "times.json"
-    monkeypatch.setenv(measuring.FILE, str(path))
+    monkeypatch.setenv(selfcheck.FILE, str(path))
     return path
 
 
@@ -33,17 +33,17 @@ def measured(monkeypatch):
         seen.append(len(calls))
         return dict(zip(calls, (2.0, 1.0), strict=True))
 
-    monkeypatch.setattr(measuring, "milliseconds", milliseconds)
+    monkeypatch.setattr(selfcheck, "milliseconds", milliseconds)
     return seen
 
 
-WAYS = measuring.Way(torch_backend, 0), measuring.Way(cpu_backend, 2)
+WAYS = selfcheck.Way(torch_backend, 0), selfcheck.Way(cpu_backend, 2)
 
 
 def fastest(rows=512):
     """Asked by a new process."""
-    measuring._times.cache_clear()
-    return measuring.fastest(WAYS, CPU, rows, KIND).backend.NAME
+    selfcheck._times.cache_clear()
+    return selfcheck.fastest(WAYS, CPU, rows, KIND).backend.NAME
 
 
 def test_it_is_measured_once_and_kept(file, measured):
@@ -83,16 +83,16 @@ def test_a_file_that_says_nothing_is_measured_again(file, measured, what):
 @pytest.mark.parametrize("what", ["no file named", "read-only", "a folder", "below a file"])
 def test_where_nothing_can_be_kept_it_is_measured_for_the_process(file, measured, monkeypatch, what):
     if what == "no file named":
-        monkeypatch.delenv(measuring.FILE)
+        monkeypatch.delenv(selfcheck.FILE)
     elif what == "read-only":  # root may write anywhere, so the disk says it
         def refuse(*_):
             raise OSError(30, "Read-only file system")
-        monkeypatch.setattr(measuring, "write_whole", refuse)
+        monkeypatch.setattr(selfcheck, "write_whole", refuse)
     elif what == "a folder":
         file.mkdir(parents=True)
     else:
         file.parent.write_text("")
-    assert fastest() == measuring.fastest(WAYS, CPU, 512, KIND).backend.NAME == "cpu" and len(measured) == 2
+    assert fastest() == selfcheck.fastest(WAYS, CPU, 512, KIND).backend.NAME == "cpu" and len(measured) == 2
     assert not file.is_file()
 
 
@@ -102,10 +102,10 @@ def test_what_fails_takes_forever_and_out_of_memory_is_raised():
             raise error
         return call
 
-    found = measuring.milliseconds({"a": lambda: None, "b": raising(RuntimeError("no such kernel"))}, CPU)
+    found = selfcheck.milliseconds({"a": lambda: None, "b": raising(RuntimeError("no such kernel"))}, CPU)
     assert found["a"] < 1e6 and found["b"] == float("inf")
     with pytest.raises(torch.OutOfMemoryError):
-        measuring.milliseconds({"a": raising(torch.OutOfMemoryError("out of memory"))}, CPU)
+        selfcheck.milliseconds({"a": raising(torch.OutOfMemoryError("out of memory"))}, CPU)
 
 
 def test_real_products_are_timed(file):
@@ -116,8 +116,8 @@ def test_real_products_are_timed(file):
 
 
 def test_one_way_and_mlx_need_no_measure(measured):
-    assert measuring.fastest(WAYS[:1], CPU, 512, KIND) is WAYS[0]
-    assert measuring.fastest(WAYS, torch.device("mps"), 512, KIND) is WAYS[0] and not measured
+    assert selfcheck.fastest(WAYS[:1], CPU, 512, KIND) is WAYS[0]
+    assert selfcheck.fastest(WAYS, torch.device("mps"), 512, KIND) is WAYS[0] and not measured
 
 
 @pytest.mark.parametrize(("precision", "dtype", "expected"), [
@@ -127,7 +127,7 @@ def test_what_competes_for_a_precision(monkeypatch, precision, dtype, expected):
     """``fast`` is never slower than exact: that competes, too."""
     seen = []
     monkeypatch.setattr(selfcheck, "problem", lambda *_: None)
-    monkeypatch.setattr(measuring, "fastest", lambda ways, *_: seen.extend(ways) or ways[-1])
+    monkeypatch.setattr(selfcheck, "fastest", lambda ways, *_: seen.extend(ways) or ways[-1])
     choice = backends.choose(Setting("auto", precision), CPU, 512, TERNARY, dtype)
     if "llvmlite" not in choice.reason:
         assert {way.digits for way in seen} == expected
