@@ -91,7 +91,6 @@ def save_png(image: Image.Image, settings: dict[str, Any], path: Path) -> None:
 @contextmanager
 def _stage(figures: Figures, device: torch.device, progress: bool, name: str) -> Iterator[Progress]:
     """One stage, with a progress bar: yields what moves the bar, and adds to ``figures``."""
-    gc.collect()
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()
@@ -230,7 +229,8 @@ def generate(repository: Repository, prompts: Sequence[str], compute: Compute, w
     found = backends.choices(compute.setting, compute.device, transformer.parameters(), compute.dtype)
     names = sorted({str(choice) for *_, choice in found}) or [getattr(transformer, "backend", "torch")]
     settings["backend"] = ", ".join(names)
-    pipeline.transformer = transformer = hooks = None  # makes room for decoding
+    pipeline.transformer = transformer = hooks = None
+    gc.collect()  # makes room for decoding
     with stage("decode image"):
         drawn = decode(pipeline.vae, pipeline.image_processor, latents)
     return Result(drawn, settings, figures)

@@ -1,6 +1,7 @@
 """Shared fixtures: small model files in every format from one dense model per variant, and some to damage."""
 
 import functools
+import gc
 import importlib.util
 import os
 import shutil
@@ -35,6 +36,14 @@ def pytest_configure(config):
 def pytest_terminal_summary(terminalreporter):
     if collect_ignore:
         terminalreporter.write_line("tests/host not run: set COMFYUI_PATH to a ComfyUI checkout to run it")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen():
+    """The collector passes over what is there before a file's tests: half a million objects of libraries, at
+    every one of which each collection would look otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from bonsai_image.miniature import demo
 from bonsai_image.ops import Setting, backends, linear
 from bonsai_image.ops.backends import choose
 from bonsai_image.ops.packed import is_packed, packed_nbytes, packed_weight, unwrap
+from bonsai_image.standalone import generate as generating
 from bonsai_image.standalone import models
 from bonsai_image.standalone.generate import Compute, complete_repository, generate
 from bonsai_image.standalone.models import MlxTransformer, transformer_module
-from bonsai_image.tests.support.random_model import random_transformer, write_repository
+from bonsai_image.tests.support.random_model import random_transformer
 from bonsai_image.tests.support.reference import dense64, random_weight, relative
 
 mx = pytest.importorskip("mlx.core")
@@ -259,28 +260,28 @@ def test_where_mlx_fails_torch_computes(monkeypatch, caplog, part):
 # Memory
 
 
-def test_the_text_encoder_is_gone_before_the_transformer_loads(tmp_path, monkeypatch):
-    """Neither torch nor MLX still holds any of it, in memory or in MLX's cache."""
-    repository = complete_repository(write_repository(tmp_path / "repository"))
-    seen = []
-    build_encoder, build_transformer = models.text_encoder_module, models.transformer_module
+@pytest.mark.parametrize("setting", [MLX, TORCH])
+def test_each_model_is_gone_before_the_next_is_used(repository, monkeypatch, setting):
+    """Neither torch nor MLX still holds any of the text encoder, in memory or in MLX's cache, nor the transformer."""
+    seen, before = [], mx.get_active_memory()
+    for part, real in (("text_encoder_module", models.text_encoder_module),
+                       ("transformer_module", models.transformer_module)):
+        def build(*args, real=real, **options):
+            assert all(each() is None for each in seen)
+            assert mx.get_active_memory() - before < 1e5 and mx.get_cache_memory() == 0
+            module = real(*args, **options)
+            seen.append(weakref.ref(module))
+            return module
 
-    def encoder(*args):
-        module = build_encoder(*args)
-        seen.append(weakref.ref(module))
-        return module
+        monkeypatch.setattr(models, part, build)
 
-    def transformer(*args, **options):
-        assert seen[0]() is None
-        assert mx.get_active_memory() - before < 1e5 and mx.get_cache_memory() == 0
-        seen.append("checked")
-        return build_transformer(*args, **options)
+    def decode(*args, real=generating.decode):
+        assert [each() for each in seen] == [None, None]
+        return real(*args)
 
-    monkeypatch.setattr(models, "text_encoder_module", encoder)
-    monkeypatch.setattr(models, "transformer_module", transformer)
-    before = mx.get_active_memory()
-    generate(repository, ["a bonsai"], Compute(CPU, torch.float32, MLX), 32, 32, steps=1, progress=False)
-    assert seen[1] == "checked"
+    monkeypatch.setattr(generating, "decode", decode)
+    generate(complete_repository(repository), ["a bonsai"], Compute(CPU, torch.float32, setting), 32, 32, steps=1,
+             progress=False)
 
 
 def test_what_mlx_adds_to_the_weights():
