@@ -19,9 +19,9 @@ from load import FULL, peak_bytes, random_model
 from bonsai_image.loaders import load_transformer, save_transformer
 from bonsai_image.standalone import models
 from bonsai_image.standalone.generate import Compute
-from bonsai_image.standalone.recover import branch, cost
+from bonsai_image.standalone.recover import cost
 from bonsai_image.standalone.recover.sampling import Sampler
-from bonsai_image.standalone.recover.student import State, Student
+from bonsai_image.standalone.recover.student import State, Student, new_factors
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def main() -> None:
         before = peak_bytes()
         this = run(path, args.size, args.rank, args.updates)
         student, seconds = Student(this), []
-        factors = branch.new(student.transformer, FULL, args.rank, 0)
+        factors = new_factors(student.transformer, FULL, args.rank, 0)
         state = State({name: torch.nn.Parameter(factor) for name, factor in factors.items()}, factors)
         optimizer = torch.optim.AdamW(state.factors.values())
         with student.recovered(state.factors):

@@ -11,7 +11,6 @@ from .models import (
     TextEncoder,
     Transformer,
     Vae,
-    load_dense_transformer,
     load_text_encoder,
     load_transformer,
     load_vae,
@@ -21,5 +20,5 @@ from .repository import Repository, find_repository, is_repository
 from .whole import is_whole, save_repository
 
 __all__ = ["Lora", "ModelFileError", "Repository", "TextEncoder", "Transformer", "Vae", "container_suffixes",
-           "find_repository", "is_repository", "is_whole", "load_dense_transformer", "load_lora", "load_text_encoder",
-           "load_transformer", "load_vae", "save_lora", "save_repository", "save_transformer", "targets"]
+           "find_repository", "is_repository", "is_whole", "load_lora", "load_text_encoder", "load_transformer",
+           "load_vae", "save_lora", "save_repository", "save_transformer", "targets"]

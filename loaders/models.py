@@ -92,24 +92,20 @@ def _log(file: TensorFile) -> list[str]:
     return file.warnings
 
 
-def load_transformer(path: Path | str, progress: Progress = no_progress, mmap: bool = True) -> Transformer:
+def load_transformer(path: Path | str, progress: Progress = no_progress, mmap: bool = True,
+                     dense: bool = False) -> Transformer:
     """Load the diffusion model at ``path``: a file or folder in any known format, or a repository.
 
-    Without ``mmap`` no tensor stays on disk. Raises ModelFileError.
+    Without ``mmap`` no tensor stays on disk. ``dense``: any FLUX.2 Klein in floating point, as it is; otherwise one
+    in floating point has to have weights that can be packed. Raises ModelFileError.
     """
     file = _open(path, "transformer", progress, mmap)
-    name, tensors = formats.decode(file)
+    if dense:
+        formats.refuse_other_than_tensors(file)
+        name, tensors = "dense", normalise_names(file.path, file.tensors)
+    else:
+        name, tensors = formats.decode(file)
     return Transformer(file.path, name, tensors, check_klein(file, tensors), file.metadata, _log(file), file.stamps)
-
-
-def load_dense_transformer(path: Path | str) -> Transformer:
-    """Load a dense FLUX.2 Klein, of which :func:`load_transformer` takes only one with Bonsai's own weights, as it
-    does."""
-    file = _open(path, "transformer", no_progress, mmap=True)
-    formats.refuse_other_than_tensors(file)
-    tensors = normalise_names(file.path, file.tensors)
-    return Transformer(file.path, "dense", tensors, check_klein(file, tensors), file.metadata, _log(file),
-                       file.stamps)
 
 
 def load_text_encoder(path: Path | str, progress: Progress = no_progress, mmap: bool = True,

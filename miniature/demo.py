@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from bonsai_image.loaders import Transformer, load_dense_transformer, load_lora, load_transformer
+from bonsai_image.loaders import Transformer, load_lora, load_transformer
 from bonsai_image.loaders.opening import tensor_files
-from bonsai_image.standalone import cli
+from bonsai_image.standalone import cli, options
 from bonsai_image.standalone.generate import Result, complete_repository, compute_of, generate, save_png
 
 MINIATURE = Path(__file__).parent
@@ -36,7 +36,7 @@ _MARGIN, _LABEL, _LINES = 8, 118, 66
 
 def load(variant: str) -> Transformer:
     """A variant of the miniature."""
-    return (load_dense_transformer if variant == "dense" else load_transformer)(MINIATURE / VARIANTS[variant])
+    return load_transformer(MINIATURE / VARIANTS[variant], dense=variant == "dense")
 
 
 def sheet(results: dict[str, Result], file_bytes: dict[str, int]) -> Image.Image:
@@ -83,8 +83,8 @@ def draw(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 after one sentence on stderr."""
     parser = argparse.ArgumentParser(description="Draw six prompts with the trained miniature, as a contact sheet.",
-                                     parents=[cli.sampling_options()])
-    parser.add_argument("--out", type=cli.png_path, default="bonsai-demo.png",
+                                     parents=[options.sampling_options()])
+    parser.add_argument("--out", type=options.png_path, default="bonsai-demo.png",
                         help="PNG file to write; replaced if it exists")
     return cli.run(draw, parser.parse_args(argv))
 

@@ -2,113 +2,16 @@
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-from .. import __version__, loaders
+from .. import loaders
 from ..disk import advice, reason
 from ..loaders.lora import COMFY_LORA
-from ..ops import backends
-from ..ops.devices import DTYPES
-from . import broken_import, describe, doctor
-from .batch import options
-from .recover import options as recovery
-
-
-def _output_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--json", action="store_true", help="print settings and figures as JSON")
-    return parser
-
-
-def sampling_options() -> argparse.ArgumentParser:
-    """The options that all commands share that make images, as a parent of their parsers."""
-    parser = argparse.ArgumentParser(add_help=False, parents=[_output_options()])
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", choices=backends.NAMES, default="auto", help="what multiplies packed weights")
-    parser.add_argument("--precision", choices=backends.PRECISIONS, default="auto", help=(
-        "auto: as near as BF16 by what is fastest here (default); exact: to the rounding of the dtype; fast: int8"))
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the activations")
-    parser.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: the fastest available)")
-    return parser
-
-
-def _model_options(side: int) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--checkpoint", type=Path, required=True, help=(
-        "folder of a downloaded repository, or a checkpoint file"))
-    parser.add_argument("--transformer", type=Path, help="a diffusion model, used instead of the checkpoint's own")
-    parser.add_argument("--vae", type=Path, help="a VAE, used instead of the checkpoint's own, such as FLUX.2's small "
-                                                 "decoder")
-    parser.add_argument("--width", type=int, default=side, help="pixels, a multiple of 16")
-    parser.add_argument("--height", type=int, default=side, help="pixels, a multiple of 16")
-    return parser
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bonsai-image", description="Bonsai Image 4B on packed weights, headless.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    output, sampling, model = _output_options(), sampling_options(), _model_options(1024)
-
-    command = commands.add_parser("generate", parents=[sampling, model], help="make an image from a prompt")
-    command.add_argument("--prompt", required=True)
-    command.add_argument("--image", type=Path, action="append", default=[], help="an image to edit (repeatable)")
-    command.add_argument("--lora", type=lora_option, action="append", default=[], metavar="PATH[:STRENGTH]",
-                         help="a LoRA, at strength 1 unless said (repeatable)")
-    command.add_argument("--out", type=png_path, default="bonsai.png", help="PNG file to write; replaced if it exists")
-
-    options.add_parsers(commands, [sampling, model])
-
-    recovery.add_parser(commands, [sampling_options(), _model_options(512)])
-
-    command = commands.add_parser("inspect", parents=[output], help="describe a file, folder or repository")
-    command.add_argument("path", type=Path)
-    command.add_argument("--verify", action="store_true", help="read every byte: compare hashes, check codes")
-
-    command = commands.add_parser("convert", help="convert a diffusion model or a LoRA without loss")
-    command.add_argument("source", type=Path)
-    command.add_argument("target", type=Path)
-    command.add_argument("--to", choices=(*loaders.targets(), "checkpoint", COMFY_LORA), required=True, help=(
-        "comfy-base3: comfy with five weights a byte; checkpoint: a whole repository in one file; comfy-lora: a LoRA"))
-
-    command = commands.add_parser("doctor", parents=[output],
-                                  help="versions, devices, backends and models, for a bug report")
-    command.add_argument("--measure", action="store_true", help="time the products of a step, in about a minute")
-
-    # Listed for --help; __main__ runs it without importing this module, which imports torch.
-    commands.add_parser("download", help="download a repository from the Hugging Face Hub", add_help=False)
-    return parser
-
-
-def png_path(text: str) -> Path:
-    """The type of an option that names a PNG file: fails before rendering if it cannot be written."""
-    path = Path(text)
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} must end in .png and must not be a folder")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} cannot be written, because {folder} is not a writable folder")
-    return path
-
-
-def lora_option(text: str) -> tuple[Path, float]:
-    """The type of an option that names a LoRA: a path, which may itself have colons, and its strength."""
-    path, _, end = text.rpartition(":")
-    strength = None
-    with suppress(ValueError):
-        strength = float(end)
-    if strength is None or not path or os.path.isfile(text):
-        return Path(text), 1.0
-    if not math.isfinite(strength):
-        raise argparse.ArgumentTypeError(f"{end} is no strength; give a number, such as 0.8")
-    return Path(path), strength
+from ..ops.backends import selfcheck
+from . import broken_import, describe, doctor, options
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -179,9 +82,9 @@ _COMMANDS = {"generate": _generate, "batch": _batch, "sheet": _sheet, "recover":
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit status (see :func:`run`)."""
-    args = _parser().parse_args(argv)
+    args = options.parser().parse_args(argv)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    os.environ.setdefault(backends.selfcheck.FILE, os.path.join(cache, "bonsai-image", "times.json"))
+    os.environ.setdefault(selfcheck.FILE, os.path.join(cache, "bonsai-image", "times.json"))
     return run(_COMMANDS[args.command], args)
 
 

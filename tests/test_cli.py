@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bonsai_image.__main__ import main
-from bonsai_image.standalone import cli
+from bonsai_image.standalone import cli, options
 from bonsai_image.standalone.generate import compute_of, device_named
 from bonsai_image.tests.support.command_line import BINARY, MINIATURE, SMALL, run, sentence
 
@@ -88,7 +88,7 @@ def test_option_changes_the_image(plain, tmp_path, monkeypatch, option, value):
 
 
 def test_backend_and_precision_reach_the_setting():
-    args = cli.sampling_options().parse_args(["--backend", "triton", "--precision", "fast"])
+    args = options.sampling_options().parse_args(["--backend", "triton", "--precision", "fast"])
     assert compute_of(args).setting == ("triton", "fast")
 
 

@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from bonsai_image.standalone.cli import _parser
+from bonsai_image.standalone.options import parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md"),
@@ -56,7 +56,7 @@ def test_a_broken_link_is_found(tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands_exist(page):
     """Every `bonsai-image COMMAND`, also by way of __main__.py, is one of the program's, and so are its options."""
-    (commands,) = (action.choices for action in _parser()._actions if isinstance(action.choices, dict))
+    (commands,) = (action.choices for action in parser()._actions if isinstance(action.choices, dict))
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for name, rest in re.findall(r"(?:bonsai-image|__main__\.py) ([a-z]+)((?: +[^\n`|]*)?)", text):
         if name not in commands:

@@ -15,8 +15,8 @@ from bonsai_image.loaders.klein import KleinConfig, comfyui_shapes
 from bonsai_image.loaders.names import to_comfyui, to_diffusers
 from bonsai_image.ops.packed import is_packed
 from bonsai_image.ops.side_paths import Patch, changed, lora, side_paths
-from bonsai_image.standalone import cli, models
 from bonsai_image.standalone import lora as standalone
+from bonsai_image.standalone import models, options
 from bonsai_image.tests.support import loras, random_model
 from bonsai_image.tests.support.adapters import Maker
 from bonsai_image.tests.support.command_line import MINIATURE, run, sentence
@@ -233,16 +233,16 @@ def test_generate_takes_loras_at_strengths(tmp_path, capsys):
     (r"C:\loras\a.safetensors:1e-1", (r"C:\loras\a.safetensors", 0.1)),
     ("a:b.safetensors", ("a:b.safetensors", 1.0))])
 def test_a_path_and_its_strength(text, expected):
-    path, strength = cli.lora_option(text)
+    path, strength = options.lora_option(text)
     assert (str(path), strength) == expected
 
 
 def test_a_file_whose_name_ends_like_a_strength(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a:2").touch()
-    assert cli.lora_option("a:2") == (Path("a:2"), 1.0) and cli.lora_option("a:2:3") == (Path("a:2"), 3.0)
+    assert options.lora_option("a:2") == (Path("a:2"), 1.0) and options.lora_option("a:2:3") == (Path("a:2"), 3.0)
     with pytest.raises(argparse.ArgumentTypeError):
-        cli.lora_option("a:nan")
+        options.lora_option("a:nan")
 
 
 def test_convert_writes_what_comfyui_reads(tmp_path, capsys):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...loaders import ModelFileError, Transformer, load_dense_transformer, load_transformer
+from ...loaders import ModelFileError, Transformer, load_transformer
 from ...loaders.models import refuse_existing
 from .. import models
 from ..batch import rows
@@ -72,12 +72,12 @@ class Run:
             name: getattr(args, name) for name in ("precision", "rank", "updates", "batch", "learning_rate", "held_out",
                                                    "seed")}
         name = hashlib.sha256(json.dumps(self.training).encode()).hexdigest()[:8]
-        self.state = self.store.folder / f"state-{name}.safetensors"
+        self.state = self.store.folder / f"state-{name}.pt"
 
     def dense(self) -> Transformer:
         """The dense model. Raises ModelFileError unless it has the architecture of the packed one."""
         try:
-            model = load_dense_transformer(self.args.teacher)
+            model = load_transformer(self.args.teacher, dense=True)
         except ModelFileError as error:
             raise ModelFileError(error.path, error.expected, error.found, _TEACHER) from error
         ours, theirs = asdict(self.packed.config), asdict(model.config)

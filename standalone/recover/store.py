@@ -2,7 +2,6 @@
 what."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -30,11 +29,6 @@ def write(path: Path, content: bytes) -> None:
     with refusing(path, "a disk that takes the file", "free some space, then run the same command again", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """:func:`write` of a safetensors file."""
-    write(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 @dataclass(frozen=True)
@@ -66,9 +60,9 @@ class Store:
         shards = range(part[0] - 1, -(-len(self.rows) // _SHARD), part[1])
         return [shard for shard in shards if not self._path(kind, shard).exists()]
 
-    def write(self, kind: str, shard: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def write(self, kind: str, shard: int, tensors: dict[str, torch.Tensor]) -> None:
         """Raises ModelFileError."""
-        write_tensors(self._path(kind, shard), tensors)
+        write(self._path(kind, shard), save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
 
     def text(self, number: int) -> torch.Tensor:
         """The embeddings (tokens, channels) of a row's prompt."""

@@ -1,27 +1,57 @@
 """The second pass: low-rank factors beside the packed weights learn the steps of the dense model."""
 
-import json
+import io
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
 
+from ...loaders import Lora
+from ...loaders.files import read_pickle
+from ...loaders.klein import KleinConfig, comfyui_shapes, layers
+from ...loaders.lora_names import Target
+from ...ops.packed import is_packed
 from .. import lora, models
-from . import branch
 from .run import Run
-from .store import write_tensors
+from .store import write
 
+#: Tensors by ``<ComfyUI's layer>.lora_down.weight`` (rank, in) and ``<ComfyUI's layer>.lora_up.weight`` (out, rank).
+Factors = Mapping[str, torch.Tensor]
+_DOWN, _UP = ".lora_down.weight", ".lora_up.weight"
 #: Updates of the warm-up, the part of all in which the learning rate falls, how often a run measures prompts held out.
 _WARM_UP, _DECAY, _CHECKS = 20, 0.6, 12
 #: Rows that the variance of the channels is taken from, at most.
 _SAMPLE = 2048
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def new_factors(transformer: torch.nn.Module, config: KleinConfig, rank: int, seed: int) -> dict[str, torch.Tensor]:
+    """Factors in FP32 for every packed linear of diffusers' ``transformer``, which change nothing yet: the upper ones
+    are zero."""
+    chance, shapes, factors = torch.Generator().manual_seed(seed), comfyui_shapes(config), {}
+    for name, (sources, _) in layers(config.num_layers, config.num_single_layers).items():
+        if is_packed(transformer.get_parameter(sources[0])):
+            rows, columns = shapes[name]
+            layer = name.removesuffix(".weight")
+            factors[f"{layer}{_DOWN}"] = torch.randn(rank, columns, generator=chance) * columns**-0.5
+            factors[f"{layer}{_UP}"] = torch.zeros(rows, rank)
+    return factors
+
+
+def as_lora(factors: Factors, metadata: Mapping[str, str] | None = None) -> Lora:
+    """``factors``, which are not copied, as a LoRA of alpha equal to its rank."""
+    found = Lora(Path("recovery"), dict(metadata or {}))
+    for name, up in factors.items():
+        if name.endswith(_UP):
+            layer = name.removesuffix(_UP)
+            found.groups[Target(f"diffusion_model.{layer}", layer)] = {
+                "lora_down.weight": factors[f"{layer}{_DOWN}"], "lora_up.weight": up,
+                "alpha": torch.tensor(float(up.shape[1]))}
+    return found
 
 
 @dataclass
@@ -70,9 +100,9 @@ class Student:
             errors.append(((torch.stack([*steps]) - wanted)[1:].square() @ self.weight).mean(2))
         return torch.cat(errors, 1).mean(1).tolist()
 
-    def recovered(self, factors: branch.Factors) -> AbstractContextManager[None]:
+    def recovered(self, factors: Factors) -> AbstractContextManager[None]:
         """The model has the LoRA of these factors."""
-        return lora.applied(lora.hooks(self.transformer, [(branch.lora(factors), 1.0)]))
+        return lora.applied(lora.hooks(self.transformer, [(as_lora(factors), 1.0)]))
 
     def train(self) -> State:
         """Train from the state on disk, or from nothing, to the end.
@@ -80,7 +110,7 @@ class Student:
         What an update draws follows from the seed and its number alone, so a continued run is the unbroken one. Raises
         ModelFileError, and KeyboardInterrupt where a signal ended it before.
         """
-        start = branch.new(self.transformer, self.run.packed.config, self.args.rank, self.args.seed)
+        start = new_factors(self.transformer, self.run.packed.config, self.args.rank, self.args.seed)
         state = State({name: torch.nn.Parameter(each.to(self.device)) for name, each in start.items()}, start)
         optimizer = torch.optim.AdamW(state.factors.values(), self.args.learning_rate, weight_decay=0.0)
         if (path := self.run.state).exists():
@@ -141,19 +171,14 @@ def _signalled() -> Iterator[list[int]]:
 
 
 def _save(path: Path, state: State, optimizer: torch.optim.Optimizer) -> None:
-    tensors = {f"best.{name}": factor for name, factor in state.best.items()}
-    for name, factor in state.factors.items():
-        tensors |= {f"factors.{name}": factor} | {f"{each}.{name}": optimizer.state[factor][each] for each in _MOMENTS}
-    write_tensors(path, tensors, {"state": json.dumps({"losses": state.losses, "errors": state.errors})})
+    stream = io.BytesIO()
+    torch.save(vars(state) | {"optimizer": optimizer.state_dict()}, stream)
+    write(path, stream.getvalue())
 
 
 def _restore(path: Path, state: State, optimizer: torch.optim.Optimizer) -> None:
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["state"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    state.losses, state.errors = about["losses"], about["errors"]
-    state.best = {name: tensors[f"best.{name}"] for name in state.factors}
+    known, _ = read_pickle(path, mmap=False)
+    optimizer.load_state_dict(known["optimizer"])
     for name, factor in state.factors.items():
-        factor.data.copy_(tensors[f"factors.{name}"])
-        moments = {each: tensors[f"{each}.{name}"].to(factor.device) for each in _MOMENTS}
-        optimizer.state[factor] = moments | {"step": torch.tensor(float(len(state.losses)))}
+        factor.data.copy_(known["factors"][name])
+    state.best, state.losses, state.errors = known["best"], known["losses"], known["errors"]

@@ -13,8 +13,8 @@ from bonsai_image.miniature import demo
 from bonsai_image.nodes import models as host_models
 from bonsai_image.ops import Setting
 from bonsai_image.standalone import lora, models
-from bonsai_image.standalone.recover import branch
 from bonsai_image.standalone.recover.sampling import Sampler
+from bonsai_image.standalone.recover.student import as_lora, new_factors
 from bonsai_image.tests.support.comfyui_server import ROOT
 from bonsai_image.tests.support.miniature_in_comfyui import CPU, REPOSITORY, SIDE, STEPS, Ends, sampled
 
@@ -28,8 +28,8 @@ def test_the_loader_applies_what_was_trained(variant, tmp_path, caplog):
     transformer = models.transformer_module(packed, CPU, torch.float32, Setting("torch"))
     chance = torch.Generator().manual_seed(1)
     factors = {name: each if "down" in name else torch.randn(each.shape, generator=chance)
-               for name, each in branch.new(transformer, packed.config, 8, 0).items()}
-    save_lora(branch.lora({name: each.bfloat16() for name, each in factors.items()}), tmp_path / "lora.safetensors")
+               for name, each in new_factors(transformer, packed.config, 8, 0).items()}
+    save_lora(as_lora({name: each.bfloat16() for name, each in factors.items()}), tmp_path / "lora.safetensors")
     model, ends = host_models.load_model(str(packed.path), "fp32"), Ends()
     with caplog.at_level(logging.WARNING):
         changed = comfy.sd.load_lora_for_models(
