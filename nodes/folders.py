@@ -20,18 +20,13 @@ from ..published import PARTIAL, RELEASES, SINGLE_FILES
 _LONGEST_HEADER = 1 << 24
 
 
-def model_choices(kind: str, more_suffixes: Collection[str] = ()) -> list[str]:
-    """Model files of a ComfyUI folder kind, and the folders that hold them, relative to their root. Neither dotfiles,
-    which macOS leaves beside copied files, nor unfinished downloads.
+def file_choices(kind: str, more_suffixes: Collection[str] = ()) -> list[str]:
+    """Model files of a ComfyUI folder kind, and the folders that hold them, relative to their root; before anything is
+    there :func:`_published`. Neither dotfiles, which macOS leaves beside copied files, nor unfinished downloads.
 
     ``more_suffixes`` are listed besides those of the files that ComfyUI itself can read.
     """
-    return [*_model_choices(kind, tuple(more_suffixes), _walked(kind))]
-
-
-def file_choices(kind: str, more_suffixes: Collection[str] = ()) -> list[str]:
-    """:func:`model_choices`, or before anything is there :func:`_published`."""
-    return model_choices(kind, more_suffixes) or _published(kind)
+    return [*_files_and_folders(kind, tuple(more_suffixes), _walked(kind))] or _published(kind)
 
 
 def _published(kind: str) -> list[str]:
@@ -41,11 +36,13 @@ def _published(kind: str) -> list[str]:
 
 
 def checkpoint_choices() -> list[str]:
-    """:func:`repository_choices`, and the single files under ``models/checkpoints`` that hold packed FLUX.2 weights; or
-    before anything is there :func:`_published`, whose names are those of the repositories."""
+    """Folders under ``models/diffusers``, one or two levels deep, that look like a downloaded repository, and single
+    files under ``models/checkpoints`` that hold packed FLUX.2 weights; or before anything is there :func:`_published`,
+    whose names are those of the repositories."""
+    folders = _repositories(tuple(folder_paths.get_folder_paths("diffusers")), _walked("diffusers"))
     files = folder_paths.get_filename_list("checkpoints")
-    return [*repository_choices(), *(name for name in files if name.endswith(SAFETENSORS_SUFFIXES)
-                                     and _is_packed(folder_paths.get_full_path("checkpoints", name)))
+    return [*folders, *(name for name in files if name.endswith(SAFETENSORS_SUFFIXES)
+                        and _is_packed(folder_paths.get_full_path("checkpoints", name)))
             ] or _published("diffusion_models")
 
 
@@ -63,12 +60,6 @@ def _header_is_packed(path: str, _changed: int) -> bool:
     return b".double_stream_modulation_img." in header and b".comfy_quant" in header
 
 
-def repository_choices() -> list[str]:
-    """Folders under ``models/diffusers``, one or two levels deep, that look like a downloaded repository: they have
-    subfolders with weights, or are the entry of a Hugging Face cache."""
-    return [*_repository_choices(tuple(folder_paths.get_folder_paths("diffusers")), _walked("diffusers"))]
-
-
 def _walked(kind: str) -> float:
     """When ComfyUI last walked the folders of ``kind``: it does so again only after one of them has changed.
 
@@ -79,7 +70,7 @@ def _walked(kind: str) -> float:
 
 
 @functools.lru_cache(maxsize=8)
-def _model_choices(kind: str, more_suffixes: tuple[str, ...], _walked: float) -> tuple[str, ...]:
+def _files_and_folders(kind: str, more_suffixes: tuple[str, ...], _walked: float) -> tuple[str, ...]:
     files = set(folder_paths.get_filename_list(kind))
     for root in folder_paths.get_folder_paths(kind) if more_suffixes else ():
         found, _ = folder_paths.recursive_search(root, [".git"])
@@ -91,7 +82,7 @@ def _model_choices(kind: str, more_suffixes: tuple[str, ...], _walked: float) ->
 
 
 @functools.lru_cache(maxsize=8)
-def _repository_choices(roots: tuple[str, ...], _walked: float) -> tuple[str, ...]:
+def _repositories(roots: tuple[str, ...], _walked: float) -> tuple[str, ...]:
     found = {path.relative_to(root).as_posix() for root in roots for path in repositories_in(Path(root))}
     return tuple(sorted(found))
 

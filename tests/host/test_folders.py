@@ -39,7 +39,7 @@ def test_repositories_in_every_place(roots, repository):
     (root / "empty").mkdir()
     shutil.copytree(root / "plain", root / "another-model")
     (root / "another-model" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    choices = folders.repository_choices()
+    choices = folders.checkpoint_choices()
     assert choices == ["models--prism-ml--x", "nested", "plain", "prism-ml/below", "twice/twice"]
     for choice in choices:
         assert find_repository(folders.resolve("diffusers", choice)).require("text_encoder", "vae")
@@ -86,7 +86,7 @@ def test_no_attribute_files_and_no_unfinished_downloads(roots):
         path = roots / "diffusion_models" / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    assert folders.model_choices("diffusion_models") == ["a.safetensors"]
+    assert folders.file_choices("diffusion_models") == ["a.safetensors"]
 
 
 @pytest.mark.parametrize("disabled", [False, True])

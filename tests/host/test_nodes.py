@@ -40,7 +40,7 @@ def test_checkpoint_loader_gives_the_hosts_own_types(folders, repository):
     import comfy.model_patcher
     import comfy.sd
 
-    assert node_folders.repository_choices() == [repository.name]
+    assert node_folders.checkpoint_choices() == [repository.name]
     model, clip, vae = nodes.BonsaiCheckpointLoader.execute(repository.name, compute_dtype="fp32").args
     assert isinstance(model, comfy.model_patcher.ModelPatcher) and type(model) is comfy.model_patcher.ModelPatcher
     assert isinstance(clip, comfy.sd.CLIP) and isinstance(vae, comfy.sd.VAE)
@@ -48,7 +48,7 @@ def test_checkpoint_loader_gives_the_hosts_own_types(folders, repository):
 
 def test_choices_are_files_and_folders(folders, transformer):
     (folders / "diffusion_models" / "mini").symlink_to(transformer, target_is_directory=True)
-    choices = node_folders.model_choices("diffusion_models")
+    choices = node_folders.file_choices("diffusion_models")
     assert choices == ["mini", "mini/diffusion_pytorch_model.safetensors"]
     for choice in choices:
         for name in (choice, choice.replace("/", "\\")):  # as a workflow made on Windows has it
