@@ -73,22 +73,17 @@ def optional() -> Iterator[None]:
             raise
 
 
-def flush(descriptor: int) -> None:
-    """Bring what was written to the disk. On macOS fsync reaches no further than the disk's own cache."""
-    with optional():
-        if full := getattr(fcntl, "F_FULLFSYNC", None):
-            with optional():
-                fcntl.fcntl(descriptor, full)
-                return
-        os.fsync(descriptor)
-
-
 def flush_path(path: Path) -> None:
-    """:func:`flush` for a file or, where the system can, the names in a folder."""
+    """Bring what was written to a file or, where the system can, the names in a folder to the disk. On macOS fsync
+    reaches no further than the disk's own cache."""
     with optional():
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
-            flush(descriptor)
+            if full := getattr(fcntl, "F_FULLFSYNC", None):
+                with optional():
+                    fcntl.fcntl(descriptor, full)
+                    return
+            os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -124,10 +119,8 @@ def write_whole(path: Path, content: bytes, again: bool = True) -> None:
     """Write a file under another name, flush it to the disk, and give it its own name: it is whole or not there."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            flush(file.fileno())
+        partial.write_bytes(content)
+        flush_path(partial)
         patiently(partial.replace, path)
     except FileNotFoundError:
         if not again:

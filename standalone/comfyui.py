@@ -21,14 +21,14 @@ _DESKTOP = {"ComfyUI": "extra_models_config.yaml", "Comfy Desktop": "shared_mode
 
 
 def find(program: Path) -> Path | None:
-    """The folder with the data of the ComfyUI that loads ``program`` as a node pack, or of one on this machine."""
+    """The folder with the data of the ComfyUI that has ``program`` in its ``custom_nodes``, else of the one that this
+    Python belongs to, else of another on this machine."""
     # Lexically first: the folder of the pack may be a link.
     near = [place.parent.parent for place in (program, program.resolve()) if place.parent.name == "custom_nodes"]
     prefix = Path(sys.prefix)  # ComfyUI/.venv, or python_embeded beside ComfyUI
-    others = [*_desktop_bases(), Path.cwd(), prefix.parent, prefix.parent / "ComfyUI"]
-    known = [base for base in (*near, *others)
-             if (base / "models").is_dir() or (base / "comfyui_version.py").is_file()]
-    return next((base for base in known if base in near or _loads(base, program)), known[0] if known else None)
+    places = (*near, prefix.parent, prefix.parent / "ComfyUI", Path.cwd(), *_desktop_bases())
+    marks = "models", "comfyui_version.py"
+    return next((base for base in places if any((base / mark).exists() for mark in marks)), None)
 
 
 def version(base: Path) -> str | None:
@@ -50,15 +50,6 @@ def listed(base: Path) -> list[tuple[str, Path]]:
     """
     lists = [base / "extra_model_paths.yaml", *(folder / _DESKTOP[folder.name] for folder in _settings())]
     return [line for file in lists for line in _listed(file)]
-
-
-def _loads(base: Path, program: Path) -> bool:
-    """Whether ``program`` is in the ``custom_nodes`` of ``base``, which may be links or lie elsewhere."""
-    with contextlib.suppress(ModelFileError, OSError):
-        places = (base / "custom_nodes", *(path for name, path in listed(base) if name == "custom_nodes"))
-        return any(entry.resolve() == program.resolve() for place in places if place.is_dir()
-                   for entry in place.iterdir())
-    return False
 
 
 def _settings() -> list[Path]:

@@ -17,7 +17,8 @@ from bonsai_image.loaders.klein import KleinConfig
 from bonsai_image.miniature.train.scenes import COLOURS
 from bonsai_image.standalone.batch.rows import Row
 from bonsai_image.standalone.generate import Compute
-from bonsai_image.standalone.recover import cost, store, student
+from bonsai_image.standalone.recover import cost, student
+from bonsai_image.standalone.recover import run as one_run
 from bonsai_image.tests.support.command_line import BINARY, MINIATURE, run, sentence
 
 DENSE = MINIATURE / "dense"
@@ -124,12 +125,12 @@ def test_a_continued_run_is_the_undisturbed_one(how, drawn, undisturbed, monkeyp
 @pytest.mark.parametrize("what", ["text-00002", "latents-00001", "lora"])
 def test_a_full_disk_loses_nothing(what, tmp_path, drawn, undisturbed, monkeypatch, capsys):
     (tmp_path / "work" / f"{what}.safetensors").unlink(missing_ok=True)
-    whole = store.write_whole
+    whole = one_run.write_whole
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store, "write_whole",
+    monkeypatch.setattr(one_run, "write_whole",
                         lambda path, content: (full if path.stem == what else whole)(path, content))
     if what == "lora":
         monkeypatch.setattr(lora, "save_file", full)
@@ -222,7 +223,7 @@ def test_too_little_memory_or_disk_is_said_at_once(gpu, disk, complaint, tmp_pat
                "width": 512, "height": 512}
     this = SimpleNamespace(
         args=SimpleNamespace(**options), packed=load_transformer(BINARY), sampler=SimpleNamespace(tokens=1024),
-        store=store.Store(tmp_path / "new", (Row("a star"),)), compute=Compute(torch.device("cuda"), torch.half))
+        store=one_run.Store(tmp_path / "new", (Row("a star"),)), compute=Compute(torch.device("cuda"), torch.half))
     if complaint is None:
         cost.announce(this)
     else:

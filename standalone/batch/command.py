@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ...disk import advice, reason
-from ...loaders import ModelFileError
 from ...ops.backends import Setting
 from ...ops.devices import DTYPES, default_dtype
 from ..generate import Compute, complete_repository, device_named
@@ -31,9 +29,8 @@ class Report:
     """Says what happens: a progress bar and sentences on stderr, or a JSON event per line on stdout."""
 
     def __init__(self, total: int, json: bool):
-        self.total, self.json = total, json
+        self.total, self.json, self._stdout = total, json, sys.stdout
         self.failed = self.made = 0
-        self._stdout = sys.stdout
         self._start = time.monotonic()
         self._bar = tqdm(total=self.total, unit="image", disable=self.json, smoothing=0.05)
 
@@ -112,9 +109,8 @@ def run(args: argparse.Namespace) -> int:
     common = {"model": rows.model_digest(repository), "dtype": str(compute.dtype).split(".")[1],
               "precision": args.precision, "batch": args.per_device_batch}
     wanted = {rows.name(row, common): row for row in found if isinstance(row, rows.Row)}
-    if args.shards is not None:
-        number, count = args.shards
-        wanted = dict(list(wanted.items())[number - 1::count])
+    number, count = args.shards or (1, 1)
+    wanted = dict(list(wanted.items())[number - 1::count])
     _prepare(args.out, args.shards is not None)
     _remove_partial(args.out, wanted)
     manifest = Manifest(args.out, common)
@@ -155,10 +151,7 @@ def _make(tasks: Iterator[list[Record]], work: Work, pools: pipeline.Pools, args
 
 def _prepare(out: Path, shared: bool) -> None:
     """The output folder, without the marks of a run that was killed. A shared one may have other processes at work."""
-    try:
-        (out / STARTED).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ModelFileError(out, "a writable folder", reason(error), advice(error)) from error
+    (out / STARTED).mkdir(parents=True, exist_ok=True)
     if not shared:  # those workers died with their driver, not because of a row
         for mark in (out / STARTED).iterdir():
             mark.unlink(missing_ok=True)

@@ -62,17 +62,14 @@ class Manifest:
             self._read = set(self._folder.glob("*.parquet"))
             for name in names - recorded:
                 if self._image(name).exists() and (row := _recovered(self._image(name))):
-                    self._new.append(self._row(row))
+                    self._new.append(row | self._common)
         found = (recorded | {row["name"] for row in self._new}) & names
         self.flush()
         return found
 
-    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {key: row.get(key) for key in SCHEMA.names} | self._common
-
     def add(self, row: dict[str, Any]) -> None:
         """Record an image. Written after a while, or by :meth:`flush`."""
-        self._new.append(self._row(row))
+        self._new.append(row | self._common)
         if len(self._new) >= _ROWS or time.monotonic() - self._written > _SECONDS:
             self.flush()
 

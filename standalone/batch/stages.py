@@ -11,8 +11,9 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +136,12 @@ class Encode(Stage):
 
     def __init__(self, work: Work):
         super().__init__(work)
-        self.pipeline = generate.text_pipeline(self.repository, self.compute)
-        self.last: tuple[str, torch.Tensor | None] = ("", None)
+        pipeline = generate.text_pipeline(self.repository, self.compute)
+        self.encode = lru_cache(1)(lambda prompt: generate.encode(pipeline, [prompt], self.compute)[0].cpu())
 
     def run(self, rows: list[Record]) -> list[torch.Tensor | None]:
         (row,) = rows
-        if row["prompt"] != self.last[0]:
-            (embeddings,) = generate.encode(self.pipeline, [row["prompt"]], self.compute).cpu()
-            self.last = row["prompt"], embeddings
-        return [self.last[1]]
-
-
-def _tokens(row: Record) -> int:
-    return len(row["data"])
+        return [self.encode(row["prompt"])]
 
 
 class Denoise(Stage):
@@ -164,13 +158,13 @@ class Denoise(Stage):
         transformer = models.transformer_module(loaded, *self.compute)
         self.pipeline = generate.image_pipeline(self.repository, transformer, self.compute)
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
-        self.lora: tuple[tuple[str, float], lora.Hooks] = ("", 0.0), []
+        self.hooks = lru_cache(1)(lambda path, strength: lora.hooks(transformer, [(load_lora(path), strength)]))
 
     def groups(self, rows: list[Record]) -> Iterator[list[Record]]:
-        suspects = [row for row in rows if self._deaths(row)]
-        yield from ([row] for row in suspects)
-        others = sorted((row for row in rows if not self._deaths(row)), key=_tokens)
-        for _, group in itertools.groupby(others, key=_tokens):  # a long prompt has more of them
+        def alike(row: Record) -> tuple:
+            return (0, row["name"]) if self._deaths(row) else (1, len(row["data"]))  # a long prompt has more tokens
+
+        for _, group in itertools.groupby(sorted(rows, key=alike), key=alike):
             while part := list(itertools.islice(group, self.work.batch)):
                 yield part
 
@@ -179,18 +173,12 @@ class Denoise(Stage):
         first, filled = rows[0], rows + rows[-1:] * (self.work.batch - len(rows))
         embeddings = torch.stack([row["data"] for row in filled]).to(self.compute.device)
         references = [open_image(Path(first["reference"]))] if first["reference"] else []
-        with self._lora(first["lora"], first["lora_strength"]):
+        with lora.applied(self.hooks(first["lora"], first["lora_strength"]) if first["lora"] else []):
             latents = generate.denoise(self.pipeline, embeddings, [row["seed"] for row in filled], first["width"],
                                        first["height"], first["steps"], references)
         for row in rows:
             row |= {"source": self.source, "worker": self.worker}
         return list(latents[:len(rows)].to("cpu", self.compute.dtype, copy=True))
-
-    def _lora(self, path: str, strength: float) -> AbstractContextManager[None]:
-        if (path, strength) != self.lora[0]:
-            found = lora.hooks(self.pipeline.transformer, [(load_lora(path), strength)]) if path else []
-            self.lora = (path, strength), found
-        return lora.applied(self.lora[1])
 
 
 class Decode(Stage):

@@ -1,31 +1,92 @@
-"""One run of ``recover``: what its options name, opened and checked before anything is computed."""
+"""One run of ``recover``: what its options name, opened and checked before anything is computed, and the folder with
+what the dense model drew."""
 
 import argparse
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
+from ...disk import write_whole
 from ...loaders import ModelFileError, Transformer, load_transformer
+from ...loaders.errors import refusing
+from ...loaders.files import read_json
 from ...loaders.models import refuse_existing
 from .. import models
-from ..batch import rows
+from ..batch.rows import Row, digest, read
 from ..generate import Compute, complete_repository, encode, text_pipeline
 from .sampling import Sampler
-from .store import Store
 
+#: Rows in a file.
+_SHARD = 32
+#: Files kept open, mapped, at once.
+_opened = lru_cache(64)(safe_open)
 _TEACHER = "give --teacher the dense FLUX.2 Klein 4B that the packed model was made from"
 
 
-def _rows(path: Path, defaults: rows.Row) -> tuple[rows.Row, ...]:
+def write(path: Path, content: bytes) -> None:
+    """A file, and the folder it lies in, that is there whole or not at all. Raises ModelFileError."""
+    with refusing(path, "a disk that takes the file", "free some space, then run the same command again", OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+
+
+@dataclass(frozen=True)
+class Store:
+    """``rows`` by number, those of one prompt next to each other, in a folder."""
+
+    folder: Path
+    rows: tuple[Row, ...]
+
+    def claim(self, facts: dict[str, Any]) -> None:
+        """Write what the latents depend on, or compare it with what the folder has. Raises ModelFileError."""
+        path = self.folder / "manifest.json"
+        if not (known := read_json(path)):
+            write(path, json.dumps(facts, indent=2).encode())
+        elif odd := [name for name in facts if known.get(name) != facts[name]]:
+            raise ModelFileError(path, f"latents with {odd[0]} {facts[odd[0]]}", f"with {known.get(odd[0])}",
+                                 "give another folder with --work, or remove this one")
+
+    def numbers(self, shard: int) -> range:
+        """The numbers of the rows in one file."""
+        return range(shard * _SHARD, min((shard + 1) * _SHARD, len(self.rows)))
+
+    def first(self, number: int) -> int:
+        """The first row with the prompt of another, in one file."""
+        return next(i for i in self.numbers(number // _SHARD) if self.rows[i].prompt == self.rows[number].prompt)
+
+    def missing(self, kind: str, part: tuple[int, int] = (1, 1)) -> list[int]:
+        """Which files of a kind are not there, of one part of them."""
+        shards = range(part[0] - 1, -(-len(self.rows) // _SHARD), part[1])
+        return [shard for shard in shards if not self._path(kind, shard).exists()]
+
+    def write(self, kind: str, shard: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Raises ModelFileError."""
+        write(self._path(kind, shard), save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+
+    def text(self, number: int) -> torch.Tensor:
+        """The embeddings (tokens, channels) of a row's prompt."""
+        return _opened(self._path("text", number // _SHARD), "pt").get_tensor(str(self.first(number)))
+
+    def latents(self, number: int, levels: slice = slice(None)) -> torch.Tensor:
+        """The latents (levels, tokens, channels) of a row, in FP32."""
+        return _opened(self._path("latents", number // _SHARD), "pt").get_slice(str(number))[levels].float()
+
+    def _path(self, kind: str, shard: int) -> Path:
+        return self.folder / f"{kind}-{shard + 1:05}.safetensors"
+
+
+def _rows(path: Path, defaults: Row) -> tuple[Row, ...]:
     """The rows of a prompt file, those of one prompt next to each other; each starts from noise of its own."""
     found = []
-    for number, row in enumerate(rows.read(path, defaults)):
+    for number, row in enumerate(read(path, defaults)):
         if isinstance(row, ValueError):
             raise row
         if row.task_key() != defaults.task_key():
@@ -35,7 +96,7 @@ def _rows(path: Path, defaults: rows.Row) -> tuple[rows.Row, ...]:
     return tuple(sorted(found, key=lambda row: (row.prompt, row.seed)))
 
 
-def _held_out(found: Sequence[rows.Row], count: int) -> tuple[list[int], list[int]]:
+def _held_out(found: Sequence[Row], count: int) -> tuple[list[int], list[int]]:
     """The numbers of the rows to train on, and of one row each of ``count`` prompts that training never sees."""
     prompts = list(dict.fromkeys(row.prompt for row in found))
     if len(prompts) < 2 * count:
@@ -56,7 +117,7 @@ class Run:
         self.args, self.compute = args, compute
         self.repository = complete_repository(args.checkpoint, args.transformer)
         self.packed = load_transformer(self.repository.transformer)
-        defaults = rows.Row("", 0, args.width, args.height, args.steps)  # --seed is that of training
+        defaults = Row("", 0, args.width, args.height, args.steps)  # --seed is that of training
         self.store = Store(args.work or args.out.with_name(f"{args.out.stem}-work"), _rows(args.prompts, defaults))
         self.trained, self.held_out = _held_out(self.store.rows, args.held_out)
         self.sampler = Sampler(models.scheduler(self.repository.scheduler), args.width, args.height, args.steps,
@@ -64,11 +125,11 @@ class Run:
         drawn = json.dumps([[row.prompt, row.seed] for row in self.store.rows]).encode()
         #: What the dense model's latents depend on.
         self.facts: dict[str, Any] = {
-            "teacher": rows.digest(self.dense().path), "text encoder": rows.digest(self.repository.text_encoder),
+            "teacher": digest(self.dense().path), "text encoder": digest(self.repository.text_encoder),
             "prompts": hashlib.sha256(drawn).hexdigest(), "width": args.width, "height": args.height,
             "steps": args.steps, "dtype": str(compute.dtype).removeprefix("torch.")}
         #: What training depends on, and the file of its state, so that other options begin another.
-        self.training = self.facts | {"student": rows.digest(self.packed.path)} | {
+        self.training = self.facts | {"student": digest(self.packed.path)} | {
             name: getattr(args, name) for name in ("precision", "rank", "updates", "batch", "learning_rate", "held_out",
                                                    "seed")}
         name = hashlib.sha256(json.dumps(self.training).encode()).hexdigest()[:8]

@@ -17,8 +17,7 @@ from ...loaders.klein import KleinConfig, comfyui_shapes, layers
 from ...loaders.lora_names import Target
 from ...ops.packed import is_packed
 from .. import lora, models
-from .run import Run
-from .store import write
+from .run import Run, write
 
 #: Tensors by ``<ComfyUI's layer>.lora_down.weight`` (rank, in) and ``<ComfyUI's layer>.lora_up.weight`` (out, rank).
 Factors = Mapping[str, torch.Tensor]
