@@ -189,33 +189,28 @@ def save(source: Path, path: Path, target: str, suffixes: Sequence[str], write: 
     if suffixes and path.suffix not in suffixes:
         raise ModelFileError(path, f"a file name ending in {suffixes[0]}", f"{path.name!r}", "add the ending")
     try:
-        _save(source, path, f"model{path.suffix if suffixes else ''}", write, verify)
+        refuse_existing(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".bonsai-image-"))
+        try:
+            written = scratch / f"model{path.suffix if suffixes else ''}"
+            write(written)
+            _flush(written)
+            if different := verify(written):
+                raise ModelFileError(source, f"{different} on disk as in memory", "a difference after writing",
+                                     "check the disk")
+            # The target may have been created meanwhile.
+            refuse_existing(path)
+            disk.patiently(written.rename, path)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)  # on Windows, what an error keeps mapped cannot be deleted
+        disk.flush_path(path.parent)
     except ValueError as error:
         raise ModelFileError(source, f"weights that the {target} format holds exactly", str(error),
                              "choose another format") from error
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         raise ModelFileError(path, "a whole file written there", disk.reason(error),
                              f"{disk.advice(error)} and save again, for nothing was written") from error
-
-
-def _save(source: Path, path: Path, name: str, write: Callable[[Path], None],
-          verify: Callable[[Path], str | None]) -> None:
-    refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".bonsai-image-"))
-    try:
-        written = scratch / name
-        write(written)
-        _flush(written)
-        if different := verify(written):
-            raise ModelFileError(source, f"{different} on disk as in memory", "a difference after writing",
-                                 "check the disk")
-        # The target may have been created meanwhile.
-        refuse_existing(path)
-        disk.patiently(written.rename, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)  # on Windows, what an error keeps mapped cannot be deleted
-    disk.flush_path(path.parent)
 
 
 def refuse_existing(path: Path) -> None:
