@@ -9,7 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,14 +105,11 @@ def alone(lock: Path) -> Iterator[None]:
     """One process at a time, where the file system has locks. The system gives ``lock`` back when a process dies."""
     from filelock import FileLock  # a requirement of torch
 
-    held = FileLock(lock)
-    with suppress(OSError, NotImplementedError):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        held.acquire()
-    try:
+    with ExitStack() as held:
+        with suppress(OSError, NotImplementedError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(lock))
         yield
-    finally:
-        held.release()
 
 
 def write_whole(path: Path, content: bytes, again: bool = True) -> None:

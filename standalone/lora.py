@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import partial
 
@@ -82,9 +82,7 @@ def _added(paths: Sequence[SidePath], half: int, module: torch.nn.Module, inputs
 @contextmanager
 def applied(hooks: Hooks) -> Iterator[None]:
     """Inside, the transformer computes with the LoRAs of ``hooks``."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    try:
+    with ExitStack() as registered:
+        for module, hook in hooks:
+            registered.enter_context(module.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -89,9 +89,8 @@ def _compute(args: argparse.Namespace) -> tuple[Compute, pipeline.Pools]:
     pools = pipeline.Pools(args.encoders, devices, local_gpus, threads)
     if args.address and (gpus := pipeline.start(args.address, pools)) and not args.device:
         device, pools = torch.device("cuda"), replace(pools, gpus=gpus, devices=args.devices or gpus)
-    dtype = DTYPES.get(args.dtype)
-    if dtype is None:
-        dtype = pipeline.default_dtype_there(device, pools) if args.address else default_dtype(device)
+    dtype = DTYPES.get(args.dtype) or (
+        pipeline.default_dtype_there(device, pools) if args.address else default_dtype(device))
     if args.shards is None:
         device = torch.device(device.type)  # Ray shows a worker its GPU as the only one
     return Compute(device, dtype, Setting(args.backend, args.precision)), pools
@@ -111,7 +110,11 @@ def run(args: argparse.Namespace) -> int:
     wanted = {rows.name(row, common): row for row in found if isinstance(row, rows.Row)}
     number, count = args.shards or (1, 1)
     wanted = dict(list(wanted.items())[number - 1::count])
-    _prepare(args.out, args.shards is not None)
+    (args.out / STARTED).mkdir(parents=True, exist_ok=True)
+    # Those workers died with their driver, not because of a row. The processes of other shards may be at work.
+    if args.shards is None:
+        for mark in (args.out / STARTED).iterdir():
+            mark.unlink(missing_ok=True)
     _remove_partial(args.out, wanted)
     manifest = Manifest(args.out, common)
     done = manifest.done(set(wanted))
@@ -147,14 +150,6 @@ def _make(tasks: Iterator[list[Record]], work: Work, pools: pipeline.Pools, args
         finally:
             if problem := manifest.flush():
                 report.failure(str(args.out), problem)
-
-
-def _prepare(out: Path, shared: bool) -> None:
-    """The output folder, without the marks of a run that was killed. A shared one may have other processes at work."""
-    (out / STARTED).mkdir(parents=True, exist_ok=True)
-    if not shared:  # those workers died with their driver, not because of a row
-        for mark in (out / STARTED).iterdir():
-            mark.unlink(missing_ok=True)
 
 
 def _remove_partial(out: Path, names: Container[str]) -> None:

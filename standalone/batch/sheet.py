@@ -4,7 +4,7 @@ import html
 import io
 import math
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ def write(out: Path) -> tuple[Path, Path]:
     stream = io.BytesIO()
     shown = rows[:_MOST]
     columns = math.ceil(math.sqrt(len(shown)))  # about as wide as high
-    contact(_images(out, shown), -(-len(shown) // columns), columns).save(stream, format="PNG")
+    # Pillow closes each file when it has read it.
+    images = ((Image.open(out / f"{row['name']}.png"), f"{row['prompt']}, seed {row['seed']}") for row in shown)
+    contact(images, -(-len(shown) // columns), columns).save(stream, format="PNG")
     write_whole(sheet, stream.getvalue())
     figures = "\n".join(map(_figure, rows))
     text = _PAGE.format(title=html.escape(out.absolute().name), count=len(rows), figures=figures)
@@ -68,12 +70,6 @@ def _figure(row: dict[str, Any]) -> str:
     prompt = html.escape(row["prompt"])
     return (f'<figure><a href="{row["name"]}.png"><img loading="lazy" src="{row["name"]}.png" width="{row["width"]}" '
             f'height="{row["height"]}" alt="{prompt}"></a><figcaption>{prompt}<dl>{facts}</dl></figcaption></figure>')
-
-
-def _images(out: Path, rows: list[dict[str, Any]]) -> Iterator[tuple[Image.Image, str]]:
-    for row in rows:
-        with Image.open(out / f"{row['name']}.png") as image:
-            yield image, f"{row['prompt']}, seed {row['seed']}"
 
 
 def contact(images: Iterable[tuple[Image.Image, str]], rows: int, columns: int) -> Image.Image:

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -120,15 +120,12 @@ class Stage:
     @contextmanager
     def _marked(self, group: list[Record]) -> Iterator[None]:
         """Marks rows while they are computed. A mark that is still there was left by a worker that died."""
-        marks = [self._mark(row) for row in group]
-        for mark in marks:
-            with mark.open("ab") as file:
-                file.write(b".")
-        try:
+        with ExitStack() as marks:
+            for mark in map(self._mark, group):
+                marks.callback(mark.unlink, missing_ok=True)
+                with mark.open("ab") as file:
+                    file.write(b".")
             yield
-        finally:
-            for mark in marks:
-                mark.unlink(missing_ok=True)
 
 
 class Encode(Stage):

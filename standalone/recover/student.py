@@ -4,7 +4,7 @@ import io
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -160,13 +160,10 @@ class Student:
 def _signalled() -> Iterator[list[int]]:
     """Collects Ctrl-C and SIGTERM instead of ending at them, so that an update is finished or not begun."""
     caught: list[int] = []
-    before = {number: signal.signal(number, lambda signum, _frame: caught.append(signum))
-              for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with ExitStack() as before:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before.callback(signal.signal, number, signal.signal(number, lambda signum, _frame: caught.append(signum)))
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _save(path: Path, state: State, optimizer: torch.optim.Optimizer) -> None:
