@@ -1,6 +1,7 @@
 """The command line: generate, batch, sheet, recover, inspect, convert, doctor."""
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -38,24 +39,6 @@ def _generate(args: argparse.Namespace) -> None:
           f"{settings['variant']}, {settings['dtype']} on {compute.device}")
 
 
-def _batch(args: argparse.Namespace) -> int:
-    from .batch import command
-
-    return command.run(args)
-
-
-def _sheet(args: argparse.Namespace) -> None:
-    from .batch import sheet
-
-    print(*sheet.write(args.folder), sep="\n")
-
-
-def _recover(args: argparse.Namespace) -> int:
-    from .recover import command
-
-    return command.run(args)
-
-
 def _inspect(args: argparse.Namespace) -> None:
     parts = describe.describe(args.path, args.verify)
     print(json.dumps(parts, indent=2) if args.json else "\n".join(map(describe.report, parts)))
@@ -76,8 +59,13 @@ def _doctor(args: argparse.Namespace) -> None:
     print(json.dumps(found, indent=2) if args.json else doctor.report(found))
 
 
-_COMMANDS = {"generate": _generate, "batch": _batch, "sheet": _sheet, "recover": _recover,
-             "inspect": _inspect, "convert": _convert, "doctor": _doctor}
+def _of(module: str) -> Callable[[argparse.Namespace], int | None]:
+    """The command ``run`` of a module, imported only then: it needs libraries that other commands do without."""
+    return lambda args: importlib.import_module(module, __package__).run(args)
+
+
+_COMMANDS = {"generate": _generate, "batch": _of(".batch.command"), "sheet": _of(".batch.sheet"),
+             "recover": _of(".recover.command"), "inspect": _inspect, "convert": _convert, "doctor": _doctor}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,11 +1,11 @@
 """A contact sheet and a static page of a batch's images, from its manifest."""
 
+import argparse
 import html
 import io
 import math
 import textwrap
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -42,8 +42,9 @@ dd {{ margin: 0; overflow-wrap: anywhere }}
 _SETTINGS = ("id", "seed", "steps", "reference", "lora", "lora_strength", "source", "dtype")
 
 
-def write(out: Path) -> tuple[Path, Path]:
+def run(args: argparse.Namespace) -> None:
     """Write ``sheet.png`` and ``index.html`` into a batch's output folder. Raises ModelFileError."""
+    out = args.folder
     rows = sorted(read(out), key=lambda row: (row["prompt"], row["seed"], row["name"]))
     rows = [row for row in rows if (out / f"{row['name']}.png").exists()]
     if not rows:
@@ -59,7 +60,7 @@ def write(out: Path) -> tuple[Path, Path]:
     figures = "\n".join(map(_figure, rows))
     text = _PAGE.format(title=html.escape(out.absolute().name), count=len(rows), figures=figures)
     write_whole(page, text.encode(errors="replace"))
-    return sheet, page
+    print(sheet, page, sep="\n")
 
 
 def _figure(row: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -94,7 +94,11 @@ class Stage:
     def _run(self, group: list[Record]) -> None:
         start = time.perf_counter()
         try:
-            with self._marked(group), torch.inference_mode():
+            with ExitStack() as marks, torch.inference_mode():
+                for mark in map(self._mark, group):  # one that is still there was left by a worker that died
+                    marks.callback(mark.unlink, missing_ok=True)
+                    with mark.open("ab") as file:
+                        file.write(b".")
                 results = self.run(group)
         except Exception as error:  # whatever fails, in whichever library, is that row's failure
             if len(group) > 1:
@@ -112,20 +116,9 @@ class Stage:
         return self.work.out / STARTED / f"{row['name']}.{type(self).__name__.lower()}"
 
     def _deaths(self, row: Record) -> int:
-        try:
+        with suppress(FileNotFoundError):
             return self._mark(row).stat().st_size
-        except FileNotFoundError:
-            return 0
-
-    @contextmanager
-    def _marked(self, group: list[Record]) -> Iterator[None]:
-        """Marks rows while they are computed. A mark that is still there was left by a worker that died."""
-        with ExitStack() as marks:
-            for mark in map(self._mark, group):
-                marks.callback(mark.unlink, missing_ok=True)
-                with mark.open("ab") as file:
-                    file.write(b".")
-            yield
+        return 0
 
 
 class Encode(Stage):

@@ -58,19 +58,14 @@ def _draw(run: Run) -> None:
     if missing := store.missing("latents", part):
         transformer = models.transformer_module(run.dense(), *run.compute)
         for shard in tqdm(missing, "dense model", unit="file"):
-            store.write("latents", shard, _latents(run, transformer, store.numbers(shard)))
-
-
-def _latents(run: Run, transformer: torch.nn.Module, numbers: range) -> dict[str, torch.Tensor]:
-    """Latents (levels, tokens, channels) by row number. FP16: in BF16 the small steps between levels would drown in
-    rounding."""
-    drawn = {}
-    for i in range(0, len(numbers), run.args.per_device_batch):
-        part = numbers[i:i + run.args.per_device_batch]
-        noise = run.sampler.noise([run.store.rows[number].seed for number in part], run.packed.config.in_channels)
-        levels = torch.stack([*run.sampler.trajectory(transformer, noise, run.texts(part))], 1).half().cpu()
-        drawn.update({str(number): each for number, each in zip(part, levels, strict=True)})
-    return drawn
+            drawn: dict[str, torch.Tensor] = {}
+            for numbers in torch.tensor(store.numbers(shard)).split(run.args.per_device_batch):
+                rows = numbers.tolist()
+                noise = run.sampler.noise([store.rows[row].seed for row in rows], run.packed.config.in_channels)
+                levels = torch.stack([*run.sampler.trajectory(transformer, noise, run.texts(rows))], 1)
+                # FP16: in BF16 the small steps between levels would drown in rounding.
+                drawn.update(zip(map(str, rows), levels.half().cpu(), strict=True))
+            store.write("latents", shard, drawn)
 
 
 def _learn(run: Run) -> int:
