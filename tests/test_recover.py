@@ -122,6 +122,15 @@ def test_a_continued_run_is_the_undisturbed_one(how, drawn, undisturbed, monkeyp
     assert_same(drawn, undisturbed)
 
 
+@pytest.mark.parametrize("damaged", [lambda content: b"", lambda content: content[:-1000]], ids=["empty", "cut short"])
+def test_a_damaged_state_is_one_sentence(damaged, drawn, undisturbed, capsys):
+    whole = state(undisturbed)
+    (drawn / "work" / whole.name).write_bytes(damaged(whole.read_bytes()))
+    assert recover(drawn) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert whole.name in said and "remove it to train from the beginning" in said
+
+
 @pytest.mark.parametrize("what", ["text-00002", "latents-00001", "lora"])
 def test_a_full_disk_loses_nothing(what, tmp_path, drawn, undisturbed, monkeypatch, capsys):
     (tmp_path / "work" / f"{what}.safetensors").unlink(missing_ok=True)

@@ -61,7 +61,7 @@ class Manifest:
                 recorded.update(table["name"].to_pylist())
             self._read = set(self._folder.glob("*.parquet"))
             for name in names - recorded:
-                if self._image(name).exists() and (row := _recovered(self._image(name))):
+                if row := _recovered(self._image(name)):
                     self._new.append(row | self._common)
         found = (recorded | {row["name"] for row in self._new}) & names
         self.flush()

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ...loaders import Lora
-from ...loaders.files import read_pickle
+from ...loaders.errors import refusing
 from ...loaders.klein import KleinConfig, comfyui_shapes, layers
 from ...loaders.lora_names import Target
 from ...ops.packed import is_packed
@@ -173,7 +173,9 @@ def _save(path: Path, state: State, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _restore(path: Path, state: State, optimizer: torch.optim.Optimizer) -> None:
-    known, _ = read_pickle(path, mmap=False)
+    # PyTorch raises whatever it comes across in a damaged file.
+    with refusing(path, "the state of a training", "remove it to train from the beginning", Exception):
+        known = torch.load(path, "cpu", weights_only=True)
     optimizer.load_state_dict(known["optimizer"])
     for name, factor in state.factors.items():
         factor.data.copy_(known["factors"][name])
