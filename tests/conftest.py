@@ -77,7 +77,7 @@ class Small:
         """Written when first asked for: GemLite exists for Linux only."""
         if importlib.util.find_spec("gemlite") is None:
             pytest.skip("GemLite is not installed here")
-        return model_files.write_gemlite(self.model, self.root / "bonsai-gemlite" / "transformer-gemlite", self.bits)
+        return model_files.write_gemlite(self.root / "bonsai-gemlite" / "transformer-gemlite", self.bits)
 
 
 @pytest.fixture(scope="session", params=[2, 1], ids=["ternary", "binary"])

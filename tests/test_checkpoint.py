@@ -23,6 +23,14 @@ def checkpoint(repository, tmp_path):
     return tmp_path / "one.safetensors"
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The miniature in one file."""
+    path = tmp_path_factory.mktemp("trained") / "one.safetensors"
+    assert run("convert", MINIATURE / "ternary", path, "--to", "checkpoint") == 0
+    return path
+
+
 def assert_same(repository, checkpoint):
     for load in (load_transformer, load_text_encoder, load_vae):
         expected, found = load(repository), load(checkpoint)
@@ -51,11 +59,10 @@ def test_text_encoders_of_every_form(encoder, repository, root, tmp_path):
     assert_same(copy, tmp_path / "one.safetensors")
 
 
-def test_it_draws_the_same(tmp_path):
+def test_it_draws_the_same(trained, tmp_path):
     """With the tokenizer, and the sizes of the VAE that no tensor shows, from the file alone."""
-    assert run("convert", MINIATURE / "ternary", tmp_path / "one.safetensors", "--to", "checkpoint") == 0
     images = []
-    for source in (MINIATURE / "ternary", tmp_path / "one.safetensors"):
+    for source in (MINIATURE / "ternary", trained):
         assert run("generate", "--checkpoint", source, "--prompt", "a red circle", "--steps", 1, *SMALL,
                    "--out", tmp_path / "image.png") == 0
         images.append(Image.open(tmp_path / "image.png").tobytes())
@@ -80,11 +87,10 @@ def _outside(tensors):
     (lambda t: t.pop("vae.bn.running_mean"), {}, "a checkpoint with the vae"),
     (lambda t: None, {"bonsai.vae": "{"}, "JSON in the metadata bonsai.vae"),
 ], ids=["no tokenizer", "outside", "not text", "twice", "no VAE", "not JSON"])
-def test_damaged_checkpoints(change, metadata, said, tmp_path, capsys):
-    assert run("convert", MINIATURE / "ternary", tmp_path / "one.safetensors", "--to", "checkpoint") == 0
-    tensors = load_file(tmp_path / "one.safetensors")
+def test_damaged_checkpoints(change, metadata, said, trained, tmp_path, capsys):
+    tensors = load_file(trained)
     change(tensors)
-    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+    with safe_open(trained, "pt") as file:
         save_file(tensors, tmp_path / "damaged.safetensors", file.metadata() | metadata)
     capsys.readouterr()
     assert run("generate", "--checkpoint", tmp_path / "damaged.safetensors", "--prompt", "a", *SMALL, "--json") == 2

@@ -20,6 +20,7 @@ def test_transformer_loads_bit_for_bit(small, kind):
     loaded = load_transformer(getattr(small, kind))
     assert loaded.format == FORMATS[kind]
     assert loaded.variant == {1: "binary", 2: "ternary"}[small.bits]
+    assert loaded.config == load_transformer(small.mlx).config and not loaded.warnings
     tensors = names.to_diffusers(loaded.tensors)
     expected = small.model.state_dict()
     assert tensors.keys() == expected.keys()

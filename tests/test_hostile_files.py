@@ -20,7 +20,11 @@ from bonsai_image.loaders.klein import comfyui_shapes, diffusers_shapes
 from bonsai_image.tests.support.sound_files import FILES, KLEIN, TO_Q, WEIGHTS, load, read, refusal, write
 
 LOADERS = {"transformer": load_transformer, "text-encoder": load_text_encoder, "vae": load_vae}
-each_loader = pytest.mark.parametrize("loader", LOADERS.values(), ids=list(LOADERS))
+
+
+def refused_by_all(path: Path, *more) -> None:
+    for loader in (*LOADERS.values(), *more):
+        refusal(loader, path)
 
 
 # Models of other families: a few of the tensors that set each apart.
@@ -43,14 +47,6 @@ FAMILIES = {
     "sd-vae": ["encoder.conv_in.weight", "decoder.conv_in.weight", "quant_conv.weight"],
     "lora": ["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "lora_unet_double_blocks_0_img_attn_qkv.alpha"],
 }
-
-
-@each_loader
-@pytest.mark.parametrize("family", FAMILIES)
-def test_other_family(family, loader, tmp_path):
-    path = tmp_path / f"{family}.safetensors"
-    save_file({name: torch.zeros(8, 8) for name in FAMILIES[family]}, path)
-    refusal(loader, path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
@@ -110,8 +106,7 @@ def test_pickle_that_would_run_code(kind, storage, sentinel, tmp_path):
         path.write_bytes(pickle.dumps(payload))
     else:
         torch.save(payload, path, _use_new_zipfile_serialization=storage == "zip")
-    for loader in LOADERS.values():
-        refusal(loader, path)
+    refused_by_all(path)
     refusal(find_repository, tmp_path)
     assert not sentinel.exists()
 
@@ -127,7 +122,7 @@ KEY = "double_stream_modulation_img.linear.weight"
 OBJECTS = {
     "module": lambda: torch.nn.Linear(2, 2), "tensor": lambda: torch.ones(2), "list": lambda: [torch.ones(2)],
     "none": lambda: None, "number": lambda: 7, "empty": dict, "integer-keys": lambda: {1: torch.ones(2)},
-    "text": lambda: {KEY: "text"}, "nested": lambda: {KEY: {KEY: {KEY: torch.ones(2)}}},
+    "string": lambda: {KEY: "text"}, "nested": lambda: {KEY: {KEY: {KEY: torch.ones(2)}}},
     "sparse": lambda: {KEY: torch.eye(4).to_sparse()},
     "quantized": lambda: {KEY: torch.quantize_per_tensor(torch.ones(4), 1.0, 0, torch.qint8)},
     "meta": lambda: {KEY: torch.empty(4, 4, device="meta")},
@@ -135,14 +130,6 @@ OBJECTS = {
     "memory-bomb-in-hqq": lambda: {"model.layers.0.self_attn.q_norm": {"weight": torch.ones(1).expand(10**6, 10**6)},
                                    "x": {"W_q": torch.ones(1).expand(10**6, 10**6)}},
 }
-
-
-@each_loader
-@pytest.mark.parametrize("kind", OBJECTS)
-def test_pickle_of_something_else(kind, loader, tmp_path):
-    path = tmp_path / "state_dict.pt"
-    torch.save(OBJECTS[kind](), path)
-    refusal(loader, path)
 
 
 @pytest.mark.parametrize("name", ["gemlite", "te-hqq"])
@@ -180,19 +167,22 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ""])
-@pytest.mark.parametrize("kind", PATHS)
-def test_path(kind, suffix, tmp_path):
+NO_MODELS = {(kind, suffix): make for kind, make in PATHS.items() for suffix in (".safetensors", ".pt", "")}
+NO_MODELS |= {(kind, ".pt"): lambda p, make=make: torch.save(make(), p) for kind, make in OBJECTS.items()}
+NO_MODELS |= {(family, ".safetensors"): lambda p, names=names: save_file(
+    {name: torch.zeros(8, 8) for name in names}, p) for family, names in FAMILIES.items()}
+
+
+@pytest.mark.parametrize(("kind", "suffix"), NO_MODELS)
+def test_what_is_no_model(kind, suffix, tmp_path):
     path = tmp_path / f"x{suffix}"
-    PATHS[kind](path)
-    for loader in (*LOADERS.values(), find_repository):
-        refusal(loader, path)
+    NO_MODELS[kind, suffix](path)
+    refused_by_all(path, *[find_repository] * (kind not in OBJECTS))  # which looks at names alone
 
 
 @pytest.mark.parametrize("name", ["n" * 5000, "a/b/../../c"])
 def test_path_no_system_holds(name):
-    for loader in (*LOADERS.values(), find_repository):
-        refusal(loader, Path(name))
+    refused_by_all(Path(name), find_repository)
 
 
 REPOSITORIES = {

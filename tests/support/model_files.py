@@ -3,9 +3,11 @@
 Everything starts from one dense diffusers model per variant, whose block weights are exactly ternary or binary.
 """
 
+import functools
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -55,25 +57,33 @@ def write_diffusers(model: Flux2Transformer2DModel, folder: Path, shard: str = "
     return folder
 
 
-def write_gemlite(model: Flux2Transformer2DModel, folder: Path, bits: int) -> Path:
-    """A GemLite folder whose packed layers GemLite itself has packed."""
-    folder.mkdir(parents=True)
+@functools.cache
+def packed_by_gemlite() -> dict[str, torch.Tensor]:
+    """GemLite's tensors of both dense models, after ``bits``: its process takes seconds to start."""
     layers = {}
-    for name in packed_names(model):
-        levels, scale = levels_and_scale(model.get_submodule(name).weight)
-        # Binary: code 0, 1 -> -s, s is (code - 0.5) * 2 s. Ternary: (code - 1) * s.
-        codes = torch.from_numpy(levels + 1 if bits == 2 else (levels + 1) // 2).to(torch.uint8)
-        zero = torch.full_like(scale, 1.0 if bits == 2 else 0.5)
-        layers[name] = (codes, scale if bits == 2 else 2 * scale, zero, bits)
-    torch.save(layers, folder / "layers.pt")
-    subprocess.run([sys.executable, LAB / "gemlite_layers.py", folder / "layers.pt", folder / "packed.pt"],
-                   check=True, capture_output=True, text=True)
-    state = torch.load(folder / "packed.pt", weights_only=True)
-    packed = {f"{name}.weight" for name in layers}
+    for bits in (1, 2):
+        model = dense_model(bits)
+        for name in packed_names(model):
+            levels, scale = levels_and_scale(model.get_submodule(name).weight)
+            # Binary: code 0, 1 -> -s, s is (code - 0.5) * 2 s. Ternary: (code - 1) * s.
+            codes = torch.from_numpy(levels + 1 if bits == 2 else (levels + 1) // 2).to(torch.uint8)
+            zero = torch.full_like(scale, 1.0 if bits == 2 else 0.5)
+            layers[f"{bits}.{name}"] = (codes, scale if bits == 2 else 2 * scale, zero, bits)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(layers, f"{folder}/layers.pt")
+        subprocess.run([sys.executable, LAB / "gemlite_layers.py", f"{folder}/layers.pt", f"{folder}/packed.pt"],
+                       check=True, capture_output=True, text=True)
+        return torch.load(f"{folder}/packed.pt", weights_only=True)
+
+
+def write_gemlite(folder: Path, bits: int) -> Path:
+    """A GemLite folder of :func:`dense_model` whose packed layers GemLite itself has packed."""
+    folder.mkdir(parents=True)
+    model = dense_model(bits)
+    packed = {f"{name}.weight" for name in packed_names(model)}
+    state = {name[2:]: tensor.clone() for name, tensor in packed_by_gemlite().items() if name[0] == str(bits)}
     state |= {name: tensor for name, tensor in model.state_dict().items() if name not in packed}
     torch.save(state, folder / "state_dict.pt")
-    (folder / "layers.pt").unlink()
-    (folder / "packed.pt").unlink()
     (folder / "config.json").write_text(json.dumps(SMALL))
     (folder / "quantization_config.json").write_text(json.dumps({"bits": bits, "group_size": GROUP}))
     return folder
