@@ -111,13 +111,13 @@ def resolve(kind: str, name: str) -> str:
 
 def how_to_download(name: str) -> str:
     """The command that downloads the repository ``name`` on this very installation, and the way by hand."""
-    program = Path(__file__).absolute().parent.parent / "__main__.py"
+    program = Path(__file__).absolute().parent.parent  # a folder that Python runs
     variant = "binary" if "binary" in name else "ternary"
     container = "gemlite" if "gemlite" in name else "mlx"
     folder = folder_paths.get_folder_paths("diffusers")[0]
     form = ["--format", "gemlite"] if container == "gemlite" else []
     # Its default, as in ``standalone/download.py``.
-    place = [] if Path(folder) == program.parents[2] / "models" / "diffusers" else ["--to", folder]
+    place = [] if Path(folder) == program.parents[1] / "models" / "diffusers" else ["--to", folder]
     command = shell_command(sys.executable, str(program), "download", "--variant", variant, *form, *place)
     return (f"run {command} in a terminal, or put all of https://huggingface.co/{RELEASES[variant, container].id} "
             f"into {Path(folder) / name}, and press R")

@@ -6,104 +6,24 @@ import os
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
 from bonsai_image.published import RELEASES
+from bonsai_image.tests.support.hub import COMMIT, Hub
 
 ROOT = Path(__file__).parent.parent
 NAME = "bonsai-image-ternary-4B-mlx-2bit"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {"model_index.json": b'{"_class_name": "Flux2KleinPipeline"}\n',
          "transformer-packed-mflux/diffusion_pytorch_model.safetensors": os.urandom(16_000_000)}
 LARGE = "transformer-packed-mflux/diffusion_pytorch_model.safetensors"
 
 
-class Hub(ThreadingHTTPServer):
-    """The routes that a download uses. ``cut`` ends the next large transfer there; ``served`` overrides contents;
-    ``extra`` are names that only the first list has."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.cut, self.served, self.extra = None, dict(FILES), []
-        self.ranges, self.tokens, self.paths, self.fetched = [], [], [], []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        self.server.paths.append(self.path)
-        self.server.tokens.append(self.headers.get("Authorization"))
-        path = self.path.split("?")[0]
-        if path.startswith(f"/api/models/prism-ml/{NAME}/revision/") and path.split("/")[-1] not in ("main", COMMIT):
-            return self.answer(b"{}", {"X-Error-Code": "RevisionNotFound"}, 404)
-        if path.startswith(f"/api/models/prism-ml/{NAME}/revision/"):
-            return self.answer(json.dumps(self.description()).encode(), {"Content-Type": "application/json"})
-        if path.startswith(f"/api/models/prism-ml/{NAME}/tree/"):
-            return self.answer(json.dumps(self.tree()).encode(), {"Content-Type": "application/json"})
-        marker = f"/prism-ml/{NAME}/resolve/{COMMIT}/"
-        if path.startswith(marker) and path.removeprefix(marker) in FILES:
-            return self.file(path.removeprefix(marker))
-        return self.answer(b"{}", {"X-Error-Code": "RepoNotFound"}, 404)
-
-    def entry(self, name: str) -> dict:
-        content = FILES.get(name, b"")
-        sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-        return {"size": len(content), "blobId": sha1, **({"lfs": lfs} if name == LARGE else {})}
-
-    def description(self) -> dict:
-        names = [*FILES, *self.server.extra]
-        self.server.extra = []
-        return {"_id": "1", "id": f"prism-ml/{NAME}", "modelId": f"prism-ml/{NAME}", "sha": COMMIT, "private": False,
-                "tags": [], "downloads": 0, "siblings": [{"rfilename": name, **self.entry(name)} for name in names]}
-
-    def tree(self) -> list[dict]:
-        return [{"type": "file", "path": name, "oid": self.entry(name)["blobId"], "size": len(content),
-                 **({"lfs": {**self.entry(name)["lfs"], "oid": self.entry(name)["lfs"]["sha256"]}}
-                    if name == LARGE else {})} for name, content in FILES.items()]
-
-    def file(self, name: str) -> None:
-        content, etag = self.server.served[name], self.entry(name)["blobId"]
-        if name == LARGE:
-            etag = self.entry(name)["lfs"]["sha256"]
-        if self.command == "GET":
-            self.server.fetched.append(name)
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
-        start = 0
-        if self.headers.get("Range") and self.command == "GET":
-            self.server.ranges.append(self.headers["Range"])
-            start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self.answer(content[start:], headers, 206 if start else 200, self.server.cut if name == LARGE else None)
-
-    def answer(self, body: bytes, headers: dict[str, str], status: int = 200, cut: int | None = None) -> None:
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[:cut])
-            self.close_connection = cut is not None
-
-
 @pytest.fixture
 def hub():
-    server = Hub()
+    server = Hub(NAME, FILES)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -124,12 +44,9 @@ sys.exit(main())
 
 
 def run(hub: Hub, *words: str, home: Path, command: tuple[str, ...] = ("-m", "bonsai_image"), revision="main"):
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": "hf_secret",
-                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "5",
-                   "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
     return subprocess.run([sys.executable, *command, "download", "--variant", "ternary",
                            *(["--revision", revision] if revision else []), *words], cwd=home,
-                          capture_output=True, text=True, env=environment, timeout=240)
+                          capture_output=True, text=True, env=hub.environment(home), timeout=240)
 
 
 def arrived(folder: Path) -> dict[str, bytes]:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 #: Pixels on the canvas: height of a title bar, of a row of sockets, of a widget; space around nodes and groups, and
 #: between the columns of a group.
-_TITLE, _ROW, _WIDGET, _MARGIN, _GAP, _BESIDE = 30, 20, 28, 20, 22, 30
+_TITLE, _ROW, _WIDGET, _MARGIN, _GAP, _BESIDE = 30, 20, 28, 16, 18, 30
 #: Version of the frontend whose format this is.
 _FRONTEND = "1.47.10"
+#: Pixels from a node's side to where a link turns that goes back to a node below or above.
+_TURN = 12
 #: The ids under which the nodes of a subgraph see what comes in and what goes out.
 _INPUT, _OUTPUT = -10, -20
 #: LiteGraph's mode of a node that passes its inputs on: switched off, Ctrl+B switches it on.
@@ -128,6 +130,21 @@ class Layout:
         index = [name for name, *_ in names].index(socket)
         return self.ids[key], index, names[index][1]
 
+    def turns(self) -> tuple[list[dict], list[dict]]:
+        """The reroutes of the links that go back to the left, to a node below or above: around both nodes, through the
+        space between them; and which link ends at which reroute. Other nodes would hide such a link."""
+        reroutes, ends = [], []
+        for link, source, _, target, *_ in self.links:
+            (x, y), (left, top) = (self.positions[self.nodes[number - 1].key] for number in (source, target))
+            node, right = self.nodes[target - 1], x + self.nodes[source - 1].width
+            if left < right:
+                between = top - _TITLE if top > y else top + height(node, self.schemas[node.type]) + _GAP
+                for turn in (right + _TURN, left - _TURN):
+                    reroutes.append({"id": len(reroutes) + 1, "pos": [turn, between - _GAP // 2], "linkIds": [link],
+                                     **({"parentId": len(reroutes)} if turn < right else {})})
+                ends.append({"id": link, "parentId": len(reroutes)})
+        return reroutes, ends
+
     def written(self) -> list[dict]:
         """The nodes in the frontend's format."""
         return [_written(node, self.ids[node.key], self.positions[node.key], self.links, self.schemas.get(node.type),
@@ -137,11 +154,12 @@ class Layout:
 def workflow(name: str, columns: list[Column], schemas: dict[str, type], version: str) -> dict:
     """The workflow ``name``, as the frontend saves one."""
     layout = Layout(columns, schemas, version)
+    reroutes, ends = layout.turns()
     return {
         "id": _uuid(name), "revision": 0, "last_node_id": len(layout.nodes), "last_link_id": len(layout.links),
         "nodes": layout.written(), "links": layout.links, "groups": layout.frames, "config": {},
         "extra": {"ds": {"scale": 0.75, "offset": [90, 150]}, "frontendVersion": _FRONTEND,
-                  "workflowRendererVersion": "LG"},
+                  "workflowRendererVersion": "LG", "reroutes": reroutes, "linkExtensions": ends},
         "version": 0.4,
     }
 

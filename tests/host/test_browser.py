@@ -53,10 +53,15 @@ def overlaps(boxes: list[list[float]]) -> list[tuple]:
             if a[0] < b[0] + b[2] and b[0] < a[0] + a[2] and a[1] < b[1] + b[3] and b[1] < a[1] + a[3]]
 
 
-#: Both ends of every link.
-LINKS = """[...app.graph.links.values()].map(link => [
-    [...app.graph.getNodeById(link.origin_id).getOutputPos(link.origin_slot)],
-    [...app.graph.getNodeById(link.target_id).getInputPos(link.target_slot)]])"""
+#: Both ends of every part of a link, from reroute to reroute.
+LINKS = """[...app.graph.links.values()].flatMap(link => {
+    const reroutes = [];
+    for (let id = link.parentId; id; id = app.graph.reroutes.get(id).parentId)
+        reroutes.unshift([...app.graph.reroutes.get(id).pos]);
+    const points = [[...app.graph.getNodeById(link.origin_id).getOutputPos(link.origin_slot)], ...reroutes,
+                    [...app.graph.getNodeById(link.target_id).getInputPos(link.target_slot)]];
+    return points.slice(1).map((point, i) => [points[i], point]);
+})"""
 
 
 def hidden(links: list, boxes: list[list[float]]) -> list[tuple]:
@@ -82,8 +87,8 @@ async def complaints(page: Page, nodes: list[dict]) -> list[str]:
     return [*dialogs, *page.problems, *(f"{n['type']} is red" for n in nodes if n["errors"] or not n["known"])]
 
 
-#: A window as laptops have it.
-SCREEN = (1680, 1050)
+#: Windows as users have them, the smallest last.
+SCREENS = [(1920, 1080), (1680, 1050), (1366, 768)]
 FIT = "app.extensionManager.command.execute('Comfy.Canvas.FitView')"
 #: Of every node, the title, box and box of the group that holds its upper left corner.
 INSIDE = """app.graph.nodes.map(node => [node.title, [...node.boundingRect], app.graph.groups.map(group =>
@@ -97,6 +102,37 @@ async def misplaced(page: Page) -> list:
     return overlaps([box for _, box, _ in nodes]) + [
         (title, box, group) for title, box, group in nodes
         if not group or box[0] + box[2] > group[0] + group[2] or box[1] + box[3] > group[1] + group[3]]
+
+
+#: Of every note, what scrolls in it: what a reader does not see at once.
+SCROLLING = """[...document.querySelectorAll('.comfy-markdown .ProseMirror, .comfy-markdown-content')].flatMap(
+    note => [note, ...note.querySelectorAll('*')].filter(part => part.clientWidth && (
+        part.scrollWidth > part.clientWidth || part === note && part.scrollHeight > part.clientHeight
+    )).map(part => `scrolls: ${part.textContent}`))"""
+#: Puts Bonsai Model Info below the graph, in a group no larger than needed.
+DESCRIBE = """(() => {
+    const info = LiteGraph.createNode('BonsaiModelInfo'), group = new LiteGraph.LGraphGroup('Info');
+    const bottom = Math.max(...app.graph.groups.map(group => group.pos[1] + group.size[1]));
+    app.graph.add(info);
+    info.pos = [16, bottom + 80];
+    app.graph.nodes.find(node => /Bonsai(Checkpoint|Model)Loader/.test(node.type)).connect(0, info, 0);
+    group.pos = [0, bottom + 10];
+    group.size = [info.size[0] + 32, info.size[1] + 86];
+    app.graph.add(group);
+})()"""
+
+
+async def unread(page: Page) -> list:
+    """What cannot be read, in any of the windows, after *Fit view*."""
+    found = []
+    for screen in SCREENS:
+        await page.resize(*screen)
+        await asyncio.sleep(0.3)
+        await page.evaluate(FIT)
+        await asyncio.sleep(0.7)
+        found += [f"no text at {screen}"] if await page.evaluate("app.canvas.low_quality") else []
+        found += await page.evaluate(SCROLLING)
+    return found
 
 
 #: Limits, by node title and name of the widget, that make a workflow quick here.
@@ -124,7 +160,6 @@ def test_every_workflow_opens_cleanly_and_makes_an_image(server, modern, tmp_pat
     async def scenario():
         async with frontend(server.url, tmp_path / "profile", modern) as page:
             assert not [problem for problem in page.problems if "bonsai" in problem.lower()]
-            await page.resize(*SCREEN)
             for path in WORKFLOWS:
                 async def shoot(when: str, stem: str = path.stem) -> None:
                     await asyncio.sleep(1)
@@ -135,14 +170,13 @@ def test_every_workflow_opens_cleanly_and_makes_an_image(server, modern, tmp_pat
                 found[path.stem] = problems = [*await complaints(page, nodes), *await misplaced(page)]
                 if not modern:
                     problems += hidden(await page.evaluate(LINKS), [node["box"] for node in nodes])
-                await page.evaluate(FIT)
+                problems += await unread(page)
                 await shoot("opened")
-                if await page.evaluate("app.canvas.low_quality"):
-                    problems.append("no text at this scale")
                 await page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
                 await shoot("light theme")
                 await page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
                 if path.stem not in NOT_HERE:
+                    await page.evaluate(DESCRIBE)
                     problems += await run_small(page, path, server.base / "output")
                     await shoot("after a run")
                     problems += [*await complaints(page, await page.evaluate(NODES)), *await misplaced(page)]

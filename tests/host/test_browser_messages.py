@@ -26,6 +26,8 @@ BUILD = """((nodes) => {
 #: Opens the details of the error, which are one click away, and returns what the panel then shows.
 DETAILS = "document.querySelector('[data-testid=\"error-overlay-see-errors\"]')"
 PANEL = "document.querySelector('[data-testid=\"runtime-error-panel\"]')"
+#: What a message over the graph says, which comes without a click.
+TOAST = "document.querySelector('.p-toast-detail')?.innerText"
 #: The text on Bonsai Model Info.
 TEXT = """app.graph.nodes.find(node => node.type === 'BonsaiModelInfo')
     .widgets?.find(each => each.name === 'text')?.value"""
@@ -51,7 +53,9 @@ def test_messages_are_read_where_they_are_looked_for(server, modern, tmp_path):
             said = await page.until(TEXT)
             assert len(said.splitlines()) > 8 and "asked for: " in said and " MB packed" in said
             width, height = await page.evaluate("[...app.graph.nodes[1].size]")
-            assert width > 400 and height > 13 * len(said.splitlines())
+            assert width > 400 and height > 50 + 20 * len(said.splitlines())
+            fresh = "(node => { app.graph.add(node); return [...node.size]; })(LiteGraph.createNode('BonsaiModelInfo'))"
+            assert await page.evaluate(fresh) == [width, height], "it has not grown over its neighbours"
             prompt = await page.evaluate("app.graphToPrompt().then(made => made.output)")
             assert list(prompt["2"]["inputs"]) == ["model"], "the text is no input: it would undo ComfyUI's cache"
             await asyncio.sleep(3)  # the frontend stores its workflow a moment later
@@ -62,9 +66,16 @@ def test_messages_are_read_where_they_are_looked_for(server, modern, tmp_path):
 
             await run(page, ("BonsaiCheckpointLoader", {"checkpoint": "bonsai-image-binary-4B-mlx-1bit"}),
                       ("BonsaiModelInfo", {}))
+            assert (await page.until(TOAST)).startswith("Run /")
             await page.until(f"Boolean({DETAILS})")
             await page.evaluate(f"{DETAILS}.click()")
-            panel = await page.until(f"{PANEL}?.innerText")
-            assert "Run /" in panel[:200] and "download --variant binary in a terminal" in panel[:600], panel[:600]
+            # The traceback stands there until the frontend has put its report together.
+            await page.until(f"{PANEL}?.innerText.slice(0, 200).includes('Run /')")
+            panel = await page.evaluate(f"{PANEL}.innerText")
+            assert "download --variant binary in a terminal" in panel[:600], panel[:600]
+
+            await run(page, ("BonsaiModelLoader", {"model_name": FILES["diffusion_models"][1]}),
+                      ("BonsaiModelInfo", {}))
+            await page.until(f"!{TOAST}")
 
     asyncio.run(scenario())

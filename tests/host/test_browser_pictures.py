@@ -35,19 +35,24 @@ FILL = """(values => {
         if (node.type === 'SaveImage') node.title = values.title;
     }
 })"""
-#: Draws the graph, or the groups whose titles begin with one of ``wanted``, unscaled; the part of the page they cover.
-PLACE = """(wanted => {
-    const shown = group => !wanted.length || wanted.some(title => group.title.startsWith(title));
-    const boxes = app.graph.groups.filter(shown)
-        .map(group => [...group.boundingRect]);
+#: Draws the groups whose titles begin with one of ``titles`` (none: all), or the node of the images closely; the part
+#: of the page they cover.
+PLACE = """((titles, closely) => {
+    const shown = group => !titles.length || titles.some(title => group.title.startsWith(title));
+    const save = app.graph.nodes.find(node => node.type === 'SaveImage');
+    const rows = closely ? Math.sqrt(save.imgs.length) : 1, scale = closely ? 3 / rows : 1;
+    if (closely) save.setSize([60 + 128 * rows, Math.max(270, 70 + 128 * rows)]);
+    const boxes = closely ? [[save.pos[0], save.pos[1] - 30, save.size[0], save.size[1] + 30]]
+        : app.graph.groups.filter(shown).map(group => [...group.boundingRect]);
     const x = Math.min(...boxes.map(b => b[0])), y = Math.min(...boxes.map(b => b[1]));
-    app.canvas.ds.scale = 1;
-    app.canvas.ds.offset = [80 - x, 120 - y];
-    app.canvas.ds.onChanged?.(1, app.canvas.ds.offset);
+    app.canvas.ds.scale = scale;
+    app.canvas.ds.offset = [80 / scale - x, 120 / scale - y];
+    app.canvas.ds.onChanged?.(scale, app.canvas.ds.offset);
     app.canvas.setDirty(true, true);
     const corner = app.canvas.canvas.getBoundingClientRect();
-    return {x: corner.x + 70, y: corner.y + 110, scale: 1, width: Math.max(...boxes.map(b => b[0] + b[2])) - x + 20,
-            height: Math.max(...boxes.map(b => b[1] + b[3])) - y + 20};
+    return {x: corner.x + 70, y: corner.y + 110, scale: 1,
+            width: scale * (Math.max(...boxes.map(b => b[0] + b[2])) - x) + 20,
+            height: scale * (Math.max(...boxes.map(b => b[1] + b[3])) - y) + 20};
 })"""
 
 
@@ -78,9 +83,9 @@ def test_the_miniature_draws_every_thumbnail(server, tmp_path):
             await page.resize(2400, 1300)
             for path in WORKFLOWS:
                 await drop(page, path.read_text(encoding="utf-8"), path.stem)
-                groups = ["4. The LoRA", "3. Training"]
+                part = ["4. The LoRA", "3. Training"], False
                 if path.stem != "7 LoRA training":
-                    groups = ["5. Image"]
+                    part = [], True
                     values = {"Prompt/text": PROMPTS.get(path.stem, demo.PROMPTS[0]), "Width/value": SIDE,
                               "Height/value": SIDE, "Seed/noise_seed": 2, "title": MINIATURE,
                               "Seed/control_after_generate": "fixed",
@@ -91,11 +96,9 @@ def test_the_miniature_draws_every_thumbnail(server, tmp_path):
                     await page.until(f"{JOBS}.then(jobs => jobs > {jobs})", 120)
                     await page.until("app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.[0]?.complete")
                 await asyncio.sleep(5)  # the message that the job has ended covers a part
-                wanted = {path.with_suffix(".jpg"): groups}
-                if path == WORKFLOWS[0]:
-                    wanted[ROOT / "docs" / "images" / "graph.jpg"] = []
-                for target, part in wanted.items():
-                    clip = await page.evaluate(f"{PLACE}({json.dumps(part)})")
+                graph = {ROOT / "docs" / "images" / "graph.jpg": ([], False)} if path == WORKFLOWS[0] else {}
+                for target, seen in {**graph, path.with_suffix(".jpg"): part}.items():
+                    clip = await page.evaluate(f"{PLACE}(...{json.dumps(seen)})")
                     await asyncio.sleep(1)
                     keep(target, await page.picture(clip))
 

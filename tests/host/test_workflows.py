@@ -155,16 +155,16 @@ def test_workflow_agrees_with_the_schemas(path, schemas):
     assert picture.stat().st_size < 300_000, "the thumbnail is loaded with the list of templates"
 
 
-#: Pixels of the canvas at 1680 x 1050; part of it that *Fit view* fills with the nodes and a margin; scale below which
-#: the frontend draws no text.
-CANVAS, FILLED, MARGIN, READABLE = (1680, 1050), 0.75, 60, 8 / 14
+#: Pixels of the smallest canvas; part of it that *Fit view* fills with the groups and a margin; scale below which the
+#: frontend draws no text.
+CANVAS, FILLED, MARGIN, READABLE = (1366, 768), 0.75, 20, 8 / 14
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_template_is_readable_at_1680_pixels(path):
-    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
-    sides = (MARGIN + max(node["pos"][axis] + node["size"][axis] for node in nodes)
-             - min(node["pos"][axis] for node in nodes) for axis in (0, 1))
+def test_a_template_is_readable_in_a_small_window(path):
+    frames = [group["bounding"] for group in json.loads(path.read_text(encoding="utf-8"))["groups"]]
+    sides = (MARGIN + max(frame[axis] + frame[axis + 2] for frame in frames) - min(frame[axis] for frame in frames)
+             for axis in (0, 1))
     assert FILLED * min(pixels / side for pixels, side in zip(CANVAS, sides, strict=True)) > READABLE
 
 
@@ -175,12 +175,13 @@ def test_notes_say_which_file_goes_where(path):
     checkpoints = [node for node in workflow["nodes"] if node["type"] == "BonsaiCheckpointLoader"]
     files = [entry for node in workflow["nodes"] for entry in node["properties"].get("models", [])]
     assert checkpoints or len(files) == 3
+    assert "`" not in notes, "Nodes 2.0 scrolls code sideways, or writes it blue on blue"
     for loader in checkpoints:
         assert f"huggingface.co/prism-ml/{loader['widgets_values'][0]})" in notes
-        assert f"models/diffusers/{loader['widgets_values'][0]}\n" in notes
+        assert f"\n> models/diffusers/{loader['widgets_values'][0]}\n" in notes
         assert "download --variant" in notes and "no button for a folder" in notes
     for entry in files:
-        assert f"({entry['url']}) as\n```\nmodels/{entry['directory']}/{entry['name']}\n" in notes
+        assert f"({entry['url']}) as\n\n> models/{entry['directory']}/{entry['name']}\n" in notes
 
 
 #: Of the loaders of single files: their folder, and the input that names the file.

@@ -34,15 +34,16 @@ def graph(checkpoint: str, prompt: str = "a bonsai", width: int = 64, height: in
 
 
 class Server:
-    """One ComfyUI process on the CPU with a base directory of its own."""
+    """One ComfyUI process on the CPU with a base directory of its own, in which there is ``repository`` or no model."""
 
-    def __init__(self, comfyui: Path, base: Path, repository: Path, folder: str = "bonsai-image",
+    def __init__(self, comfyui: Path, base: Path, repository: Path | None, folder: str = "bonsai-image",
                  options: tuple[str, ...] = (), environment: tuple[tuple[str, str], ...] = ()):
         self.base = base
         (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
         (base / "models" / "diffusers").mkdir(parents=True)
         (base / "custom_nodes" / folder).symlink_to(ROOT, target_is_directory=True)
-        (base / "models" / "diffusers" / repository.name).symlink_to(repository, target_is_directory=True)
+        if repository:
+            (base / "models" / "diffusers" / repository.name).symlink_to(repository, target_is_directory=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

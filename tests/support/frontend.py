@@ -118,6 +118,13 @@ async def frontend(url: str, profile: Path, modern: bool = False):
         log.close()
 
 
+def skip_the_tour(server: Server) -> None:
+    """Give the only user SETTINGS, before the frontend is opened."""
+    settings = server.base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps(SETTINGS))
+
+
 @contextlib.contextmanager
 def server_of_a_user(comfyui: Path, repository: Path, binary_transformer: Path, root: Path) -> Iterator[Server]:
     """The server of a user who has downloaded what the notes name (here: the miniature), but no LoRA yet."""
@@ -137,9 +144,7 @@ def server_of_a_user(comfyui: Path, repository: Path, binary_transformer: Path, 
         shutil.copy(comfyui / "input" / "example.png", images / f"{number}.png")
         (images / f"{number}.txt").write_text(f"caption {number}")
     try:
-        settings = running.base / "user" / "default" / "comfy.settings.json"
-        settings.parent.mkdir(parents=True, exist_ok=True)
-        settings.write_text(json.dumps(SETTINGS))
+        skip_the_tour(running)
         asyncio.run(running.wait())
         yield running
     finally:
