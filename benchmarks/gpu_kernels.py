@@ -18,7 +18,7 @@ import roofline
 import torch
 
 from bonsai_image.ops.backends import gemlite_backend, selfcheck, torch_backend
-from bonsai_image.ops.backends.interface import Digits, int8_product
+from bonsai_image.ops.backends.interface import Choice, Digits, int8_product
 from bonsai_image.ops.backends.triton import backend as triton_backend
 from bonsai_image.ops.devices import default_dtype
 from bonsai_image.ops.packed import Packed, dequantize
@@ -86,7 +86,7 @@ def kernels(device: torch.device, tiny: bool) -> dict:
         def passes(backend, digits, kind=kind):
             if tiny:
                 return backend is not gemlite_backend
-            return not (backend.problem(device, digits) or selfcheck.problem(backend, device, kind, digits))
+            return not (backend.problem(device, digits) or selfcheck.problem(Choice(backend, digits), device, kind))
 
         for m in all_rows:
             x = torch.randn(m, k, device=device).to(dtype)

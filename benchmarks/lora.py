@@ -20,11 +20,12 @@ from bonsai_image.loaders.klein import KleinConfig, comfyui_shapes, is_packable
 from bonsai_image.ops import backends
 from bonsai_image.ops.devices import DTYPES
 from bonsai_image.ops.packed import Packed, rewrap
-from bonsai_image.ops.side_paths import Patch, lora, side_paths
+from bonsai_image.ops.side_paths import Adapter, Patch, side_paths
 
 
 def patches(n: int, k: int, rank: int, count: int) -> list[Patch]:
-    return [Patch(lora(torch.randn(n, rank).half(), torch.randn(rank, k).half()), 0.7) for _ in range(count)]
+    return [Patch(Adapter("product", (torch.randn(n, rank).half(), torch.randn(rank, k).half())), 0.7)
+            for _ in range(count)]
 
 
 def once(x: torch.Tensor, packed: Packed, weight: torch.Tensor, paths: tuple) -> float:

@@ -12,9 +12,8 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -22,8 +21,7 @@ from .errors import DOWNLOAD_AGAIN, ModelFileError
 from .files import refuse_unfinished
 
 
-@dataclass(frozen=True)
-class Type:
+class Type(NamedTuple):
     """A ggml type: a row is stored in blocks of ``weights`` elements and ``size`` bytes.
 
     Blocks are uint8 here; of a packed type, with ``bits`` above 0, an FP16 scale and canonical codes, but in PTQ1_0.
@@ -63,8 +61,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A tensor in the header; ``offset`` counts from the start of the tensor data."""
 
     type: Type
@@ -81,8 +78,7 @@ class Entry:
         return math.prod(self.shape[:-1]) * self.row
 
 
-@dataclass(frozen=True)
-class Contents:
+class Contents(NamedTuple):
     """A checked header; ``start`` is where the tensor data begin."""
     entries: dict[str, Entry]
     metadata: dict[str, Any]
@@ -178,7 +174,7 @@ def read_header(path: Path) -> Contents:
     except (ValueError, KeyError, struct.error) as error:
         raise ModelFileError(path, "a whole little-endian GGUF file of version 2 or 3",
                              f"a damaged or truncated one ({error})", DOWNLOAD_AGAIN) from error
-    contents = replace(contents, entries=_regrouped(contents, total))
+    contents = contents._replace(entries=_regrouped(contents, total))
     end = 0
     for name, entry in sorted(contents.entries.items(), key=lambda item: item[1].offset):
         position = contents.start + entry.offset
@@ -194,7 +190,7 @@ def _regrouped(contents: Contents, total: int) -> dict[str, Entry]:
     tensor: PrismML's files had that number for groups of 128 before ggml gave it to groups of 64."""
     offsets = sorted(entry.offset for entry in contents.entries.values())
     end = dict(itertools.pairwise([*offsets, total - contents.start]))
-    older = {name: replace(entry, type=PQ2_0) for name, entry in contents.entries.items() if entry.type is Q2_0}
+    older = {name: entry._replace(type=PQ2_0) for name, entry in contents.entries.items() if entry.type is Q2_0}
     alignment = contents.metadata.get("general.alignment", _ALIGNMENT)
     fits = all(0 <= end[entry.offset] - entry.offset - entry.size < alignment for entry in older.values())
     return contents.entries | older if fits else contents.entries

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..ops.side_paths import Adapter, Patch, flat, lora
+from ..ops.side_paths import Adapter, Patch
 from .check import Shapes
 from .errors import DOWNLOAD_AGAIN, ModelFileError, refusing
 from .files import SAFETENSORS_SUFFIXES, read_json
 from .klein import KleinConfig, comfyui_shapes
-from .lora_names import Target, find, of_lora, of_text_encoder, read_by_comfyui, split
+from .lora_names import READ_BY_COMFYUI, TEXT_ENCODER, Target, find, of_lora, split
 from .models import difference, save
 from .opening import open_tensors
 
@@ -83,10 +83,12 @@ class Lora:
         return sorted({len(tensor) for group in self.groups.values() for name, tensor in group.items()
                        if name == "lora_down.weight" or name.endswith("_b")})
 
-    def fitting(self, shapes: Shapes, strength: float = 1.0) -> dict[str, list[Patch]]:
+    def fitting(self, shapes: Shapes, strength: float = 1.0,
+                device: torch.device | str = "cpu") -> dict[str, list[Patch]]:
         """The patches that fit weights of ``shapes`` (by ComfyUI's names), by ComfyUI's name of the layer."""
         found: dict[str, list[Patch]] = {}
-        for target, group in self.groups.items():
+        for target, stored in self.groups.items():
+            group = {name: tensor.to(device) for name, tensor in stored.items()}
             change, shape = adapter(group), shapes.get(f"{target.layer}.weight")
             if change and shape:
                 patch = Patch(change, strength, target.place(shape[0]), group.get("dora_scale"))
@@ -135,8 +137,8 @@ def load_lora(path: Path | str) -> Lora:
         if found and not twice and layer not in more and _complete(group, layer, said, found.swapped):
             result.groups[found.target] = group
             result.naming[found.naming] += 1
-            result.ignored += not (found.comfyui and all(read_by_comfyui(key) for key, _ in keys))
-        elif of_text_encoder(layer):
+            result.ignored += not (found.comfyui and all(READ_BY_COMFYUI.search(key) for key, _ in keys))
+        elif TEXT_ENCODER.match(layer):
             result.text_encoder |= tensors
         else:
             result.unknown |= tensors
@@ -194,8 +196,9 @@ def _complete(group: Group, layer: str, said: Mapping[str, Any], swapped: bool) 
 def adapter(group: Mapping[str, Any]) -> Adapter | None:
     """The adapter of these tensors and ``alpha``, by ComfyUI's names for them, without its magnitudes; None if they are
     of no kind that is known."""
-    def chain(name: str) -> tuple[torch.Tensor, ...]:
-        return tuple(map(flat, (group[name],) if name in group else (group[f"{name}_a"], group[f"{name}_b"])))
+    def chain(*names: str) -> tuple[torch.Tensor, ...]:
+        # Factors made for a convolution with a kernel of 1 x 1 are matrices, too.
+        return tuple(group[name].flatten(min(1, group[name].ndim - 1)) for name in names if name in group)
 
     def scale(*names: str) -> float:
         rank = next((len(group[name]) for name in names if name in group), None)
@@ -203,11 +206,13 @@ def adapter(group: Mapping[str, Any]) -> Adapter | None:
 
     match _kind(group):
         case "LoRA":
-            return lora(flat(group["lora_up.weight"]), flat(group["lora_down.weight"]), scale("lora_down.weight"))
+            return Adapter("product", chain("lora_up.weight", "lora_down.weight"), scale=scale("lora_down.weight"))
         case "LoHa":
-            return Adapter("hadamard", chain("hada_w1"), chain("hada_w2"), scale("hada_w1_b"))
+            return Adapter("hadamard", chain("hada_w1_a", "hada_w1_b"), chain("hada_w2_a", "hada_w2_b"),
+                           scale("hada_w1_b"))
         case "LoKr":
-            return Adapter("kronecker", chain("lokr_w1"), chain("lokr_w2"), scale("lokr_w2_b", "lokr_w1_b"))
+            return Adapter("kronecker", chain("lokr_w1", "lokr_w1_a", "lokr_w1_b"),
+                           chain("lokr_w2", "lokr_w2_a", "lokr_w2_b"), scale("lokr_w2_b", "lokr_w1_b"))
         case "difference":
             return Adapter("product", (group["diff"],))
     return None

@@ -26,7 +26,8 @@ _PATTERNS = {name: re.compile(rf"(.+?)[._](?:{pattern})(?:\.(?!bias\b|weight\b)[
              for name, pattern in _TENSORS.items()}
 #: Tensors that are in nothing but an adapter.
 _SURE = [pattern for name, pattern in _PATTERNS.items() if name != "alpha"]
-_TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(text_encoder|text_model|lora_te|te\d?[._]|clip_|qwen3)")
+#: How the layers of text encoders are called.
+TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(text_encoder|text_model|lora_te|te\d?[._]|clip_|qwen3)")
 
 #: What stands before the name of a layer -> who writes it so.
 _PREFIXES = {
@@ -40,9 +41,9 @@ _SAME = [(re.compile(pattern), name) for pattern, name in (
     (r"^transformer_(blocks_\d+)_attn_to_added_qkv$", r"double_\1_txt_attn_qkv"),
     (r"^double_(blocks_\d+)_img_attn_(?:to_)?([qkv])(?:_proj)?$", r"transformer_\1_attn_to_\2"),
     (r"^double_(blocks_\d+)_txt_attn_(?:to_)?([qkv])(?:_proj)?$", r"transformer_\1_attn_add_\2_proj"))]
-#: How the tensors end that ComfyUI's loaders read.
-_READ_BY_COMFYUI = re.compile(r"\.(lora_([AB](\.default)?|up|down)\.weight|lora_[AB]|"
-                              r"lora(_linear_layer)?\.(up|down)\.weight|lokr_\w+|hada_\w+|alpha|dora_scale|diff|w_norm)$")
+#: How the tensors end that ComfyUI's loaders read, if they know the layer.
+READ_BY_COMFYUI = re.compile(r"\.(lora_([AB](\.default)?|up|down)\.weight|lora_[AB]|"
+                             r"lora(_linear_layer)?\.(up|down)\.weight|lokr_\w+|hada_\w+|alpha|dora_scale|diff|w_norm)$")
 #: Layers that ComfyUI's loaders know only by ComfyUI's own names.
 _UNKNOWN_TO_COMFYUI = re.compile(r"time_guidance|_modulation")
 
@@ -79,20 +80,10 @@ def of_lora(name: str) -> bool:
     return any(pattern.fullmatch(name) for pattern in _SURE)
 
 
-def of_text_encoder(name: str) -> bool:
-    """Whether the layer of this name is a text encoder's."""
-    return bool(_TEXT_ENCODER.match(name))
-
-
 def split(name: str) -> tuple[str, str]:
     """The name of a layer, and ComfyUI's for this tensor of an adapter on it; ``""`` for one that no adapter has."""
     found = ((match[1], tensor) for tensor, pattern in _PATTERNS.items() if (match := pattern.fullmatch(name)))
     return next(found, (name, ""))
-
-
-def read_by_comfyui(name: str) -> bool:
-    """Whether ComfyUI's loaders know this tensor of an adapter, if they know the layer."""
-    return bool(_READ_BY_COMFYUI.search(name))
 
 
 def _flat(name: str) -> str:

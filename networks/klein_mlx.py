@@ -5,14 +5,13 @@ on the way in, the prediction on the way out. Everything in between stays in MLX
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 import torch
 
-from ..loaders.klein import FIXED
+from ..loaders.klein import FIXED, count_blocks
 from ..ops.backends.mlx import arrays
 from ..ops.packed import is_packed, unwrap
 
@@ -100,15 +99,16 @@ def forward(net: Net, img: mx.array, txt: mx.array, time: mx.array, after_block:
 
     mods = [mx.split(net.linear(condition, f"double_stream_modulation_{stream}.lin"), 6, axis=-1)
             for stream in ("img", "txt")]
-    for block in _blocks(net.weights, "double_blocks"):
-        img, txt = double_block(net, block, img, txt, *mods)
+    doubles, singles = count_blocks(net.weights)
+    for i in range(doubles):
+        img, txt = double_block(net, f"double_blocks.{i}", img, txt, *mods)
         mx.eval(img, txt)
         after_block()
 
     x = mx.concatenate((txt, _finite(img)), axis=1)
     mod = mx.split(net.linear(condition, "single_stream_modulation.lin"), 3, axis=-1)
-    for block in _blocks(net.weights, "single_blocks"):
-        x = single_block(net, block, x, mod)
+    for i in range(singles):
+        x = single_block(net, f"single_blocks.{i}", x, mod)
         mx.eval(x)
         after_block()
 
@@ -145,11 +145,6 @@ def single_block(net: Net, block: str, x: mx.array, mod: Sequence[mx.array]) -> 
     qkv, mlp = mx.split(fused, [3 * x.shape[-1]], axis=-1)
     attended = net.attention(*net.heads(qkv, f"{block}.norm"))
     return _finite(x + gate * net.linear(mx.concatenate((attended, _gated(mlp)), axis=-1), f"{block}.linear2"))
-
-
-def _blocks(weights: Weights, kind: str) -> list[str]:
-    numbers = {int(match[1]) for name in weights if (match := re.match(rf"{kind}\.(\d+)\.", name))}
-    return [f"{kind}.{i}" for i in sorted(numbers)]
 
 
 def _silu(x: mx.array) -> mx.array:

@@ -92,8 +92,8 @@ class BonsaiCheckpointLoader(_Loader):
         transformer, text_encoder, vae = models.progress_bar(3)
         return io.NodeOutput(
             _load_model(str(repository.transformer), transformer, **compute),
-            models.kept_clip(str(repository.text_encoder), text_encoder),
-            models.kept_vae(str(repository.vae), vae),
+            models.kept(models.load_clip, str(repository.text_encoder), text_encoder, "auto", "default"),
+            models.kept(models.load_vae_model, str(repository.vae), vae),
         )
 
 
@@ -143,7 +143,8 @@ class BonsaiTextEncoderLoader(_Loader):
     @advice.action_first()
     def execute(cls, text_encoder_name: str, device: str = "default") -> io.NodeOutput:
         (progress,) = models.progress_bar()
-        return io.NodeOutput(models.kept_clip(folders.resolve("text_encoders", text_encoder_name), progress, device))
+        path = folders.resolve("text_encoders", text_encoder_name)
+        return io.NodeOutput(models.kept(models.load_clip, path, progress, "auto", device))
 
 
 class BonsaiSaveModel(io.ComfyNode):

@@ -124,7 +124,7 @@ def text_dimensions(config: Qwen3Config) -> dict[str, int | bool]:
 _HELD: weakref.WeakValueDictionary[tuple, object] = weakref.WeakValueDictionary()
 
 
-def _kept(load: Callable, path: str, progress: Progress, *options: str):
+def kept(load: Callable, path: str, progress: Progress, *options: str):
     """``load(path, *options)``, or what that returned before, if it still exists and the file is the same: a change of
     the MODEL's inputs makes ComfyUI run the loader of all three again."""
     key = (load, path, fingerprint(Path(path)), *options)
@@ -132,16 +132,6 @@ def _kept(load: Callable, path: str, progress: Progress, *options: str):
         found = _HELD[key] = load(path, *options, progress=progress)
     progress(1, 1)
     return found
-
-
-def kept_clip(path: str, progress: Progress, device: str = "default"):
-    """The CLIP at ``path``, shared with whoever loaded it before. Raises ModelFileError."""
-    return _kept(load_clip, path, progress, "auto", device)
-
-
-def kept_vae(path: str, progress: Progress):
-    """The VAE at ``path``, shared with whoever loaded it before. Raises ModelFileError."""
-    return _kept(load_vae_model, path, progress)
 
 
 def load_clip(path: str, compute_dtype: str = "auto", place: str = "default", disable_dynamic: bool = False,

@@ -91,13 +91,10 @@ def side_paths(patches: Sequence[Patch], key: str, device: torch.device, lookup:
     ``lookup``: the weight is an Embedding's. Factors are copied to ``device`` here; whole matrices (plain differences
     and merges) stay where they are until they are used.
     """
-    known = [found for patch in patches if (found := None if lookup and patch[3] else translated(patch))]
-    if len(known) < len(patches):
-        # The others may scale or replace what the ones before have made, so all of them count, in order.
-        moved = tuple((patch[0], _moved(patch[1], device), *patch[2:]) for patch in patches)
-        return (ops.Difference(partial(_patched, moved, key)),)
-    return ops.side_paths([ops.moved(patch, device) if isinstance(value, WeightAdapterBase) else patch
-                           for patch, (_, value, *_) in zip(known, patches, strict=True)], lookup)
+    there = tuple((patch[0], _moved(patch[1], device), *patch[2:]) for patch in patches)
+    known = [found for patch in there if (found := None if lookup and patch[3] else translated(patch))]
+    # What only ComfyUI knows may scale or replace what the ones before have made, so all of them count, in order.
+    return ops.side_paths(known) if len(known) == len(there) else (ops.Difference(partial(_patched, there, key)),)
 
 
 def factors(value: Any) -> Iterator[torch.Tensor]:
@@ -110,7 +107,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, WeightAdapterBase):
         # Copied, not made anew: newer ComfyUIs give their adapters more fields.
         value = copy.copy(value)
-        value.weights = ops.moved(tuple(value.weights), device)
+        value.weights = tuple(part.to(device) if isinstance(part, torch.Tensor) else part for part in value.weights)
     return value
 
 

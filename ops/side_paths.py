@@ -7,9 +7,9 @@ may need a gradient.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Literal, TypeAlias
 
 import torch
 from torch.nn.functional import embedding, linear
@@ -56,10 +56,11 @@ class Adapter:
             matrix = torch.kron(matrix, _multiplied(self.other))
         return matrix[slice(*self.cut)] if self.cut else matrix
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Activations ``(..., K)`` times the transposed change ``(..., N)``, a LoKr without making it."""
-        if self.kind != "kronecker":
-            return _product(x, self.matrix(), x.dtype)
+    def product(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Activations ``(..., K)`` times the transposed change ``(..., N)``, a LoKr without making it; or its rows at
+        the indices ``x``. In ``dtype``, that of the activations."""
+        if self.kind != "kronecker" or not x.is_floating_point():
+            return _product(x, self.matrix(), dtype)
         hidden = x.unflatten(-1, (_shape(self.one)[1], -1))
         for factor in reversed(self.other):
             hidden = linear(hidden, factor.to(x.dtype))
@@ -77,14 +78,10 @@ class Adapter:
         return replace(self, one=one, other=other)
 
 
-def lora(up: torch.Tensor, down: torch.Tensor, scale: float = 1.0) -> Adapter:
-    """``scale * up @ down`` of ``up`` (N, rank) and ``down`` (rank, K); ``scale`` is alpha / rank."""
-    return Adapter("product", (up, down), scale=scale)
-
-
 @dataclass(frozen=True)
 class Patch:
-    """An adapter at a strength. ``place``: the first row and the number of rows that it changes; None for all.
+    """An adapter at a strength. ``place``: the first row and the number of rows that it changes; None for all, as on an
+    Embedding.
 
     ``magnitude``, of a DoRA, is the norm of every row ``(N, 1)`` or every column ``(1, K)`` of the changed weight.
     """
@@ -107,51 +104,22 @@ class Patch:
         return replace(self, adapter=self.adapter.rows(low - start, high - start),
                        place=(low - first, high - low)) if low < high else None
 
-
-class SidePath(Protocol):
-    """Adds the effect of patches on one weight ``(N, K)``."""
-
     def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
-        """Add it, in place, to ``y``, the contiguous result of the layer.
+        """Add the effect on one weight ``(N, K)``, in place, to ``y``, the contiguous result of the layer. Not for a
+        DoRA.
 
         Linear: ``x`` is the activations ``(..., K)`` in the dtype of ``y`` ``(..., N)``. Embedding: ``x`` is the
         indices ``(...)``, and ``y`` the rows ``(..., K)``. ``weight`` is packed or dense, on the device of ``y``, and
         is only read.
         """
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """LoRAs: ``y[..., columns] += (product(x, inner) * scale)[..., ranks] @ outer.T`` for each of ``outers``, whose
-    ranks lie one after the other.
-
-    On a Linear, ``inner`` ``(R, K)`` stacks ``down`` of all of them, and ``outers`` holds each ``up``. On an Embedding,
-    ``inner`` ``(N, R)`` stacks every ``up``, and the only outer is every ``down``, transposed. ``scale`` ``(R,)``
-    float32 is strength * alpha / rank. ``outers`` holds (first column, ``outer`` (columns, ranks)).
-    """
-
-    inner: torch.Tensor
-    scale: torch.Tensor
-    outers: tuple[tuple[int, torch.Tensor], ...]
-
-    def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
-        hidden = _product(x, self.inner, y.dtype) * self.scale.to(y.dtype)
-        flat = y.view(-1, y.shape[-1])
-        shares = hidden.view(-1, hidden.shape[-1]).split([outer.shape[1] for _, outer in self.outers], dim=1)
-        for (column, outer), share in zip(self.outers, shares, strict=True):
-            flat[:, column : column + len(outer)].addmm_(share, outer.to(y.dtype).t())
-
-
-@dataclass(frozen=True)
-class Product:
-    """One patch of another kind than LoRA, or any on an Embedding, which is on all rows there."""
-
-    patch: Patch
-
-    def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
-        adapter, place = self.patch.adapter, self.patch.place or (0, y.shape[-1])
-        part = adapter.product(x) if x.is_floating_point() else _product(x, adapter.matrix(), y.dtype)
-        y.narrow(-1, *place).add_(part, alpha=self.patch.strength)
+        adapter, part = self.adapter, y.narrow(-1, *(self.place or (0, y.shape[-1])))
+        if adapter.kind != "product" or len(adapter.one) == 1:
+            part.add_(adapter.product(x, y.dtype), alpha=self.strength)
+            return
+        up, down = adapter.one
+        inner, outer = (down, up.t()) if x.is_floating_point() else (up, down)
+        hidden = _product(x, inner, y.dtype).view(-1, len(down))
+        part.view(-1, part.shape[-1]).addmm_(hidden, outer.to(y.dtype), alpha=self.strength * adapter.scale)
 
 
 @dataclass(frozen=True)
@@ -161,8 +129,13 @@ class Difference:
     change: Callable[[torch.Tensor], torch.Tensor]
 
     def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
+        """As :meth:`Patch.add`."""
         before = dense(weight)
         y.add_(_product(x, self.change(before).sub_(before), y.dtype))
+
+
+#: What adds the effect of patches to the result of a layer.
+SidePath: TypeAlias = Patch | Difference
 
 
 def dense(weight: torch.Tensor) -> torch.Tensor:
@@ -187,42 +160,12 @@ def changed(patches: Sequence[Patch], weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def side_paths(patches: Sequence[Patch], lookup: bool = False) -> tuple[SidePath, ...]:
-    """The side paths that add the effect of ``patches``, all of which fit. ``lookup``: the weight is an Embedding's."""
+def side_paths(patches: Sequence[Patch]) -> tuple[SidePath, ...]:
+    """The side paths that add the effect of ``patches``, all of which fit."""
     if any(patch.magnitude is not None for patch in patches):
         # A DoRA scales what those before it have made, so all of them count, in order.
         return (Difference(functools.partial(changed, tuple(patches))),)
-    loras: list[Patch] = []
-    others: list[Patch] = []
-    for patch in patches:
-        (loras if patch.adapter.kind == "product" and len(patch.adapter.one) == 2 else others).append(patch)
-    return (*([_low_rank(loras, lookup)] if loras else ()), *map(Product, others))
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """``value`` with every tensor in it, at any depth, on ``device``."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(moved(part, device) for part in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
-    return value
-
-
-def _low_rank(patches: Sequence[Patch], lookup: bool) -> LowRank:
-    ups, downs = zip(*(patch.adapter.one for patch in patches), strict=True)
-    scale = torch.cat([torch.full((len(down),), patch.strength * patch.adapter.scale, device=down.device)
-                       for patch, down in zip(patches, downs, strict=True)])
-    if lookup:
-        return LowRank(_cat(ups, 1), scale, ((0, _cat(downs, 0).t()),))
-    columns = [patch.place[0] if patch.place else 0 for patch in patches]
-    return LowRank(_cat(downs, 0), scale, tuple(zip(columns, ups, strict=True)))
-
-
-def _cat(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    dtype = torch.float32 if len({part.dtype for part in parts}) > 1 else parts[0].dtype
-    return torch.cat([part.to(dtype) for part in parts], dim) if len(parts) > 1 else parts[0]
+    return tuple(patches)
 
 
 def _product(x: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -230,11 +173,6 @@ def _product(x: torch.Tensor, matrix: torch.Tensor, dtype: torch.dtype) -> torch
     if x.is_floating_point():
         return linear(x, matrix.to(x.device, dtype))
     return embedding(x, matrix.to(x.device)).to(dtype)
-
-
-def flat(factor: torch.Tensor) -> torch.Tensor:
-    """A factor made for a convolution with a kernel of 1 x 1 as a matrix; any other as it is."""
-    return factor.flatten(1) if factor.ndim > 2 else factor
 
 
 def _shape(chain: Chain) -> tuple[int, ...]:

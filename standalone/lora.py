@@ -11,7 +11,7 @@ import torch
 from ..loaders import Lora, ModelFileError
 from ..loaders.klein import KleinConfig, comfyui_shapes, layers
 from ..loaders.names import FINAL_MODULATION
-from ..ops.side_paths import Difference, Patch, SidePath, changed, dense, moved, side_paths
+from ..ops.side_paths import Difference, Patch, SidePath, changed, dense, side_paths
 
 #: A module, and what turns (module, inputs, result) into its result with LoRAs.
 Hooks = list[tuple[torch.nn.Module, Callable]]
@@ -27,7 +27,7 @@ def hooks(transformer: torch.nn.Module, loras: Sequence[tuple[Lora, float]]) -> 
     config = KleinConfig(**{field.name: transformer.config[field.name] for field in fields(KleinConfig)})
     shapes, patches = comfyui_shapes(config), dict[str, list[Patch]]()
     for lora, strength in loras:
-        found = lora.fitting(shapes, strength)
+        found = lora.fitting(shapes, strength, transformer.device)
         problems = lora.without_effect(sum(map(len, found.values())))
         if not found:
             raise ModelFileError(lora.path, "a LoRA that fits this model", problems[0],
@@ -35,7 +35,7 @@ def hooks(transformer: torch.nn.Module, loras: Sequence[tuple[Lora, float]]) -> 
         for problem in problems:
             logging.warning("Bonsai Image: %s: %s.", lora.path, problem)
         for layer, more in found.items():
-            patches.setdefault(layer, []).extend(moved(tuple(more), transformer.device))
+            patches.setdefault(layer, []).extend(more)
     return [hook for name, (sources, _) in layers(config.num_layers, config.num_single_layers).items()
             if (attached := patches.get(name.removesuffix(".weight")))
             for hook in _on_layer(transformer, name.removesuffix(".weight"), sources, attached)]

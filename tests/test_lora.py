@@ -14,7 +14,7 @@ from bonsai_image.loaders import load_lora, load_transformer, save_lora
 from bonsai_image.loaders.klein import KleinConfig, comfyui_shapes
 from bonsai_image.loaders.names import to_comfyui, to_diffusers
 from bonsai_image.ops.packed import is_packed
-from bonsai_image.ops.side_paths import Patch, changed, lora, side_paths
+from bonsai_image.ops.side_paths import Adapter, Patch, changed, side_paths
 from bonsai_image.standalone import lora as standalone
 from bonsai_image.standalone import models, options
 from bonsai_image.tests.support import loras, random_model
@@ -258,7 +258,7 @@ def test_convert_writes_what_comfyui_reads(tmp_path, capsys):
 def test_factors_can_be_trained():
     """Side paths keep the gradient of the factors, at every call."""
     up, down = torch.zeros(8, 2, requires_grad=True), torch.randn(2, 16, requires_grad=True)
-    (path,) = side_paths([Patch(lora(up, down, 0.5))])
+    (path,) = side_paths([Patch(Adapter("product", (up, down), scale=0.5))])
     x = torch.randn(3, 16)
     for _ in range(2):
         y = torch.nn.functional.linear(x, torch.ones(8, 16, requires_grad=True))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bonsai_image.ops import backends
-from bonsai_image.ops.backends import Setting, cpu_backend, selfcheck, torch_backend
+from bonsai_image.ops.backends import Choice, Setting, cpu_backend, selfcheck, torch_backend
 from bonsai_image.ops.packed import unwrap
 from bonsai_image.tests.support.reference import random_weight
 
@@ -37,7 +37,7 @@ def measured(monkeypatch):
     return seen
 
 
-WAYS = selfcheck.Way(torch_backend, 0), selfcheck.Way(cpu_backend, 2)
+WAYS = Choice(torch_backend, 0), Choice(cpu_backend, 2)
 
 
 def fastest(rows=512):
@@ -50,7 +50,7 @@ def test_it_is_measured_once_and_kept(file, measured):
     assert fastest() == fastest(5) == "cpu" and measured == [2, 2]
     kept = json.loads(file.read_bytes())
     (times,) = next(iter(kept.values())).values()
-    times[1]["cpu 2"] = 3.0  # whoever reads the file is believed
+    times[1]["cpu with two int8 digits"] = 3.0  # whoever reads the file is believed
     file.write_text(json.dumps(kept))
     assert fastest() == "torch" and fastest(64) == "cpu" and measured == [2, 2]
     file.unlink()

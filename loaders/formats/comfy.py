@@ -108,11 +108,7 @@ def to_base3(codes: torch.Tensor) -> torch.Tensor:
         if digits.numel() and int(digits.max()) > 2:
             raise ValueError("code 3 is not ternary")
         digits = torch.nn.functional.pad(digits, (0, -digits.shape[1] % _BASE3_DIGITS))
-        digits = digits.view(len(block), -1, _BASE3_DIGITS)
-        packed = digits[..., _BASE3_DIGITS - 1].clone()
-        for i in reversed(range(_BASE3_DIGITS - 1)):
-            packed = packed * 3 + digits[..., i]
-        rows.append(packed)
+        rows.append(torch.stack([3**i * digits[:, i::_BASE3_DIGITS] for i in range(_BASE3_DIGITS)]).sum(0).byte())
     return torch.cat(rows)
 
 

@@ -16,7 +16,7 @@ import torch
 from ..packed import Packed, is_packed, unwrap
 from . import gemlite_backend, libraries, selfcheck, torch_backend
 from .cpu import backend as cpu_backend
-from .interface import Backend, Digits
+from .interface import Backend, Choice, Digits
 from .mlx import backend as mlx_backend
 from .triton import backend as triton_backend
 
@@ -36,11 +36,6 @@ IMAGE_ROWS = 4608
 _LOG = logging.getLogger(__name__)
 
 
-#: How a choice is shown.
-_WORDS: dict[Digits, str] = {0: "", 1: " with one int8 digit", 2: " with two int8 digits",
-                             "adaptive": " with int8 activations"}
-
-
 class Setting(NamedTuple):
     """What a user chose: a name in :data:`NAMES` and one in :data:`PRECISIONS`."""
 
@@ -50,17 +45,6 @@ class Setting(NamedTuple):
 
 #: What hosts take unless the user says otherwise, and what the library does.
 AUTO, EXACT = Setting(), Setting("auto", "exact")
-
-
-class Choice(NamedTuple):
-    """What multiplies: the backend, the int8 digits of an activation, and why nothing better or named does."""
-
-    backend: Backend
-    digits: Digits
-    reason: str = ""
-
-    def __str__(self) -> str:
-        return self.backend.NAME + _WORDS[self.digits]
 
 
 def problem(name: str) -> str | None:
@@ -75,13 +59,13 @@ def multiply(x: torch.Tensor, packed: Packed, setting: Setting) -> torch.Tensor:
     """
     if not x.shape[0]:
         return x.new_empty(0, packed.n)
-    backend, digits, _ = choose(setting, x.device, x.shape[0], packed, x.dtype)
+    choice = choose(setting, x.device, x.shape[0], packed, x.dtype)
     try:
-        return backend.multiply(x, packed, digits)
+        return choice.backend.multiply(x, packed, choice.digits)
     except libraries.FAILURES as failure:
-        if backend is torch_backend or libraries.out_of_memory(failure):
+        if choice.backend is torch_backend or libraries.out_of_memory(failure):
             raise
-        selfcheck.exclude(backend, x.device, selfcheck.kind(packed, x.dtype), digits, failure)
+        selfcheck.exclude(choice, x.device, selfcheck.kind(packed, x.dtype), failure)
     return multiply(x, packed, setting)
 
 
@@ -109,16 +93,16 @@ def choose(setting: Setting, device: torch.device, rows: int, packed: Packed, dt
     able, reasons = ways(digits, setting.backend, device, rows, packed, dtype)
     way = selfcheck.fastest(able, device, rows, selfcheck.kind(packed, dtype))
     for reason, level in reasons.items():
-        _log(level, reason, Choice(*way), device)
+        _log(level, reason, way, device)
     exact = setting.precision == "fast" and way.digits != "adaptive"
-    return Choice(*way, "; ".join((*reasons, *["fast means exact here"] * exact)))
+    return way._replace(reason="; ".join((*reasons, *["fast means exact here"] * exact)))
 
 
 def ways(allowed: tuple[Digits, ...], name: str, device: torch.device, rows: int, packed: Packed,
-         dtype: torch.dtype) -> tuple[tuple[selfcheck.Way, ...], dict[str, int]]:
+         dtype: torch.dtype) -> tuple[tuple[Choice, ...], dict[str, int]]:
     """What can multiply so and does it right, best first; only the backend ``name`` where it is one of them. And why
     others cannot, with the level at which to log it."""
-    kind, reasons, found = selfcheck.kind(packed, dtype), dict[str, int](), list[selfcheck.Way]()
+    kind, reasons, found = selfcheck.kind(packed, dtype), dict[str, int](), list[Choice]()
     for named in (True, False):
         for digits, backend in itertools.product(allowed, BACKENDS):
             if named and name != backend.NAME:
@@ -130,9 +114,9 @@ def ways(allowed: tuple[Digits, ...], name: str, device: torch.device, rows: int
                 problem = (f"the backend {name} does not multiply {packed.bits} bits ({packed.form}, groups of "
                            f"{packed.group}) with {rows} rows of {dtype}" if named and not digits else "")
             elif not (problem := _problem(backend, device, digits)) and backend is not torch_backend:
-                problem, level = selfcheck.problem(backend, device, kind, digits), logging.WARNING
+                problem, level = selfcheck.problem(Choice(backend, digits), device, kind), logging.WARNING
             if problem is None:
-                found.append(selfcheck.Way(backend, digits))
+                found.append(Choice(backend, digits))
             elif problem and (digits != 2 or level == logging.WARNING):  # nobody asked for two digits
                 reasons[problem.replace("torch.", "")] = level
         if found:

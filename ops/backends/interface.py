@@ -1,7 +1,7 @@
 """What a backend is, and what it computes with int8 activations: the contract that every one of them keeps."""
 
 from collections.abc import Hashable
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
@@ -10,6 +10,9 @@ from .libraries import Library
 
 #: How many int8 digits of an activation are multiplied. 0: none, activations keep their dtype.
 Digits = Literal[0, 1, 2, "adaptive"]
+#: How a choice is shown.
+_WORDS: dict[Digits, str] = {0: "", 1: " with one int8 digit", 2: " with two int8 digits",
+                             "adaptive": " with int8 activations"}
 
 #: The largest activation in two digits: 127 * 128.
 LARGEST = 16256.0
@@ -51,6 +54,17 @@ class Backend(Hashable, Protocol):
 
         With digits, as :func:`int8_product` defines it; else exact up to the rounding of the dtype.
         """
+
+
+class Choice(NamedTuple):
+    """A way to multiply: the backend, the int8 digits of an activation, and why nothing better or named does."""
+
+    backend: Backend
+    digits: Digits
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return self.backend.NAME + _WORDS[self.digits]
 
 
 def int8_product(x: torch.Tensor, packed: Packed, digits: Digits) -> torch.Tensor:

@@ -27,7 +27,7 @@ from ...disk import alone, write_whole
 from ..devices import device_name
 from ..packed import Form, Packed, dequantize
 from . import libraries
-from .interface import Backend, Digits, int8_product
+from .interface import Backend, Choice, Digits, int8_product
 
 #: The environment variable with the path of the file.
 FILE = "BONSAI_IMAGE_TIMES"
@@ -58,27 +58,27 @@ def kind(packed: Packed, dtype: torch.dtype) -> Kind:
     return Kind(packed.bits, packed.form, packed.group, dtype, packed.scale.dtype)
 
 
-#: (backend, device, kind, digits) -> why that is not used, or None.
-_VERDICTS: dict[tuple[Backend, torch.device, Kind, Digits], str | None] = {}
+#: (backend, digits, device, kind) -> why that is not used, or None.
+_VERDICTS: dict[tuple[Backend, Digits, torch.device, Kind], str | None] = {}
 
 
-def problem(backend: Backend, device: torch.device, kind: Kind, digits: Digits) -> str | None:
-    """Why ``backend`` may not multiply weights of ``kind`` on ``device``, or None; found out once."""
-    key = backend, device, kind, digits
+def problem(way: Choice, device: torch.device, kind: Kind) -> str | None:
+    """Why weights of ``kind`` may not be multiplied in this ``way`` on ``device``, or None; found out once."""
+    key = way.backend, way.digits, device, kind
     with _LOCK:
         if key not in _VERDICTS:
             _VERDICTS[key] = _check(*key)
         return _VERDICTS[key]
 
 
-def exclude(backend: Backend, device: torch.device, kind: Kind, digits: Digits, failure: BaseException) -> None:
+def exclude(way: Choice, device: torch.device, kind: Kind, failure: BaseException) -> None:
     """Never again multiply like this: a product failed after the check was passed."""
-    what = f"fails in a product of the backend {backend.NAME} on {device}"
+    what = f"fails in a product of the backend {way.backend.NAME} on {device}"
     with _LOCK:
-        _VERDICTS[backend, device, kind, digits] = libraries.sentence(backend.LIBRARY, failure, what)
+        _VERDICTS[way.backend, way.digits, device, kind] = libraries.sentence(way.backend.LIBRARY, failure, what)
 
 
-def _check(backend: Backend, device: torch.device, kind: Kind, digits: Digits) -> str | None:
+def _check(backend: Backend, digits: Digits, device: torch.device, kind: Kind) -> str | None:
     what = f"fails the self-check of the backend {backend.NAME} on {device}"
     try:
         error = worst_error(backend, device, kind, digits)
@@ -126,17 +126,7 @@ def worst_error(backend: Backend, device: torch.device, kind: Kind, digits: Digi
     return worst
 
 
-class Way(NamedTuple):
-    """A backend, and the int8 digits that it multiplies."""
-
-    backend: Backend
-    digits: Digits
-
-    def __str__(self) -> str:
-        return f"{self.backend.NAME} {self.digits}"
-
-
-def fastest(ways: tuple[Way, ...], device: torch.device, rows: int, kind: Kind) -> Way:
+def fastest(ways: tuple[Choice, ...], device: torch.device, rows: int, kind: Kind) -> Choice:
     """The fastest of ``ways``, all of which have passed their self-check, for ``rows`` activations on ``device``.
 
     MLX computes the whole transformer where it is first, so on its device the order stands.
@@ -149,7 +139,7 @@ def fastest(ways: tuple[Way, ...], device: torch.device, rows: int, kind: Kind) 
 
 
 @functools.cache
-def _times(ways: tuple[Way, ...], device: torch.device, kind: Kind) -> list[dict[str, float]]:
+def _times(ways: tuple[Choice, ...], device: torch.device, kind: Kind) -> list[dict[str, float]]:
     """Way -> milliseconds, for each of :data:`_TIMED_ROWS`."""
     driver = getattr(torch._C, "_cuda_getDriverVersion", int)() if device.type == "cuda" else 0
     here = (f"{device_name(device)}, driver {driver}, torch {torch.__version__}, triton {libraries.version('triton')}, "

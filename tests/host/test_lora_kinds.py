@@ -8,7 +8,7 @@ import torch
 from bonsai_image.nodes.side_paths import side_paths
 from bonsai_image.ops import backends
 from bonsai_image.ops.packed import PackedLayout, is_packed
-from bonsai_image.ops.side_paths import Difference, Product
+from bonsai_image.ops.side_paths import Difference, Patch
 from bonsai_image.tests.support.adapters import FACTORED, KINDS, Maker, codes_of, with_lora
 from bonsai_image.tests.support.reference import relative
 from bonsai_image.tests.support.sampling import host_forward
@@ -92,7 +92,7 @@ def lokr_patch(more=(), **fields):
 
 
 @pytest.mark.parametrize(("patch", "kind"), [
-    (lokr_patch(key="layer.weight", row_offset=None), Product), (lokr_patch(more=(None,)), Difference)],
+    (lokr_patch(key="layer.weight", row_offset=None), Patch), (lokr_patch(more=(None,)), Difference)],
     ids=["fields of newer versions of ComfyUI", "a longer tuple, which only ComfyUI understands"])
 def test_what_is_translated(patch, kind):
     (path,) = side_paths([patch], "layer.weight", torch.device("cpu"))

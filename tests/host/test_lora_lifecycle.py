@@ -116,7 +116,7 @@ def test_adapters_follow_a_clone_to_its_device(packed_model, tensors):
     clone.load_device = torch.device("meta")
     lora.attach(clone)
     paths = [path for m in clone.model.modules() if isinstance(m, HostLinear) for path in m.adapters.paths]
-    assert paths and {path.inner.device.type for path in paths} == {"meta"}
+    assert paths and {factor.device.type for path in paths for factor in path.adapter.one} == {"meta"}
     lora.attach(patched)
 
 

@@ -26,7 +26,8 @@ def lora_factor_on_the_cpu(model) -> None:
     management.load_models_gpu([model])
     for module in model.model.modules():
         if getattr(module, "adapters", None) is not None and module.adapters.paths:
-            paths = tuple(dataclasses.replace(path, inner=path.inner.to("cpu")) for path in module.adapters.paths)
+            paths = tuple(dataclasses.replace(path, adapter=dataclasses.replace(path.adapter, one=tuple(
+                factor.to("cpu") for factor in path.adapter.one))) for path in module.adapters.paths)
             module.adapters = dataclasses.replace(module.adapters, paths=paths)
 
 
