@@ -10,7 +10,6 @@ import torch
 from bonsai_image.ops import backends, linear
 from bonsai_image.ops.backends import AUTO, Setting, gemlite_backend, libraries, selfcheck
 from bonsai_image.ops.backends.cpu import backend as cpu_backend
-from bonsai_image.ops.backends.mlx import backend as mlx_backend
 from bonsai_image.ops.backends.triton import backend as triton_backend
 from bonsai_image.ops.devices import Gpu
 from bonsai_image.ops.packed import unwrap
@@ -97,16 +96,18 @@ def test_int8_only_where_asked_for_and_possible(machine):
     assert chosen(Setting("gemlite", "fast")) == "gemlite" and chosen(Setting("torch", "fast")) == "torch"
 
 
-@pytest.mark.parametrize(("gpu", "possible"), [
-    (GEFORCE, True), (GEFORCE._replace(capability=(8, 6)), True), (GEFORCE._replace(capability=(12, 0)), True),
-    (TURING, False), (RADEON, False), (ARC, False), (GEFORCE._replace(capability=(9, 0)), True)])
-def test_which_gpus_have_int8(machine, gpu, possible):
+@pytest.mark.parametrize(("gpu", "int8", "gemlite"), [
+    (GEFORCE, True, None), (GEFORCE._replace(capability=(8, 6)), True, None),
+    (GEFORCE._replace(capability=(12, 0)), True, None), (GEFORCE._replace(capability=(9, 0)), True, None),
+    (TURING, False, "sm_75"), (RADEON, False, "RX 7900 XTX"), (ARC, False, "A770")])
+def test_which_gpus_have_int8_and_gemlite(machine, gpu, int8, gemlite):
     machine(gpu)
-    assert chosen(Setting("auto", "fast")) == ("triton*" if possible else "triton")
     choice = backends.choose(Setting("auto", "fast"), CUDA, 4608, TERNARY, torch.bfloat16)
-    assert bool(choice.digits) == possible and choice.backend is triton_backend
-    assert (choice.reason == "") if possible else choice.reason.startswith("int8 activations") and (
+    assert bool(choice.digits) == int8 and choice.backend is triton_backend
+    assert (choice.reason == "") if int8 else choice.reason.startswith("int8 activations") and (
         gpu.name in choice.reason and choice.reason.endswith("; fast means exact here"))
+    reason = gemlite_backend.problem(CUDA)
+    assert reason is None if gemlite is None else gemlite in reason
 
 
 def test_other_dtypes_and_groups_stay_with_torch(machine):
@@ -154,13 +155,6 @@ def test_mlx_is_the_choice_on_apple_silicon(machine, setting, device, machine_ty
     assert chosen(setting, device, dtype=torch.float32) == expected
 
 
-@pytest.mark.parametrize(("device", "machine_type", "expected"), [
-    (MPS, "arm64", True), (MPS, "x86_64", False), (CPU, "arm64", False)])
-def test_mlx_is_for_apple_silicon(machine, device, machine_type, expected):
-    machine(machine=machine_type)
-    assert mlx_backend.serves(device, 4608, TERNARY, torch.bfloat16, False, False) == expected
-
-
 def test_the_choice_is_logged_once(caplog):
     x, weight = torch.randn(3, 256), random_weight(2, "symmetric", 192, 256, 128)
     with caplog.at_level(logging.INFO):
@@ -171,13 +165,6 @@ def test_the_choice_is_logged_once(caplog):
 
 
 # What is installed
-
-
-@pytest.mark.parametrize(("gpu", "said"), [(GEFORCE, None), (TURING, "sm_75"), (RADEON, "RX 7900 XTX"), (ARC, "A770")])
-def test_gemlite_and_gpus(machine, gpu, said):
-    machine(gpu)
-    reason = gemlite_backend.problem(CUDA)
-    assert reason is None if said is None else said in reason
 
 
 def test_what_is_installed_is_judged_without_a_device(machine):

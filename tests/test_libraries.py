@@ -14,7 +14,6 @@ import torch
 
 from bonsai_image.ops import Setting, backends, linear
 from bonsai_image.ops.backends import (
-    EXACT,
     cpu_backend,
     gemlite_backend,
     libraries,
@@ -142,65 +141,3 @@ def test_a_broken_ray_is_one_sentence_for_batch(stand_in, raised):
     stand_in("ray", {"__init__.py": f"raise {raised}"})
     with pytest.raises(ValueError, match=r"^ray 0.1 fails .* 2.50 or newer is needed \(pip install"):
         pipeline.start(None, pipeline.Pools(1, 1, 0, 1))
-
-
-# In a product
-
-
-class Failing:
-    """A backend that passes its self-check and raises in the product after it."""
-
-    NAME, DEVICES, LIBRARY = "failing", ("cpu",), libraries.TORCH
-
-    def __init__(self, failure):
-        self.failure, self.products = failure, 0
-
-    def problem(self, device, digits=0):
-        return None
-
-    def serves(self, device, rows, packed, dtype, digits, named):
-        return not digits
-
-    def multiply(self, x, packed, digits):
-        if x.shape[0] == 3:
-            self.products += 1
-            raise self.failure
-        return backends.torch_backend.multiply(x, packed)
-
-
-class HostInterrupt(BaseException):
-    """As ComfyUI's."""
-
-
-def product(monkeypatch, failure):
-    backend = Failing(failure)
-    monkeypatch.setattr(backends, "BACKENDS", (backend, *backends.BACKENDS))
-    monkeypatch.setattr(selfcheck, "fastest", lambda ways, *_: ways[0])
-    weight, x = random_weight(2, "symmetric", 64, 512, 128), torch.randn(3, 512)
-    return backend, lambda setting=EXACT: linear(x, weight, None, setting)
-
-
-@pytest.mark.parametrize("failure", [
-    TypeError("x"), AttributeError("x"), OSError("x"), RuntimeError("device-side assert"), SystemExit(1),
-    KeyError("x"), NotImplementedError(), RuntimeError("out of resource: shared memory")], ids=repr)
-def test_a_backend_that_fails_in_a_product_is_not_used_again(fresh_backends, monkeypatch, caplog, failure):
-    backend, multiply = product(monkeypatch, failure)
-    for _ in range(3):
-        assert torch.allclose(multiply(), multiply(Setting("torch")), rtol=1e-4, atol=1e-4)
-    assert backend.products == 1
-    (message,) = caplog.messages
-    assert "fails in a product of the backend failing on cpu" in message and "multiplies packed weights" in message
-
-
-@pytest.mark.parametrize("failure", [
-    KeyboardInterrupt(), HostInterrupt(), MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
-    RuntimeError("Triton Error [CUDA]: out of memory"), RuntimeError("UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY"),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
-    RuntimeError("[METAL] Insufficient Memory (kIOGPUCommandBufferCallbackErrorOutOfMemory)"),
-    RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")], ids=repr)
-def test_an_interrupt_and_a_lack_of_memory_pass(fresh_backends, monkeypatch, caplog, failure):
-    backend, multiply = product(monkeypatch, failure)
-    for _ in range(2):
-        with pytest.raises(type(failure)):
-            multiply()
-    assert backend.products == 2 and not caplog.messages

@@ -126,21 +126,50 @@ def test_a_backend_that_raises_is_logged_once(register, caplog):
         "wind it up; cpu multiplies packed weights on cpu."]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-                                   RuntimeError("Triton Error [CUDA]: out of memory")])
-def test_running_out_of_memory_refuses_nothing(register, error):
-    full = [error]
+class HostInterrupt(BaseException):
+    """As ComfyUI's."""
 
+
+def raising(error: BaseException, rows: int):
+    """A change that raises in products of ``rows`` rows: 5 and 80 are those of the self-check."""
     def change(out):
-        if full:
-            raise full.pop()
+        if len(out) == rows:
+            raise error
         return out
 
-    toy, weight = register(Toy(change)), random_weight(2, "symmetric", 24, 256, 128)
-    with pytest.raises(type(error)):
-        linear(torch.randn(3, 256), weight)
-    linear(torch.randn(3, 256), weight)
-    assert toy.calls[-1] == (3, 256)
+    return change
+
+
+@pytest.mark.parametrize("failure", [
+    TypeError("x"), AttributeError("x"), OSError("x"), RuntimeError("device-side assert"), SystemExit(1),
+    KeyError("x"), NotImplementedError(), RuntimeError("out of resource: shared memory")], ids=repr)
+def test_a_backend_that_fails_in_a_product_is_not_used_again(register, caplog, failure):
+    toy = register(Toy(raising(failure, 3)))
+    x, weight = torch.randn(3, 256), random_weight(2, "symmetric", 24, 256, 128)
+    for _ in range(3):
+        assert relative(linear(x, weight), x.double() @ dense64(weight).T) < 1e-6
+    assert toy.calls.count((3, 256)) == 1
+    (message,) = caplog.messages
+    assert "fails in a product of the backend toy on cpu" in message and "multiplies packed weights" in message
+
+
+@pytest.mark.parametrize("rows", [3, 5, 80])
+@pytest.mark.parametrize("failure", [
+    KeyboardInterrupt(), HostInterrupt(), MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("Triton Error [CUDA]: out of memory"), RuntimeError("UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    RuntimeError("[METAL] Insufficient Memory (kIOGPUCommandBufferCallbackErrorOutOfMemory)"),
+    RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")], ids=repr)
+def test_an_interrupt_and_a_lack_of_memory_refuse_nothing(register, caplog, failure, rows):
+    """They pass, and the backend is used again."""
+    toy = register(Toy(raising(failure, rows)))
+    x, weight = torch.randn(3, 256), random_weight(2, "symmetric", 24, 256, 128)
+    for _ in range(2):
+        with pytest.raises(type(failure)):
+            linear(x, weight)
+    toy.change = lambda out: out
+    linear(x, weight)
+    assert toy.calls[-1] == (3, 256) and not caplog.messages
 
 
 def test_a_missing_backend_is_named_to_who_asks_for_it(register):

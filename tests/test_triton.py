@@ -1,5 +1,6 @@
-"""Our Triton kernels without a GPU: through the interpreter against plain torch, and compiled for six architectures."""
+"""Triton kernels without a GPU: ours and GemLite's through the interpreter, ours compiled for eight architectures."""
 
+import importlib.util
 
 import pytest
 import torch
@@ -27,6 +28,16 @@ def test_kernels_agree_with_torch(cases, prefix, count):
     chosen = [case for case in cases if case["name"].startswith(prefix)]
     assert len(chosen) == count
     assert not [case for case in chosen if not case["error"] <= case["tolerance"]]
+
+
+# Not importorskip: importing GemLite asks for a GPU.
+@pytest.mark.skipif(importlib.util.find_spec("gemlite") is None, reason="GemLite is not installed here")
+def test_gemlite_reads_canonical_bytes():
+    """1, 2 and 4 bits in every form, FP16, BF16 and FP32, few rows and many; no candidate is measured, and Triton's
+    allocator is left as it was."""
+    cases = run_lab("gemlite_cases.py")
+    assert len(cases) == 31
+    assert not [case for case in cases if not case["error"] <= case["tolerance"]]
 
 
 #: Shared memory of a block in KB: 64 on Turing and AMD's, 163 on A100, 99 on consumer GPUs since Ampere, 227 on Hopper.
