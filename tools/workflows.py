@@ -212,7 +212,8 @@ WORKFLOWS = {"1 Text to image": text_to_image, "2 Binary, three files": binary_f
 #: The subgraph that stands for all of text to image, and what of it shows on the one node.
 BLUEPRINT = "Bonsai Text to Image"
 BLUEPRINT_DESCRIPTION = ("An image from a prompt with Bonsai Image 4B: ternary or binary weights, 4 steps, no CFG. "
-                         "Download a repository into models/diffusers first.")
+                         "Download a repository into models/diffusers first. For the same seed again, open the node "
+                         "and set Seed to fixed.")
 BLUEPRINT_INPUTS = {"prompt": ("prompt", "text"), "width": ("width", "value"), "height": ("height", "value"),
                     "seed": ("seed", "noise_seed"), "checkpoint": ("loader", "checkpoint")}
 BLUEPRINT_OUTPUT = ("decode", 0)

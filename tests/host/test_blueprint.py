@@ -38,10 +38,19 @@ SAVE = """(() => {
 })()"""
 
 
+#: What Seed inside has next to its seed. Nodes 2.0 shows it on the outer node too, the canvas does not: made an input
+#: of the node, it would be shown there, but change nothing.
+CONTROL = """app.graph.nodes.find(node => node.isSubgraphNode?.()).subgraph.nodes
+    .find(node => node.title === 'Seed').widgets.find(widget => widget.name === 'control_after_generate')"""
+SHOWN = "document.querySelectorAll('[data-testid=value-control][aria-label=\"Randomize Value\"]').length"
+IMAGES = "fetch('/history').then(reply => reply.json()).then(jobs => Object.keys(jobs).length)"
+
+
 @needs_chromium
-def test_blueprint_makes_an_image(server, tmp_path):
+@pytest.mark.parametrize("modern", [False, True], ids=["canvas", "modern"])
+def test_blueprint_makes_an_image(server, modern, tmp_path):
     async def scenario():
-        async with frontend(server.url, tmp_path / "profile") as page:
+        async with frontend(server.url, tmp_path / "profile", modern) as page:
             page.problems.clear()
             await page.evaluate("app.graph.clear()")
             await page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
@@ -63,10 +72,17 @@ def test_blueprint_makes_an_image(server, tmp_path):
             await page.evaluate(SAVE)
             await page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")
             await page.until("app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.[0]?.complete", 300)
-            # The next picture will be another one.
-            assert await page.evaluate("app.graph.nodes[0].widgets[3].value") != seed
+            # The next image will be another one, until the seed is fixed.
+            assert (new := await page.evaluate("app.graph.nodes[0].widgets[3].value")) != seed
+            if modern:
+                assert await page.evaluate(SHOWN) == 1
+            await page.evaluate(f"{CONTROL}.value = 'fixed'")
+            jobs = await page.evaluate(IMAGES)
+            await page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")
+            await page.until(f"{IMAGES}.then(now => now > {jobs})")
+            assert await page.evaluate("app.graph.nodes[0].widgets[3].value") == new
             assert not page.problems
 
     asyncio.run(scenario())
-    (file,) = (server.base / "output").glob("*.png")
+    file = max((server.base / "output").glob("*.png"))
     assert Image.open(file).size == (64, 48)
