@@ -3,8 +3,8 @@
 import contextlib
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import comfy.model_management
 import comfy.sd
@@ -35,8 +35,7 @@ MLX_ATTACHMENT = "bonsai_image_mlx"
 _TEXT_ENCODERS = {2560: "qwen3_4b", 4096: "qwen3_8b"}
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(NamedTuple):
     """Where a MODEL came from, and how it computes. ``size`` is 4B or 9B, ``source`` the release, ``compute_dtype``
     and ``setting`` the choice of the user."""
 

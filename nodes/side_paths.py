@@ -9,9 +9,8 @@ import copy
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.lora
 import torch
@@ -41,8 +40,7 @@ _WEIGHTS: dict[type, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Adapters:
+class Adapters(NamedTuple):
     """What one layer has attached: ``paths``, made for these ``patches`` on this ``device``."""
 
     device: torch.device

@@ -7,9 +7,8 @@ may need a gradient.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch.nn.functional import embedding, linear
@@ -20,8 +19,7 @@ from .packed import is_packed
 Chain = tuple[torch.Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Adapter:
+class Adapter(NamedTuple):
     """A change of a weight ``(N, K)``: ``scale`` times
 
     - ``product``: ``one``; a LoRA is its ``up`` (N, rank) and ``down`` (rank, K), a whole difference one matrix;
@@ -73,13 +71,12 @@ class Adapter:
         """The change of some rows."""
         if self.kind == "kronecker":
             start = self.cut[0] if self.cut else 0
-            return replace(self, cut=(start + first, start + end))
+            return self._replace(cut=(start + first, start + end))
         one, other = ((chain[0][first:end], *chain[1:]) if chain else () for chain in (self.one, self.other))
-        return replace(self, one=one, other=other)
+        return self._replace(one=one, other=other)
 
 
-@dataclass(frozen=True)
-class Patch:
+class Patch(NamedTuple):
     """An adapter at a strength. ``place``: the first row and the number of rows that it changes; None for all, as on an
     Embedding.
 
@@ -101,7 +98,7 @@ class Patch:
         """The part of it on ``n`` rows from ``first``, which then count from 0. Not for a DoRA."""
         start, size = self.place or (0, self.adapter.shape[0])
         low, high = max(start, first), min(start + size, first + n)
-        return replace(self, adapter=self.adapter.rows(low - start, high - start),
+        return self._replace(adapter=self.adapter.rows(low - start, high - start),
                        place=(low - first, high - low)) if low < high else None
 
     def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
@@ -122,8 +119,7 @@ class Patch:
         part.view(-1, part.shape[-1]).addmm_(hidden, outer.to(y.dtype), alpha=self.strength * adapter.scale)
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """Whatever ``change`` makes of a dense weight, float32, in memory of its own, less that weight."""
 
     change: Callable[[torch.Tensor], torch.Tensor]

@@ -30,7 +30,7 @@ def cases(arch: str) -> dict[str, tuple]:
         found[f"expand-{bits}-{form}"] = (
             kernels._expand,
             {"words": _WORD[bits], "scale": "*bf16", "shift": "*bf16", "out": "*i8" if form == "levels" else half,
-             "scale_t": "*bf16", "total": "i32", "n": "i32", "groups": "i32"},
+             "total": "i32"},
             {"GROUP_WORDS": group // 8, "BITS": bits, "FORM": form, "STEP": step, "ORIGIN": origin,
              "BLOCK": kernels.EXPAND_WORDS},
             kernels.EXPAND_LAUNCH)

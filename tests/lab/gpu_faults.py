@@ -26,9 +26,9 @@ def lora_factor_on_the_cpu(model) -> None:
     management.load_models_gpu([model])
     for module in model.model.modules():
         if getattr(module, "adapters", None) is not None and module.adapters.paths:
-            paths = tuple(dataclasses.replace(path, adapter=dataclasses.replace(path.adapter, one=tuple(
+            paths = tuple(path._replace(adapter=path.adapter._replace(one=tuple(
                 factor.to("cpu") for factor in path.adapter.one))) for path in module.adapters.paths)
-            module.adapters = dataclasses.replace(module.adapters, paths=paths)
+            module.adapters = module.adapters._replace(paths=paths)
 
 
 def no_uncast(_model) -> None:

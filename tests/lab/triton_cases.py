@@ -89,9 +89,9 @@ def int8():
             report(f"quantize-{digits}-{name}", wrong, 0)
     for bits in (1, 2, 4):
         packed = weight(70, 384, bits, 128)
-        levels, scale_t = triton_kernels.expand_levels(packed)
+        levels = triton_kernels.expand(packed, packed.codes.new_empty(70, 384, dtype=torch.int8))
         expected = dequantize(packed._replace(scale=torch.ones_like(packed.scale)), torch.float32)
-        report(f"levels-{bits}", (levels != expected).sum() + (scale_t != packed.scale.t()).sum(), 0)
+        report(f"levels-{bits}", (levels != expected).sum(), 0)
     # The largest sums there are, on both sides of zero: still exact when they start at the bits of 1.5 * 2**23.
     rounded = torch.zeros(2, 1, 128, dtype=torch.int8), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.int32)
     rounded[0][0] = 127

@@ -106,9 +106,3 @@ def multiply(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     # The activations go along like a dense weight: one crossing.
     rows, weight = weight_arrays([x, packed], x.dtype)
     return to_torch(product(rows, weight), x)
-
-
-def multiply_one_bit() -> None:
-    """One small product of the smallest codes. Raises ValueError where MLX does not know them."""
-    words, scales = mx.zeros((32, 4), dtype=mx.uint32), mx.zeros((32, 1))
-    mx.eval(product(mx.zeros((1, 128)), PackedArrays(words, scales, scales, 1, 128)))

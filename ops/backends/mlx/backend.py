@@ -32,12 +32,8 @@ def problem(device: torch.device | None, digits: Digits = 0) -> str | None:
 
     A metallib built for a newer macOS fails at import, an older MLX refuses 1 bit, and a kernel may be missing.
     """
-    def one_bit() -> None:
-        from . import arrays
-
-        arrays.multiply_one_bit()
-
-    return libraries.problem(LIBRARY, one_bit)
+    one_bit = Packed(torch.zeros(32, 16, dtype=torch.uint8), torch.zeros(32, 1), None, 1, "symmetric")
+    return libraries.problem(LIBRARY, lambda: multiply(torch.zeros(1, 128), one_bit))
 
 
 def serves(device: torch.device, rows: int, packed: Packed, dtype: torch.dtype, digits: Digits, named: bool) -> bool:

@@ -72,15 +72,15 @@ def multiply(x: torch.Tensor, packed: Packed, digits: Digits = 0, workspace: int
     packed = packed.contiguous()
     out = x.new_empty(x.shape[0], packed.n)
     blocks = row_blocks(packed, 1 if digits else x.itemsize, workspace)
+    dense = x.new_empty(blocks[0].stop, packed.k, dtype=torch.int8 if digits else x.dtype)
     with current(x.device):
-        if digits:
-            rounded = kernels.quantize(x.contiguous(), packed.group, digits)
-            for part in blocks:
-                kernels.int8_matmul(*rounded, *kernels.expand_levels(packed.rows(part)), out[:, part], digits)
-        else:
-            dense = x.new_empty(blocks[0].stop, packed.k)
-            for part in blocks:
-                weight = kernels.expand(packed.rows(part), dense[: part.stop - part.start])
+        rounded = kernels.quantize(x.contiguous(), packed.group, digits) if digits else None
+        for part in blocks:
+            weight = kernels.expand(packed.rows(part), dense[: part.stop - part.start])
+            if rounded:
+                scale = packed.scale[part].t().contiguous()
+                kernels.int8_matmul(*rounded, weight, scale, out[:, part], digits)
+            else:
                 torch.mm(x, weight.t(), out=out[:, part])
     return out
 

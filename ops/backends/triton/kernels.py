@@ -48,8 +48,8 @@ ROUNDING_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
-def _expand(words, scale, shift, out, scale_t, total, n, groups, GROUP_WORDS: tl.constexpr, BITS: tl.constexpr,
-            FORM: tl.constexpr, STEP: tl.constexpr, ORIGIN: tl.constexpr, BLOCK: tl.constexpr):
+def _expand(words, scale, shift, out, total, GROUP_WORDS: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr,
+            STEP: tl.constexpr, ORIGIN: tl.constexpr, BLOCK: tl.constexpr):
     dtype = out.dtype.element_ty
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < total
@@ -59,10 +59,7 @@ def _expand(words, scale, shift, out, scale_t, total, n, groups, GROUP_WORDS: tl
     group = (index // GROUP_WORDS).to(tl.int32)
     if FORM == "levels" or FORM == "symmetric":
         value = value * STEP - ORIGIN
-    if FORM == "levels":
-        first = inside & (index % GROUP_WORDS == 0)
-        tl.store(scale_t + group % groups * n + group // groups, tl.load(scale + group, mask=first), mask=first)
-    else:
+    if FORM != "levels":
         factor = tl.load(scale + group, mask=inside, other=0)
         if FORM == "symmetric" and BITS <= 2:
             factor = factor.to(dtype)
@@ -75,23 +72,16 @@ def _expand(words, scale, shift, out, scale_t, total, n, groups, GROUP_WORDS: tl
     tl.store(out + index[:, None] * 8 + lane[None, :], value.to(dtype), mask=inside[:, None])
 
 
-def expand(packed: Packed, out: torch.Tensor, scale_t: torch.Tensor | None = None) -> torch.Tensor:
-    """Fill ``out``, contiguous ``(N, K)`` in BF16, FP16 or FP32, with the weight. The parts of ``packed`` are
-    contiguous, and its group is a multiple of 8. With ``scale_t``, see :func:`expand_levels`."""
+def expand(packed: Packed, out: torch.Tensor) -> torch.Tensor:
+    """Fill ``out``, contiguous ``(N, K)``, in BF16, FP16 or FP32 with the weight, in int8 with the unscaled levels
+    (``packed.LEVELS``) of a symmetric one. The parts of ``packed`` are contiguous, its group is a multiple of 8."""
     step, origin = LEVELS[packed.bits]
     words = packed.codes.view(_WORDS[packed.bits])
-    form = packed.form if scale_t is None else "levels"
+    form = "levels" if out.dtype == torch.int8 else packed.form
     grid = (triton.cdiv(words.numel(), EXPAND_WORDS),)
-    _expand[grid](words, packed.scale, packed.shift, out, scale_t, words.numel(), packed.n, packed.scale.shape[1],
-                  packed.group // 8, packed.bits, form, step, origin, EXPAND_WORDS, **EXPAND_LAUNCH)
+    _expand[grid](words, packed.scale, packed.shift, out, words.numel(), packed.group // 8, packed.bits, form, step,
+                  origin, EXPAND_WORDS, **EXPAND_LAUNCH)
     return out
-
-
-def expand_levels(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
-    """The unscaled levels (``packed.LEVELS``) of a symmetric weight, int8 ``(N, K)``, and its scales transposed,
-    ``(K / group, N)``."""
-    scale_t = packed.scale.new_empty(packed.scale.shape[::-1])
-    return expand(packed, packed.codes.new_empty(packed.n, packed.k, dtype=torch.int8), scale_t), scale_t
 
 
 @triton.jit(do_not_specialize=["m", "tiles"])
