@@ -51,9 +51,8 @@ class _Whole:
         self.text_encoder = load_text_encoder(repository.require("text_encoder"))
         self.vae = load_vae(repository.require("vae"))
         self.tokenizer = tokenizer_files(repository.require("tokenizer"))
-        self.scheduler = SCHEDULER
-        if repository.scheduler:
-            self.scheduler = read_json(repository.scheduler / "scheduler_config.json")
+        scheduler = repository.scheduler
+        self.scheduler = read_json(scheduler / "scheduler_config.json") if scheduler else SCHEDULER
         self.about = About(variant(self.transformer.tensors, check_codes=True), self.transformer.source)
         #: By part, under ComfyUI's names.
         self.tensors = {"transformer": to_comfyui(self.transformer.tensors), "vae": self.vae.tensors,

@@ -4,7 +4,7 @@ Tensors are canonical inside the program: packed weights as ``ops/packed.py`` de
 file's names stay its own until :mod:`..names` brings them to another convention.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -65,7 +65,7 @@ def host_loader(file: TensorFile) -> str:
     return f"load it with ComfyUI's own {name} instead"
 
 
-def decode_layers(file: TensorFile, stored: dict[str, Any], layers: Iterable[str], names: Iterable[str],
+def decode_layers(file: TensorFile, stored: dict[str, Any], layers: Iterable[str], names: Collection[str],
                   decode: Callable[..., torch.Tensor]) -> Tensors:
     """All tensors of ``stored``, where a weight takes the place of the tensors ``names`` of each of ``layers``.
 
@@ -74,17 +74,13 @@ def decode_layers(file: TensorFile, stored: dict[str, Any], layers: Iterable[str
     """
     result: Tensors = {}
     for layer in file.each(layers):
+        if missing := [name for name in names if f"{layer}.{name}" not in stored]:
+            raise ValueError(f"{layer}: no {missing[0]}")
         try:
-            result[f"{layer}.weight"] = decode(layer, *[_take(stored, layer, name) for name in names])
+            result[f"{layer}.weight"] = decode(layer, *[stored.pop(f"{layer}.{name}") for name in names])
         except ValueError as error:
             raise ValueError(f"{layer}: {error}") from error
     return result | stored
-
-
-def _take(stored: dict[str, Any], layer: str, name: str) -> torch.Tensor:
-    if f"{layer}.{name}" not in stored:
-        raise ValueError(f"no {name}")
-    return stored.pop(f"{layer}.{name}")
 
 
 def from_affine(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, bits: int) -> QuantizedTensor:

@@ -35,9 +35,8 @@ FILE = "BONSAI_IMAGE_TIMES"
 #: Rows of the products that are checked, few and many (backends have a kernel for each), of the two that are timed,
 #: and up to how many the first of these stands for.
 _CHECKED_ROWS, _TIMED_ROWS, _FEW = (5, 80), (32, 512), 64
-#: (N, K) of the weight that is timed, by type of device: some milliseconds each.
-_SHAPES = {"cpu": (768, 3072)}
-_SHAPE = (3072, 3072)
+#: (N, K) of the weight that is timed, on a CPU and elsewhere: some milliseconds each.
+_CPU_SHAPE, _SHAPE = (768, 3072), (3072, 3072)
 _REPEATS = 2
 
 _LOCK = threading.Lock()
@@ -156,7 +155,7 @@ def _times(ways: tuple[Choice, ...], device: torch.device, kind: Kind) -> list[d
             return [{str(way): float(times[str(way)]) for way in ways} for times in (few, many)]
         measured = []
         for rows in _TIMED_ROWS:
-            product = example(kind, rows, *_SHAPES.get(device.type, _SHAPE), device)
+            product = example(kind, rows, *(_CPU_SHAPE if device.type == "cpu" else _SHAPE), device)
             measured.append(milliseconds({str(way): functools.partial(way.backend.multiply, *product, way.digits)
                                           for way in ways}, device))
         if path is not None:
