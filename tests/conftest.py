@@ -39,11 +39,15 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def frozen():
-    """The collector passes over what is there before a file's tests: half a million objects of libraries, at
-    every one of which each collection would look otherwise."""
+def like_a_new_process():
+    """The collector passes over what is there before a file's tests: half a million objects of libraries, at every one
+    of which each collection would look otherwise. A batch leaves its number of threads, which the next file does not
+    get: two workers of pytest-xdist would wait for each other's."""
     gc.collect()
     gc.freeze()
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
