@@ -26,8 +26,9 @@ BUILD = """((nodes) => {
 #: Opens the details of the error, which are one click away, and returns what the panel then shows.
 DETAILS = "document.querySelector('[data-testid=\"error-overlay-see-errors\"]')"
 PANEL = "document.querySelector('[data-testid=\"runtime-error-panel\"]')"
-#: What a message over the graph says, which comes without a click.
-TOAST = "document.querySelector('.p-toast-detail')?.innerText"
+#: What a message over the graph says, which comes without a click and looks different in each frontend.
+TOAST = """[...document.querySelectorAll('div')].find(
+    each => !each.children.length && each.innerText?.startsWith('Run /'))?.innerText"""
 #: The text on Bonsai Model Info.
 TEXT = """app.graph.nodes.find(node => node.type === 'BonsaiModelInfo')
     .widgets?.find(each => each.name === 'text')?.value"""
@@ -76,6 +77,6 @@ def test_messages_are_read_where_they_are_looked_for(server, modern, tmp_path):
 
             await run(page, ("BonsaiModelLoader", {"model_name": FILES["diffusion_models"][1]}),
                       ("BonsaiModelInfo", {}))
-            await page.until(f"!{TOAST}")
+            await page.until(f"!({TOAST})")
 
     asyncio.run(scenario())
