@@ -42,12 +42,14 @@ def pytest_terminal_summary(terminalreporter):
 def like_a_new_process():
     """The collector passes over what is there before a file's tests: half a million objects of libraries, at every one
     of which each collection would look otherwise. A batch leaves its number of threads, which the next file does not
-    get: two workers of pytest-xdist would wait for each other's."""
+    get: two workers of pytest-xdist would wait for each other's. Left alone where it is the same, for once it has been
+    set, LAPACK can wait for a second thread forever inside torch's own parallel loop, as in a batched inverse."""
     gc.collect()
     gc.freeze()
     threads = torch.get_num_threads()
     yield
-    torch.set_num_threads(threads)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture
