@@ -1,6 +1,7 @@
 """``bonsai-image recover``: a LoRA for the packed miniature, distilled from the dense one."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -122,7 +123,14 @@ def test_a_continued_run_is_the_undisturbed_one(how, drawn, undisturbed, monkeyp
     assert_same(drawn, undisturbed)
 
 
-@pytest.mark.parametrize("damaged", [lambda content: b"", lambda content: content[:-1000]], ids=["empty", "cut short"])
+def another(_content: bytes) -> bytes:
+    stream = io.BytesIO()
+    torch.save({"step": 3}, stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("damaged", [lambda _: b"", lambda content: content[:-1000], another],
+                         ids=["empty", "cut short", "of another program"])
 def test_a_damaged_state_is_one_sentence(damaged, drawn, undisturbed, capsys):
     whole = state(undisturbed)
     (drawn / "work" / whole.name).write_bytes(damaged(whole.read_bytes()))

@@ -173,10 +173,10 @@ def _save(path: Path, state: State, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _restore(path: Path, state: State, optimizer: torch.optim.Optimizer) -> None:
-    # PyTorch raises whatever it comes across in a damaged file.
+    # PyTorch raises whatever it comes across in a damaged file, or in one that holds something else.
     with refusing(path, "the state of a training", "remove it to train from the beginning", Exception):
         known = torch.load(path, "cpu", weights_only=True)
-    optimizer.load_state_dict(known["optimizer"])
-    for name, factor in state.factors.items():
-        factor.data.copy_(known["factors"][name])
-    state.best, state.losses, state.errors = known["best"], known["losses"], known["errors"]
+        optimizer.load_state_dict(known["optimizer"])
+        for name, factor in state.factors.items():
+            factor.data.copy_(known["factors"][name])
+        state.best, state.losses, state.errors = known["best"], known["losses"], known["errors"]
